@@ -1,0 +1,49 @@
+"""Low-Rank Prompt Adaptation of frozen foundation models, as PyTorch Lightning modules."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lopa_lightning.data import GLUEDataModule, TextClassificationDataModule
+    from lopa_lightning.frozen.instance import InstanceEncoderSpec
+    from lopa_lightning.frozen.loading import PretrainedSpec
+    from lopa_lightning.modules import ClassificationModule, LoPALightningModule
+    from lopa_lightning.prompts import LoPA, PromptEncoder, PromptTuning
+    from lopa_lightning.task import TextTask
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ClassificationModule": "modules",
+    "GLUEDataModule": "data",
+    "InstanceEncoderSpec": "frozen.instance",
+    "LoPA": "prompts",
+    "LoPALightningModule": "modules",
+    "PretrainedSpec": "frozen.loading",
+    "PromptEncoder": "prompts",
+    "PromptTuning": "prompts",
+    "TextClassificationDataModule": "data",
+    "TextTask": "task",
+}
+
+__all__ = [
+    "ClassificationModule",
+    "GLUEDataModule",
+    "InstanceEncoderSpec",
+    "LoPA",
+    "LoPALightningModule",
+    "PretrainedSpec",
+    "PromptEncoder",
+    "PromptTuning",
+    "TextClassificationDataModule",
+    "TextTask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: importing the package alone costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,175 @@
+"""What TensorBoard shows of a prompt encoder while it learns."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+_NEAREST = 5
+_PIXELS = 16  # of a cell of the cosine matrix
+
+
+class PromptMonitor(Callback):
+    """Logs rates, gradient norms, throughput, and pictures of the soft prompt.
+
+    Every ``log_every_n_steps``: learning rate and gradient norm of each trained group, samples and
+    tokens per second. At every validation: histograms of the prompt encoder's diagnostics (LoPA's
+    gate), norms and cosine matrix of the shared virtual tokens, and the vocabulary's words nearest
+    to them. At the end: hyperparameters with the best score.
+
+    Args:
+        enabled: False to log none of it.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._samples = 0
+        self._tokens: Tensor | int = 0
+        self._since = 0.0
+        self._instance: Tensor | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Independent of the arguments: there is one monitor."""
+        return "PromptMonitor"
+
+    # Training
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock."""
+        self._restart()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draws the soft prompt, and starts the clock anew: validation is not training time."""
+        if self._logger(trainer) is not None and not trainer.sanity_checking:
+            self._draw(trainer, pl_module)
+        self._instance = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        """Logs each group's learning rate and gradient norm."""
+        if not self._is_logging_step(trainer):
+            return
+        for group in optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            pl_module.log_dict({f"lr/{group['name']}": group["lr"], f"gradient_norm/{group['name']}": norm})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Counts samples and tokens, and logs their rates."""
+        if not self.enabled:
+            return
+        self._samples += len(batch["index"])
+        self._tokens = self._tokens + batch["attention_mask"].sum()  # a tensor: no wait for the device here
+        if self._is_logging_step(trainer, done=1):
+            tokens, seconds = int(self._tokens), time.perf_counter() - self._since
+            rates = {"samples": self._samples / seconds, "tokens": tokens / seconds}
+            pl_module.log_dict({f"per_second/{k}": v * trainer.world_size for k, v in rates.items()})
+            self._restart()
+
+    def _is_logging_step(self, trainer: Any, done: int = 0) -> bool:
+        every = trainer.log_every_n_steps
+        return self.enabled and trainer.logger is not None and (trainer.global_step + 1 - done) % every == 0
+
+    # Validation
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the first batch's instance vectors."""
+        if self.enabled and batch_idx == 0 and dataloader_idx == 0 and outputs is not None:
+            self._instance = outputs["instance"]
+
+    @rank_zero_only
+    @torch.no_grad()
+    def _draw(self, trainer: Any, pl_module: Any) -> None:
+        logger, net, step = self._logger(trainer), pl_module.net, trainer.global_step
+        assert logger is not None
+        encoder = net.prompt_encoder
+        if self._instance is not None or not encoder.uses_instance:
+            for name, values in encoder.diagnostics(self._instance).items():
+                logger.experiment.add_histogram(f"prompt/{name}", values.float().cpu(), step)
+        shared = encoder.shared_virtual_tokens()
+        if shared is None:
+            return
+        shared = shared.float()
+        logger.experiment.add_histogram("prompt/norms", shared.norm(dim=-1).cpu(), step)
+        logger.experiment.add_scalar("prompt/mean_norm", shared.norm(dim=-1).mean(), step)
+        logger.experiment.add_image("prompt/cosines", cosine_picture(shared), step)
+        words = nearest_words(shared, net.backbone.embedding_table(), pl_module.tokenizer)
+        table = "| virtual token | nearest words |\n|-|-|\n" + "\n".join(
+            f"| {i} | {row} |" for i, row in enumerate(words)
+        )
+        logger.experiment.add_text("prompt/nearest_words", table, step)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Logs the hyperparameters with the best score that a checkpoint was kept for."""
+        logger, checkpoint = self._logger(trainer), trainer.checkpoint_callback
+        score = getattr(checkpoint, "best_model_score", None)
+        if logger is not None and score is not None:
+            logger.log_hyperparams(pl_module.hparams_initial, {f"best/{checkpoint.monitor}": float(score)})
+
+    def _logger(self, trainer: Any) -> TensorBoardLogger | None:
+        if not self.enabled or trainer.fast_dev_run:
+            return None
+        return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+
+
+def cosine_picture(virtual_tokens: Tensor) -> Tensor:
+    """Cosines between virtual tokens as a picture: red is 1, white 0, blue -1.
+
+    Args:
+        virtual_tokens: ``[m, d]``.
+
+    Returns:
+        ``[3, 16 m, 16 m]``, between 0 and 1.
+
+    Example:
+        >>> cosine_picture(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))[:, 0, [0, -1]].T  # red, white
+        tensor([[1., 0., 0.],
+                [1., 1., 1.]])
+    """
+    unit = F.normalize(virtual_tokens, dim=-1)
+    cosine = (unit @ unit.T).clamp(-1, 1)
+    red, blue = (1 + cosine).clamp(max=1), (1 - cosine).clamp(max=1)
+    picture = torch.stack([red, torch.minimum(red, blue), blue])
+    return picture.repeat_interleave(_PIXELS, 1).repeat_interleave(_PIXELS, 2).cpu()
+
+
+def nearest_words(virtual_tokens: Tensor, embeddings: Tensor, tokenizer: Any) -> list[str]:
+    """The vocabulary's words nearest to virtual tokens, by cosine.
+
+    Args:
+        virtual_tokens: ``[m, d]``.
+        embeddings: ``[V, d]``.
+        tokenizer: Names the words.
+
+    Returns:
+        One line for each virtual token.
+    """
+    table = embeddings.float()
+    # Divided by the lengths afterwards: a normalised copy of the table would be as large as the table.
+    cosine = F.normalize(virtual_tokens, dim=-1) @ table.T / table.norm(dim=-1).clamp(min=1e-12)
+    top = cosine.topk(_NEAREST)
+    return [
+        ", ".join(f"`{tokenizer.decode([index]).strip()}` {value:.2f}" for index, value in zip(ids, values))
+        for ids, values in zip(top.indices.tolist(), top.values.tolist())
+    ]

@@ -1,0 +1,87 @@
+"""Predictions as files, in the input's order."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch.distributed
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import write_whole
+
+Format = Literal["jsonl", "csv"]
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what ``predict`` found, and GLUE's submission files where the data is GLUE's.
+
+    Args:
+        folder: Where to; by default the run's log folder.
+        format: ``jsonl`` or ``csv``.
+
+    Raises:
+        LoPAError: If ``format`` is unknown.
+    """
+
+    def __init__(self, folder: str | None = None, format: Format = "jsonl") -> None:
+        super().__init__(write_interval="epoch")
+        if format not in get_args(Format):
+            raise LoPAError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+        self.folder = folder
+        self.format: Format = format
+
+    def write_on_epoch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Gathers all processes' predictions and writes them, one file for each set."""
+        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        sets = [predictions] if predictions and isinstance(predictions[0], dict) else predictions
+        suffixes = pl_module.eval_suffixes if len(sets) > 1 else [""]
+        for set_index, (suffix, batches) in enumerate(zip(suffixes, sets)):
+            rows = _gathered([row for batch in batches for row in pl_module.prediction_rows(batch)])
+            if not trainer.is_global_zero:
+                continue
+            rows = list({row["index"]: row for row in sorted(rows, key=lambda row: row["index"])}.values())
+            files = {f"predictions{suffix}.{self.format}": _formatted(rows, self.format)}
+            if hasattr(trainer.datamodule, "submission"):
+                name, content = trainer.datamodule.submission(set_index, rows)
+                files[name] = content
+            for name, content in files.items():
+                write_whole(folder / name, content)
+                print(f"{len(rows)} predictions in {folder / name}")
+
+
+def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return rows
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def _formatted(rows: list[dict[str, Any]], format: Format) -> str:
+    if format == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    flat = [
+        {
+            f"{key}_{name}" if name else key: item
+            for key, value in row.items()
+            for name, item in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+        for row in rows
+    ]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(flat[0]) if flat else ["index"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()

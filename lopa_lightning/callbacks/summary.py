@@ -1,0 +1,81 @@
+"""What was learned, in a few lines at the end of a fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+
+class FitSummary(Callback):
+    """Prints the validation metric beside the majority class's share, sizes, and what to run next."""
+
+    def __init__(self) -> None:
+        self._best: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Keeps the metrics of the validation with the best score."""
+        if trainer.sanity_checking:
+            return
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val") and v.numel() == 1}
+        key, sign = ("val/score", 1) if "val/score" in metrics else ("val/loss", -1)
+        if key in metrics and (not self._best or sign * metrics[key] > sign * self._best[key]):
+            self._best = metrics
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The best metrics so far, for a resumed run."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
+        """Takes the best metrics so far."""
+        self._best = state_dict["best"]
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Prints the summary."""
+        if trainer.fast_dev_run or not self._best:
+            return
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        lines = ["", "Best validation"]
+        for name, value in self._best.items():
+            lines.append(f"  {name:<26}{value:.4f}")
+        lines += ["Trained", f"  {trained:,} parameters beside {frozen:,} frozen ones"]
+        checkpoint = trainer.checkpoint_callback
+        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        if best and Path(best).is_file():
+            lines.append(
+                f"  {Path(best).stat().st_size / 1e6:.1f} MB checkpoint, {4 * trained / 1e6:.1f} MB of it weights"
+            )
+            lines += self._next_commands(trainer, _relative(best))
+        print("\n".join(lines))
+        self._warn_if_blind()
+
+    @staticmethod
+    def _next_commands(trainer: Any, checkpoint: str) -> list[str]:
+        if trainer.log_dir is None or not (config := Path(trainer.log_dir, "config.yaml")).is_file():
+            return []
+        run = f"--config {_relative(str(config))} --ckpt_path {checkpoint}"
+        return [
+            "Next",
+            f"  lopa test {run}",
+            f"  lopa predict {run}",
+            f"  tensorboard --logdir {_relative(trainer.log_dir)}",
+        ]
+
+    def _warn_if_blind(self) -> None:
+        accuracy, majority = self._best.get("val/accuracy"), self._best.get("val/majority_share")
+        if accuracy is not None and majority is not None and accuracy <= majority:
+            rank_zero_warn(
+                f"validation accuracy {accuracy:.4f} is not above the majority class's share {majority:.4f}: nothing "
+                "was learned. Try a ten times higher learning rate for shared_prompt (learning_rates), more epochs, "
+                "objective: head, or another instance encoder."
+            )
+
+
+def _relative(path: str) -> str:
+    absolute, here = Path(path).resolve(), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -1,0 +1,118 @@
+"""``lopa``: fit, validate, test and predict from YAML."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lopa_lightning.callbacks import FitSummary, PredictionWriter, PromptMonitor
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.modules import LoPALightningModule
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "name": "lopa", "default_hp_metric": False},
+    },
+    "log_every_n_steps": 10,
+}
+_CHECKPOINT_DEFAULTS = {"monitor": "val/score", "mode": "max", "filename": "best", "save_last": True}
+_MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
+_CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
+
+
+class Parser(LightningArgumentParser):
+    """Says what was misspelt in a line or two, not in a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the error, with the options that were perhaps meant, and exits with status 2."""
+        hints = [
+            self._hint(name.split("=")[0], message) for pair in _MISSPELT.findall(message) for name in pair if name
+        ]
+        text = "\n".join(dict.fromkeys([message.strip(), *filter(None, hints)]))
+        sys.stderr.write(f"error: {text}\nSee {self.prog.split(' [')[0]} --help for all options.\n")
+        raise SystemExit(2)
+
+    def _hint(self, misspelt: str, message: str) -> str | None:
+        known = {action.dest for action in self._actions}
+        for class_path in _CLASS_PATH.findall(message):
+            known |= set(_parameters(class_path))
+        # By the part that is wrong: of model.init_args.rnak that is rnak, of trainer.max_epoch max_epoch.
+        parts = [part for part in misspelt.split(".") if part not in ("init_args", "class_path")]
+        names = {name.rpartition(".")[2]: name for name in known}
+        for part in parts:
+            if part not in names and (close := difflib.get_close_matches(part, names, n=3)):
+                return f"Did you mean {' or '.join(names[name] for name in close)}?"
+        return None
+
+
+class LoPACLI(LightningCLI):
+    """Lightning's CLI with our defaults: prompt-only checkpoints by score, TensorBoard, prediction files."""
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        super().__init__(
+            LoPALightningModule,
+            LightningDataModule,
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=42,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            parser_class=Parser,
+            save_config_kwargs={"overwrite": True},
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks that every run has; each is configured by a key of its own."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in _CHECKPOINT_DEFAULTS.items()})
+        parser.add_lightning_class_args(PromptMonitor, "monitor")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(FitSummary, "summary")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the configuration alone.
+
+        Lightning would put the checkpoint's hyperparameters over it, without a word. Here the
+        configuration says what is run, and a checkpoint that does not fit is refused.
+        """
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return []
+    classes = [base for base in inspect.getmro(found) if base is not object] if isinstance(found, type) else [found]
+    return [parameter for base in classes for parameter in inspect.signature(base).parameters]
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs ``lopa``. Set ``LOPA_TRACEBACK=1`` in the environment to see where an error was raised.
+
+    Args:
+        args: Arguments; None for the command line's.
+    """
+    try:
+        LoPACLI(args=args)
+    except LoPAError as error:
+        if os.environ.get("LOPA_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

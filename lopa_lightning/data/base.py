@@ -1,0 +1,277 @@
+"""The LightningDataModule under all text data: tokenise once, batch by length, pad little."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.sampler import LengthGroupedSampler
+from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.text import TextSpec
+from lopa_lightning.task import TextTask
+
+Role = Literal["train", "val", "test", "predict"]
+Loader = DataLoader[dict[str, Any]]
+LabelLookup = tuple[str, dict[Any, int | float]]
+"""The label column, and what each value in it means: an index or a number."""
+
+_ROLES: dict[str, list[Role]] = {
+    "fit": ["train", "val"],
+    "validate": ["val"],
+    "test": ["test"],
+    "predict": ["predict"],
+}
+_FORMAT = 1  # of tokenised data; a new number makes cached data stale
+
+
+class TextDataModule(LightningDataModule, ABC):
+    """Turns rows of text into batches for a module's frozen models.
+
+    A subclass says what the rows are: ``task``, ``template``, ``splits_of`` and ``load_split``. What
+    tokenizers to use, and to what length, the module says; a Trainer brings the two together.
+
+    Args:
+        batch_size: Examples in a training batch of one process.
+        eval_batch_size: Examples in a batch otherwise; by default twice as many.
+        max_length: Tokens of a text for the backbone, virtual tokens not counted; None for as many as fit.
+        truncation_side: Which end of a text too long is cut.
+        padding_side: Where the backbone's padding goes.
+        num_workers: Processes that load batches; 0 is best where batches are small.
+    """
+
+    task: TextTask | None = None
+    template: Template
+    causal_template: Template | None = None
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        max_length: int | None = None,
+        truncation_side: Side = "right",
+        padding_side: Side = "right",
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value is not None and value < 1:
+                raise LoPAError(f"{name} must be at least 1, got {value}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.max_length = max_length
+        self.truncation_side = truncation_side
+        self.padding_side = padding_side
+        self.num_workers = num_workers
+        self.text_spec: TextSpec | None = None
+        self.datasets: dict[Role, list[Dataset]] = {}
+
+    # What a data set defines
+
+    @abstractmethod
+    def splits_of(self, role: Role) -> list[str]:
+        """The splits that serve a role; several for several evaluation sets.
+
+        Raises:
+            LoPAError: If there is none.
+        """
+
+    @abstractmethod
+    def load_split(self, split: str, role: Role) -> Dataset:
+        """Loads a split as it is to be used in a role."""
+
+    def label_lookup(self, data: Dataset, what: str) -> LabelLookup | None:
+        """Says what the labels of a split mean; None if there are none.
+
+        Args:
+            data: The split.
+            what: Its name, for messages.
+
+        Raises:
+            LoPAError: If there is a label that must not be there.
+        """
+        return None
+
+    allow_empty_text = False
+    """Whether rows may have an empty text."""
+
+    # Preparing
+
+    def connect(self, text_spec: TextSpec) -> None:
+        """Sets the tokenizers to use, where no Trainer brings a module.
+
+        Args:
+            text_spec: A module's ``text_spec``.
+        """
+        self.text_spec = text_spec
+
+    def prepare_data(self) -> None:
+        """Tokenises into the data sets' cache, once on each node."""
+        assert self.trainer is not None
+        assert self.trainer.state.fn is not None
+        self.setup(str(self.trainer.state.fn.value))
+
+    def setup(self, stage: str) -> None:
+        """Loads and tokenises what a stage needs, from the cache where it is there.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            LoPAError: If the data is not what the configuration says.
+        """
+        for role in _ROLES[stage]:
+            if role not in self.datasets:
+                loaded = {split: self.load_split(split, role) for split in self.splits_of(role)}
+                self.datasets[role] = [self._tokenise(data, split, role) for split, data in loaded.items()]
+
+    def _spec(self) -> TextSpec:
+        if self.text_spec is None:
+            module: Any = self.trainer.lightning_module if self.trainer is not None else None
+            spec = getattr(module, "text_spec", None)
+            if not isinstance(spec, TextSpec):
+                raise LoPAError(
+                    "a data module needs a module's text_spec: use a Trainer, or call connect(module.text_spec)"
+                )
+            self.text_spec = spec
+        return self.text_spec
+
+    def _tokenise(self, data: Dataset, split: str, role: Role) -> Dataset:
+        what, columns = f"{role} ({split})", self.template.columns
+        if missing := [name for name in columns if name not in data.column_names]:
+            raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
+        if len(data) == 0:
+            raise LoPAError(f"{what}: the split has no rows")
+        labels = None if role == "predict" else self.label_lookup(data, what)
+        spec = self._spec()
+        limits = [n for n in (spec.max_tokens, self.max_length) if n is not None]
+        template = backbone_template(self.template, self.causal_template, spec)
+        to_backbone = Tokenize(spec.tokenizer, template, min(limits, default=None), self.truncation_side)
+        to_instance = None
+        if spec.instance_tokenizer is not None:
+            to_instance = Tokenize(
+                spec.instance_tokenizer, plain_template(columns), spec.instance_max_tokens, self.truncation_side
+            )
+        # Named by what it depends on: datasets' own hash of a tokenizer changes when the tokenizer is used.
+        parts = [_tokenize_key(part) for part in (to_backbone, to_instance) if part is not None]
+        key = Hasher.hash([_FORMAT, data._fingerprint, self.allow_empty_text, labels, *parts])
+        tokenised = data.map(
+            _EncodeRows(to_backbone, to_instance, columns, labels, what, self.allow_empty_text),
+            batched=True,
+            with_indices=True,
+            remove_columns=data.column_names,
+            new_fingerprint=key,
+            desc=f"Tokenising {what}",
+        )
+        truncated = int(np.sum(tokenised.with_format("numpy")["truncated"][:]))
+        if truncated:
+            rank_zero_warn(f"{what}: {truncated} of {len(tokenised)} texts were cut to {to_backbone.max_tokens} tokens")
+        return tokenised.remove_columns("truncated")
+
+    # Loading
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled batches of like lengths."""
+        return self._loader(self.datasets["train"][0], self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> list[Loader]:
+        """One loader for each evaluation set."""
+        return self._eval_loaders("val")
+
+    def test_dataloader(self) -> list[Loader]:
+        """One loader for each evaluation set."""
+        return self._eval_loaders("test")
+
+    def predict_dataloader(self) -> list[Loader]:
+        """One loader for each set to predict."""
+        return self._eval_loaders("predict")
+
+    def _eval_loaders(self, role: Role) -> list[Loader]:
+        return [self._loader(data, self.eval_batch_size, shuffle=False) for data in self.datasets[role]]
+
+    def _loader(self, data: Dataset, batch_size: int, shuffle: bool) -> Loader:
+        spec = self._spec()
+        sampler = LengthGroupedSampler(
+            data.with_format("numpy")["length"][:],
+            batch_size,
+            shuffle,
+            num_replicas=self.trainer.world_size if self.trainer is not None else 1,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        )
+        instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
+        return DataLoader(
+            data.remove_columns("length"),
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+
+class _EncodeRows:
+    """What ``datasets.map`` applies to a batch of rows."""
+
+    def __init__(
+        self,
+        to_backbone: Tokenize,
+        to_instance: Tokenize | None,
+        columns: Sequence[str],
+        labels: LabelLookup | None,
+        what: str,
+        allow_empty_text: bool,
+    ) -> None:
+        self.to_backbone = to_backbone
+        self.to_instance = to_instance
+        self.columns = columns
+        self.labels = labels
+        self.what = what
+        self.allow_empty_text = allow_empty_text
+
+    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        texts = {name: ["" if value is None else str(value) for value in rows[name]] for name in self.columns}
+        if not self.allow_empty_text:
+            self._refuse_empty(texts, indices)
+        encoded = self.to_backbone(texts)
+        if self.to_instance is not None:
+            encoded["instance_input_ids"] = self.to_instance(texts)["input_ids"]
+        if self.labels is not None:
+            column, lookup = self.labels
+            encoded["labels"] = [lookup[value] for value in rows[column]]
+        return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    def _refuse_empty(self, texts: dict[str, list[str]], indices: list[int]) -> None:
+        for name, values in texts.items():
+            if empty := [index for index, value in zip(indices, values) if not value.strip()]:
+                shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
+                raise LoPAError(f"{self.what}: column {name!r} is empty in row {shown} (counted from 0)")
+
+
+def _tokenize_key(tokenize: Tokenize) -> list[Any]:
+    tokenizer: Any = tokenize.tokenizer
+    return [
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        tokenize.template.pieces,
+        tokenize.max_tokens,
+        tokenize.side,
+    ]
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Without a padding token any id will do: the attention mask hides it.
+    pad_id: int | None = tokenizer.pad_token_id
+    return 0 if pad_id is None else pad_id

@@ -1,0 +1,155 @@
+"""The nine tasks of GLUE (Wang et al. 2018): columns, labels, templates, words and metrics as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lopa_lightning.data.base import Role
+from lopa_lightning.data.text import TextClassificationDataModule
+from lopa_lightning.errors import LoPAError
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A row of the table.
+
+    Attributes:
+        template: For masked LMs. Of a pair, the mask stands at the end, as published.
+        causal: For causal LMs, which continue it.
+        labels: In the order of the data set's indices; none for regression.
+        words: The verbalizer.
+        metrics: The official ones; the score is their mean.
+        submission: File name (without ending) of each test set in a submission.
+        submit_index: Whether a submission has label indices, not names.
+        eval_splits: Splits to evaluate on, with the suffix of each.
+    """
+
+    template: tuple[str, ...]
+    causal: str
+    labels: tuple[str, ...]
+    words: tuple[str, ...]
+    metrics: tuple[str, ...]
+    submission: tuple[str, ...]
+    submit_index: bool = False
+    eval_splits: tuple[tuple[str, str], ...] = (("", "validation"),)
+
+
+_PAIR = ("{sentence1}", "{sentence2} {mask}")
+_IS_SAME = "{sentence1}\n{sentence2}\nQuestion: Do both mean the same? Yes or No?\nAnswer: {mask}"
+_FOLLOWS = "{sentence1}\nQuestion: {sentence2} Yes or No?\nAnswer: {mask}"
+
+GLUE_TASKS = {
+    "cola": _Task(
+        ("{sentence} . This is {mask} .",),
+        "{sentence} . This is {mask}",
+        ("unacceptable", "acceptable"),
+        ("incorrect", "correct"),
+        ("matthews",),
+        ("CoLA",),
+        submit_index=True,
+    ),
+    "sst2": _Task(
+        ("{sentence} . It was {mask} .",),
+        "{sentence} . It was {mask}",
+        ("negative", "positive"),
+        ("terrible", "great"),
+        ("accuracy",),
+        ("SST-2",),
+        submit_index=True,
+    ),
+    "mrpc": _Task(
+        _PAIR,
+        _IS_SAME,
+        ("not_equivalent", "equivalent"),
+        ("No", "Yes"),
+        ("accuracy", "f1"),
+        ("MRPC",),
+        submit_index=True,
+    ),
+    "qqp": _Task(
+        ("{question1}", "{question2} {mask}"),
+        "{question1}\n{question2}\nQuestion: Do both mean the same? Yes or No?\nAnswer: {mask}",
+        ("not_duplicate", "duplicate"),
+        ("No", "Yes"),
+        ("accuracy", "f1"),
+        ("QQP",),
+        submit_index=True,
+    ),
+    "stsb": _Task(_PAIR, _IS_SAME, (), (), ("pearson", "spearman"), ("STS-B",)),
+    "mnli": _Task(
+        ("{premise}", "{hypothesis} {mask}"),
+        "{premise}\nQuestion: {hypothesis} Yes, No or Maybe?\nAnswer: {mask}",
+        ("entailment", "neutral", "contradiction"),
+        ("Yes", "Maybe", "No"),
+        ("accuracy",),
+        ("MNLI-m", "MNLI-mm"),
+        eval_splits=(("", "validation_matched"), ("_mismatched", "validation_mismatched")),
+    ),
+    "qnli": _Task(
+        ("{question}", "{sentence} {mask}"),
+        "{sentence}\nQuestion: Does that answer: {question} Yes or No?\nAnswer: {mask}",
+        ("entailment", "not_entailment"),
+        ("Yes", "No"),
+        ("accuracy",),
+        ("QNLI",),
+    ),
+    "rte": _Task(_PAIR, _FOLLOWS, ("entailment", "not_entailment"), ("Yes", "No"), ("accuracy",), ("RTE",)),
+    "wnli": _Task(
+        _PAIR, _FOLLOWS, ("not_entailment", "entailment"), ("No", "Yes"), ("accuracy",), ("WNLI",), submit_index=True
+    ),
+}
+
+
+class GLUEDataModule(TextClassificationDataModule):
+    """A GLUE task with its official metrics.
+
+    ``validate`` and ``test`` use the validation splits, whose labels are public; ``predict`` the test
+    splits, for a submission.
+
+    Args:
+        task: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte`` or ``wnli``.
+        path: Hub id, or a folder in that layout.
+        **kwargs: See :class:`~lopa_lightning.data.text.TextClassificationDataModule`.
+
+    Raises:
+        LoPAError: If there is no such task.
+    """
+
+    allow_empty_text = True  # a few of QQP's questions are
+
+    def __init__(self, task: str, path: str = "nyu-mll/glue", **kwargs: Any) -> None:
+        if task not in GLUE_TASKS:
+            raise LoPAError(f"task must be one of {', '.join(GLUE_TASKS)}, got {task!r}")
+        row = self.row = GLUE_TASKS[task]
+        kwargs.setdefault("template", row.template)
+        kwargs.setdefault("causal_template", row.causal)
+        super().__init__(
+            path=path, name=task, labels=row.labels, words=row.words or None, metrics=row.metrics, **kwargs
+        )
+        assert self.task is not None
+        self.task = replace(self.task, eval_sets=[suffix for suffix, _ in row.eval_splits])
+
+    def splits_of(self, role: Role) -> list[str]:
+        """Splits by GLUE's own rules."""
+        if role == "train":
+            return ["train"]
+        validation = [split for _, split in self.row.eval_splits]
+        return [split.replace("validation", "test") for split in validation] if role == "predict" else validation
+
+    def submission(self, set_index: int, rows: list[dict[str, Any]]) -> tuple[str, str]:
+        """What the GLUE server takes for a test set.
+
+        Args:
+            set_index: Which of the test sets.
+            rows: Predictions in the input's order, with ``label`` or ``value``.
+
+        Returns:
+            File name and content.
+        """
+        assert self.task is not None
+        answers = [row["value"] if self.task.is_regression else row["label"] for row in rows]
+        if self.row.submit_index:
+            answers = [self.row.labels.index(answer) for answer in answers]
+        lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
+        return f"{self.row.submission[set_index]}.tsv", "\n".join(lines) + "\n"

@@ -1,0 +1,200 @@
+"""From a row's texts to token ids: templates, truncation, tokenisation."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.text import TextSpec
+
+Side = Literal["left", "right"]
+
+_MASK = "mask"
+
+
+@dataclass(frozen=True)
+class Template:
+    """One or two pieces of text with ``{column}`` fields, and ``{mask}`` where the answer goes.
+
+    Two pieces are encoded as a pair, with the separators and token types of the tokenizer.
+
+    Args:
+        pieces: The pieces.
+
+    Raises:
+        LoPAError: If there are not one or two pieces, they have no field, or more than one mask.
+
+    Example:
+        >>> Template(("{sentence} . It was {mask} .",)).columns
+        ['sentence']
+    """
+
+    pieces: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.pieces) not in (1, 2) or not self.columns or self._fields().count(_MASK) > 1:
+            raise LoPAError(
+                f"a template must be one or two pieces of text with at least one {{column}} and at most one {{mask}}, "
+                f"got {list(self.pieces)}"
+            )
+
+    def _fields(self) -> list[str]:
+        return [
+            field for piece in self.pieces for _, field, _, _ in string.Formatter().parse(piece) if field is not None
+        ]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads."""
+        return list(dict.fromkeys(field for field in self._fields() if field != _MASK))
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether it says where the answer goes."""
+        return _MASK in self._fields()
+
+    def until_mask(self) -> Template:
+        """The part before the answer, as one text: what a causal LM is to continue."""
+        before = "\n".join(self.pieces).partition("{mask}")[0].rstrip()
+        return Template((before,))
+
+    def render(self, texts: dict[str, str], mask: str = "") -> list[str]:
+        """Fills in a row's texts.
+
+        Args:
+            texts: Text of each column.
+            mask: The tokenizer's mask token.
+        """
+        values = {**texts, _MASK: mask}
+        return [
+            "".join(
+                literal + ("" if field is None else values[field])
+                for literal, field, _, _ in string.Formatter().parse(piece)
+            )
+            for piece in self.pieces
+        ]
+
+
+class Tokenize:
+    """Encodes a template's texts with one tokenizer, cut to a length by cutting the rows' own texts.
+
+    Never the template is cut, nor the mask: the longest field loses tokens until the whole fits.
+    Strings in a text that the tokenizer would take for special tokens are broken by a space.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        template: What to encode.
+        max_tokens: Length of the whole, special tokens included; None for no limit.
+        side: Which end of a field is cut.
+
+    Raises:
+        LoPAError: If the template alone is longer than ``max_tokens``.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_tokens: int | None, side: Side = "right"
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.side = side
+        # Without a separator of its own, a tokenizer would glue the two pieces together.
+        glued = len(template.pieces) == 2 and tokenizer.sep_token is None
+        self.template = Template(("\n".join(template.pieces),)) if glued else template
+        specials = sorted((t for t in tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._has_token_types = "token_type_ids" in tokenizer.model_input_names
+        bare = len(self._encode([dict.fromkeys(self.template.columns, "")])["input_ids"][0])
+        if max_tokens is not None and bare >= max_tokens:
+            raise LoPAError(f"the template alone has {bare} tokens, which leaves no room for text in {max_tokens}")
+
+    def __call__(self, columns: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+        """Encodes rows.
+
+        Args:
+            columns: Texts of each column of the template.
+
+        Returns:
+            ``input_ids``, ``token_type_ids`` where the tokenizer has them, and ``truncated``, a list of bools.
+        """
+        names = self.template.columns
+        rows = [dict(zip(names, map(self._plain_text, texts))) for texts in zip(*(columns[name] for name in names))]
+        encoded = self._encode(rows)
+        limit = self.max_tokens
+        too_long = [limit is not None and len(ids) > limit for ids in encoded["input_ids"]]
+        for i, is_long in enumerate(too_long):
+            if is_long:
+                for key, values in self._encode_cut(rows[i]).items():
+                    encoded[key][i] = values
+        return {**encoded, "truncated": too_long}
+
+    def _plain_text(self, text: str) -> str:
+        return self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) if self._special is not None else text
+
+    def _encode(self, rows: list[dict[str, str]]) -> dict[str, list[Any]]:
+        rendered = [self.template.render(row, self.tokenizer.mask_token or "") for row in rows]
+        pieces = [list(piece) for piece in zip(*rendered)]
+        # verbose=False: the tokenizer's own warning on long texts would come before they are cut.
+        encoded = self.tokenizer(*pieces, return_attention_mask=False, verbose=False)
+        keys = ["input_ids", "token_type_ids"] if self._has_token_types else ["input_ids"]
+        return {key: list(encoded[key]) for key in keys}
+
+    def _encode_cut(self, row: dict[str, str]) -> dict[str, list[int]]:
+        """Cuts the longest field by the surplus, as often as it takes."""
+        row = dict(row)
+        while True:
+            encoded = self._encode([row])
+            surplus = len(encoded["input_ids"][0]) - (self.max_tokens or 0)
+            if surplus <= 0:
+                return {key: values[0] for key, values in encoded.items()}
+            spans = {name: self._token_spans(text) for name, text in row.items()}
+            name = max(spans, key=lambda field: len(spans[field]))
+            row[name] = self._cut(row[name], spans[name], len(spans[name]) - surplus)
+
+    def _cut(self, text: str, spans: list[tuple[int, int]], kept: int) -> str:
+        """Keeps about ``kept`` of a text's tokens, and always less than the whole text."""
+        if kept <= 0:
+            return ""
+        if self.side == "right":
+            start, end = spans[kept - 1]
+            # Several tokens may share one character, such as the bytes of an emoji: then it goes as a whole.
+            return text[: end if end < len(text) else start]
+        start, end = spans[-kept]
+        return text[start if start > 0 else max(end, 1) :]
+
+    def _token_spans(self, text: str) -> list[tuple[int, int]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
+
+def backbone_template(template: Template, causal: Template | None, spec: TextSpec) -> Template:
+    """What the backbone reads, for the way in which its answer is read.
+
+    Args:
+        template: The task's template.
+        causal: Its wording for causal LMs, where that is another.
+        spec: The model's.
+
+    Returns:
+        ``masked_lm``: the template. ``causal_lm``: the part before the mask. ``head``: the columns alone.
+
+    Raises:
+        LoPAError: If words are to be read but no ``{mask}`` says where.
+    """
+    if spec.objective == "head":
+        return plain_template(template.columns)
+    chosen = causal if causal is not None and spec.objective == "causal_lm" else template
+    if not chosen.has_mask:
+        raise LoPAError(f"objective {spec.objective!r} needs a template with {{mask}}, got {list(chosen.pieces)}")
+    return chosen.until_mask() if spec.objective == "causal_lm" else chosen
+
+
+def plain_template(columns: Sequence[str]) -> Template:
+    """The columns' texts alone, two as a pair; further ones go with the first."""
+    first, second = (columns[:-1], columns[-1:]) if len(columns) > 1 else (columns, [])
+    return Template(tuple("\n".join(f"{{{name}}}" for name in part) for part in (first, second) if part))

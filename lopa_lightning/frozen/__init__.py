@@ -1,0 +1,1 @@
+"""Frozen things: backbone, instance encoder, and where virtual tokens go. torch and transformers only."""

@@ -1,0 +1,89 @@
+"""Where virtual tokens go among the tokens of a text. Pure functions on tensors.
+
+Virtual tokens sit directly before a text's first token, or directly after it, wherever the padding
+is: ``prompt, text, pad, pad`` and ``pad, pad, prompt, text``, never ``prompt, pad, pad, text``. All
+that goes with a token (embedding, mask, token type, label) is moved by one index, the layout.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lopa_lightning.errors import LoPAError
+
+Placement = Literal["before", "after_first"]
+
+
+def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Placement = "before") -> Tensor:
+    """For every place of the prompted sequence, where its content comes from.
+
+    Args:
+        attention_mask: 1 at the text's tokens, 0 at padding, ``[B, T]``. The ones of a row are contiguous.
+        num_virtual_tokens: Number m of virtual tokens.
+        placement: ``before`` the text's first token (as published), or ``after_first``, between a
+            ``[CLS]`` or ``<s>`` and the rest.
+
+    Returns:
+        Index ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a
+        place of the text.
+
+    Raises:
+        LoPAError: If ``placement`` is unknown.
+
+    Example:
+        >>> prompt_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), num_virtual_tokens=2)
+        tensor([[0, 1, 2, 3, 4],
+                [2, 0, 1, 3, 4]])
+    """
+    if placement not in ("before", "after_first"):
+        raise LoPAError(f"placement must be 'before' or 'after_first', got {placement!r}")
+    m, length = num_virtual_tokens, attention_mask.shape[1]
+    start = attention_mask.argmax(dim=1, keepdim=True) + (placement == "after_first")
+    place = torch.arange(m + length, device=attention_mask.device).expand(len(attention_mask), -1)
+    in_prompt = (place >= start) & (place < start + m)
+    return torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
+
+
+def insert(layout: Tensor, prompt: Tensor | int, text: Tensor) -> Tensor:
+    """Puts the virtual tokens' part of something among the text's.
+
+    Args:
+        layout: From :func:`prompt_layout`, ``[B, m + T]``.
+        prompt: What the virtual tokens have, ``[B, m, ...]``, or one number for all of them.
+        text: What the text's tokens have, ``[B, T, ...]``.
+
+    Returns:
+        Both in the layout's order, ``[B, m + T, ...]``.
+
+    Example:
+        >>> layout = prompt_layout(torch.tensor([[0, 1, 1]]), num_virtual_tokens=2)
+        >>> insert(layout, -1, torch.tensor([[7, 8, 9]]))
+        tensor([[ 7, -1, -1,  8,  9]])
+    """
+    if isinstance(prompt, int):
+        m = layout.shape[1] - text.shape[1]
+        prompt = text.new_full((len(text), m, *text.shape[2:]), prompt)
+    both = torch.cat([prompt, text], dim=1)
+    index = layout.view(*layout.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
+    return both.gather(1, index)
+
+
+def position_ids(attention_mask: Tensor, offset: int = 0) -> Tensor:
+    """Positions that count tokens and pass over padding.
+
+    Args:
+        attention_mask: ``[B, L]``.
+        offset: Position of the first token (2 in RoBERTa, whose positions start after its padding index).
+
+    Returns:
+        ``[B, L]``; padding before the text gets the first token's position, which nothing reads.
+
+    Example:
+        >>> position_ids(torch.tensor([[0, 1, 1], [1, 1, 0]]), offset=2)
+        tensor([[2, 2, 3],
+                [2, 3, 3]])
+    """
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0) + offset

@@ -1,0 +1,187 @@
+"""Where pretrained models and tokenizers come from: one loader for hub ids, folders and packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lopa_lightning.errors import LoPAError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Family = Literal["encoder", "masked_lm", "causal_lm"]
+
+_AUTO_CLASSES: dict[Family, Any] = {
+    "encoder": AutoModel,
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+}
+_PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class PretrainedSpec:
+    """A pretrained model and how to load it.
+
+    Args:
+        name: Hub id, folder, or ``package:NAME/FOLDER`` for weights inside an installed Python package.
+        revision: Branch, tag or commit on the hub.
+        dtype: Number format of the weights; ``auto`` takes the one they were saved in.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose.
+        trust_remote_code: Whether Python code that comes with the model may run.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def location(self) -> str:
+        """The hub id or folder that ``name`` stands for.
+
+        Raises:
+            LoPAError: If ``name`` is a package that is not installed, or has no such folder.
+        """
+        if not self.name.startswith(_PACKAGE):
+            return self.name
+        package, _, folder = self.name.removeprefix(_PACKAGE).partition("/")
+        # Found without an import: importing a package of weights may pull in another framework.
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise LoPAError(f"{self.name!r}: the Python package {package!r} is not installed (pip install it first)")
+        path = Path(found.submodule_search_locations[0], folder)
+        if not path.is_dir():
+            raise LoPAError(f"{self.name!r}: the Python package {package!r} has no folder {folder!r}")
+        return str(path)
+
+    def source_options(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` is told of where the files come from."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def load_config(spec: PretrainedSpec) -> PretrainedConfig:
+    """Reads a model's config.
+
+    Raises:
+        LoPAError: If there is no such model.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(spec.location(), **spec.source_options())
+        return config
+    except OSError as error:
+        raise _not_found("model", spec, error) from error
+
+
+def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
+    """Reads a model's tokenizer.
+
+    Raises:
+        LoPAError: If there is no such tokenizer, or it has no fast (Rust) version, which
+            truncation by characters needs.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(spec.location(), **spec.source_options())
+    except OSError as error:
+        raise _not_found("tokenizer", spec, error) from error
+    if not tokenizer.is_fast:
+        raise LoPAError(f"{spec.name!r} has no fast tokenizer (tokenizer.json), which is needed here")
+    return tokenizer
+
+
+def load_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+    """Loads pretrained weights.
+
+    Args:
+        spec: The model.
+        family: Which head it is to have: ``encoder`` none, ``masked_lm`` or ``causal_lm`` a language model's.
+
+    Returns:
+        The model in eval mode, every parameter without gradient.
+
+    Raises:
+        LoPAError: If there is no such model, its architecture has no such head, or the files lack
+            weights, which transformers would otherwise fill with random numbers.
+    """
+    config = load_config(spec)
+    options = {"dtype": spec.dtype, **_class_options(config, family)}
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    try:
+        model, report = _AUTO_CLASSES[family].from_pretrained(
+            spec.location(), config=config, output_loading_info=True, **options, **spec.source_options()
+        )
+    except OSError as error:
+        raise _not_found("model weights", spec, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise LoPAError(
+            f"{spec.name!r} was saved as {' or '.join(config.architectures or ['an unnamed architecture'])} and has no "
+            f"weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of {type(model).__name__}"
+            + ("" if family == "encoder" else "; without a language model head, use objective: head")
+        )
+    return freeze(model)
+
+
+def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+    """Builds a model without weights, on the ``meta`` device: its shapes at no cost.
+
+    Args:
+        spec: The model.
+        family: Which head it is to have.
+
+    Raises:
+        LoPAError: If there is no such model, or its architecture has no such head.
+    """
+    config = load_config(spec)
+    with torch.device("meta"):
+        model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
+            config, trust_remote_code=spec.trust_remote_code, **_class_options(config, family)
+        )
+    return freeze(model)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes the gradient from every parameter and switches dropout off."""
+    model.requires_grad_(False)
+    model.train(False)
+    return model
+
+
+def _class_options(config: PretrainedConfig, family: Family) -> dict[str, Any]:
+    """What the model's class must be told, found before its weights are read.
+
+    An encoder's pooler is left out: nothing here reads it, and most checkpoints lack its weights.
+    """
+    auto_class = _AUTO_CLASSES[family]
+    if config.is_encoder_decoder:
+        raise LoPAError(
+            f"{config.model_type!r} is an encoder-decoder model; a soft prompt here needs one stack of layers"
+        )
+    if type(config) not in auto_class._model_mapping:
+        if hasattr(config, "auto_map"):  # code of the model's own, which only trust_remote_code admits
+            return {}
+        raise LoPAError(
+            f"{config.model_type!r} models have no {family} version ({auto_class.__name__}) in transformers"
+        )
+    model_class = auto_class._model_mapping[type(config)]
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
+
+
+def _not_found(what: str, spec: PretrainedSpec, error: OSError) -> LoPAError:
+    reason = str(error).strip().splitlines()[0]
+    at = f" at revision {spec.revision!r}" if spec.revision else ""
+    return LoPAError(f"no {what} found for {spec.name!r}{at}: neither a folder nor a reachable hub id ({reason})")

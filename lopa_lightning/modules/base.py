@@ -1,0 +1,415 @@
+"""The LightningModule that pairs a frozen backbone with a trained prompt encoder."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.parsing import AttributeDict
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.backbone import Backbone
+from lopa_lightning.frozen.injection import Placement
+from lopa_lightning.frozen.instance import InstanceEncoder, InstanceEncoderSpec
+from lopa_lightning.frozen.loading import Family, PretrainedSpec, load_config, load_model, load_tokenizer, meta_model
+from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
+from lopa_lightning.modules.net import Batch, PromptedModel, Readout
+from lopa_lightning.modules.schedule import with_warmup
+from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
+from lopa_lightning.prompts.lopa import LoPA
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What is known of the model before any weight is read.
+
+    Attributes:
+        max_positions: Positions of the backbone; None if not limited.
+        prompt_encoder: The prompt encoder on the ``meta`` device: names and shapes without numbers.
+    """
+
+    max_positions: int | None
+    prompt_encoder: PromptEncoder
+
+
+class LoPALightningModule(LightningModule, ABC):
+    """A frozen backbone, shown a soft prompt for every instance.
+
+    A new task is a subclass with :meth:`configure_readout` and :meth:`loss`, and, where wanted,
+    :meth:`configure_metrics`, :meth:`predictions` and :meth:`predict_outputs`.
+
+    Nothing is loaded before :meth:`configure_model`. Frozen parts have no gradient, stay in eval
+    mode, and are neither in the optimizer nor in a checkpoint.
+
+    Args:
+        backbone: The frozen model.
+        prompt_encoder: Makes soft prompts; a class or partial that still wants ``(embedding_dim, instance_dim)``.
+        instance_encoder: The frozen model that reads instances; by default the backbone itself.
+        placement: Where virtual tokens go: ``before`` the text's first token, or ``after_first``.
+        frozen_dropout: Whether the backbone's own dropout is active in training.
+        optimizer: An optimizer that still wants parameters.
+        lr_scheduler: A scheduler that still wants an optimizer; stepped once for each optimizer step,
+            or after each validation if it is a ``ReduceLROnPlateau``.
+        warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run.
+        learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
+            ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``.
+
+    Raises:
+        TypeError: If an argument could not be stored in a checkpoint.
+    """
+
+    objective: Objective = "head"
+    """How an answer is read from the backbone; decides which head it is loaded with."""
+
+    eval_suffixes: tuple[str, ...] = ("",)
+    """Name suffix of each evaluation set."""
+
+    def __init__(
+        self,
+        backbone: PretrainedSpec,
+        prompt_encoder: PromptEncoderFactory = LoPA,
+        instance_encoder: InstanceEncoderSpec = InstanceEncoderSpec(),
+        placement: Placement = "before",
+        frozen_dropout: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: float = 0.0,
+        learning_rates: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self._make_hyperparameters_plain()
+        self.backbone_spec = backbone
+        self.make_prompt_encoder = prompt_encoder
+        self.instance_spec = instance_encoder
+        self.placement = placement
+        self.frozen_dropout = frozen_dropout
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.warmup = warmup
+        self.learning_rates = learning_rates or {}
+        self.net: PromptedModel | None = None
+        self.eval_metrics = nn.ModuleDict()
+        self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
+
+    # What a task defines
+
+    @abstractmethod
+    def configure_readout(self, backbone: Backbone) -> Readout:
+        """Builds what reads outputs from the backbone's hidden states.
+
+        Args:
+            backbone: The loaded backbone, for its sizes.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The training loss.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+            batch: With ``labels``.
+
+        Returns:
+            A scalar, the mean over the batch.
+        """
+
+    def configure_metrics(self) -> MetricCollection | None:
+        """Builds the metrics of one evaluation set; None to report the loss alone."""
+        return None
+
+    def official_metrics(self) -> list[str]:
+        """The metrics whose mean is logged as ``score``, the figure to choose a checkpoint by."""
+        return []
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What metrics compare with the labels.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+        """
+        return outputs
+
+    def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """One record for each example of what ``predict`` returned for a batch, as it is written to a file.
+
+        Args:
+            predicted: ``index`` and what :meth:`predict_outputs` gave.
+        """
+        return [dict(zip(predicted, values)) for values in zip(*(value.tolist() for value in predicted.values()))]
+
+    def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
+        """What ``predict`` returns for a batch, beside ``index``.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+        """
+        return {"outputs": outputs}
+
+    def task_identity(self) -> dict[str, Any]:
+        """What a checkpoint of this task must agree in, as plain data."""
+        return {"placement": self.placement}
+
+    # Building
+
+    @property
+    def family(self) -> Family:
+        """Which head the backbone is loaded with."""
+        return "encoder" if self.objective == "head" else self.objective
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return load_tokenizer(self.backbone_spec)
+
+    @functools.cached_property
+    def skeleton(self) -> Skeleton:
+        """The model's shapes, from configs alone."""
+        backbone = Backbone(meta_model(self.backbone_spec, self.family))
+        with torch.device("meta"):
+            prompt_encoder = self._build_prompt_encoder(backbone)
+        return Skeleton(backbone.max_positions, prompt_encoder)
+
+    @functools.cached_property
+    def text_spec(self) -> TextSpec:
+        """What a data module needs to tokenise for this module.
+
+        Raises:
+            LoPAError: If the virtual tokens leave no room for text, or a masked LM's tokenizer has no mask.
+        """
+        if self.objective == "masked_lm" and self.tokenizer.mask_token is None:
+            raise LoPAError(f"{self.backbone_spec.name!r} has no mask token; use objective: causal_lm or head")
+        prompt_encoder, limit = self.skeleton.prompt_encoder, self.skeleton.max_positions
+        m = prompt_encoder.num_virtual_tokens
+        if limit is not None and m >= limit:
+            raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
+        instance_tokenizer, instance_limit = None, None
+        if prompt_encoder.uses_instance:
+            spec = self.instance_spec
+            own = Backbone(meta_model(spec.pretrained(), "encoder")).max_positions if not spec.is_backbone else limit
+            instance_tokenizer = self.tokenizer if spec.is_backbone else load_tokenizer(spec.pretrained())
+            instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
+        return TextSpec(
+            self.tokenizer, None if limit is None else limit - m, self.objective, instance_tokenizer, instance_limit
+        )
+
+    def setup(self, stage: str) -> None:
+        """Checks what can be checked before weights are loaded.
+
+        Raises:
+            LoPAError: If a learning rate names no group, or the backbone cannot serve the objective.
+        """
+        self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
+        groups = {*self.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder"}
+        if unknown := sorted(set(self.learning_rates) - groups):
+            raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
+
+    def configure_model(self) -> None:
+        """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
+        if self.net is not None:
+            return
+        backbone = Backbone(load_model(self.backbone_spec, self.family), self.frozen_dropout, self.placement)
+        spec = self.backbone_spec
+        identity = {"name": spec.name, "revision": spec.revision, **ckpt.fingerprint(backbone.model)}
+        self._identity: dict[str, Any] = {"format": 1, "backbone": identity, "instance_encoder": None}
+        prompt_encoder = self._build_prompt_encoder(backbone)
+        prompt_encoder.initialize(vocabulary(self.tokenizer, backbone.embedding_table()))
+        instance_encoder = self._build_instance_encoder(backbone) if prompt_encoder.uses_instance else None
+        spec = ckpt.factory_spec(self.make_prompt_encoder)
+        lasting = {k: v for k, v in spec["init_args"].items() if k not in prompt_encoder.start_arguments}
+        self._identity["prompt_encoder"] = {"class_path": spec["class_path"], **lasting}
+        self._identity["task"] = self.task_identity()
+        self.net = PromptedModel(prompt_encoder, self.configure_readout(backbone), instance_encoder, backbone)
+        for stage in ("val", "test"):
+            for suffix in self.eval_suffixes:
+                if (metrics := self.configure_metrics()) is not None:
+                    self.eval_metrics[f"{stage}{suffix}"] = metrics
+        # Read by DistributedDataParallel: frozen tensors are the same on every rank and need not be sent.
+        trained = self._trained()
+        named = [*self.named_parameters(), *self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
+
+    def _build_prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
+        spec = self.instance_spec
+        own = None if spec.is_backbone else load_config(spec.pretrained())
+        instance_dim = backbone.hidden_dim if own is None else int(own.hidden_size)
+        return self.make_prompt_encoder(backbone.embedding_dim, instance_dim)
+
+    def _build_instance_encoder(self, backbone: Backbone) -> InstanceEncoder:
+        spec = self.instance_spec
+        model = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder")
+        facts = {"name": spec.name, "revision": spec.revision, "pooling": spec.pooling, "normalize": spec.normalize, "trainable": spec.trainable}
+        own = {} if spec.is_backbone else ckpt.fingerprint(model)
+        self._identity["instance_encoder"] = {**facts, **own}
+        return InstanceEncoder(model, spec, shared=spec.is_backbone)
+
+    def _make_hyperparameters_plain(self) -> None:
+        """Stores hyperparameters as plain data, in the form from which Lightning rebuilds a module."""
+        hparams = ckpt.plain(dict(self.hparams))
+        hparams["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+        self._hparams = AttributeDict(hparams)
+        self._hparams_initial = copy.deepcopy(self._hparams)
+
+    # Training
+
+    def _net(self) -> PromptedModel:
+        if self.net is None:
+            raise RuntimeError("the model is not loaded yet: call configure_model() first, or use a Trainer")
+        return self.net
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Outputs of a batch, see :class:`~lopa_lightning.modules.net.PromptedModel`."""
+        outputs: Tensor
+        outputs, _ = self._net()(batch)
+        return outputs
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes a step's randomness (dropout) depend on seed, epoch, step and rank alone.
+
+        A resumed run so draws what an uninterrupted one would have drawn.
+        """
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            key = f"{seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}".encode()
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        loss = self.loss(self(batch), batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
+        """Loss and metrics of a batch; returns its instance vectors for diagnostics."""
+        return self._evaluate("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
+        """Loss and metrics of a batch."""
+        return self._evaluate("test", batch, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Predictions of a batch, with ``index`` that ties each to its row."""
+        return {"index": batch["index"], **self.predict_outputs(self(batch))}
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics."""
+        self._log_metrics("test")
+
+    def _evaluate(self, stage: str, batch: Batch, dataloader_idx: int) -> dict[str, Tensor | None]:
+        name = f"{stage}{self.eval_suffixes[dataloader_idx]}"
+        outputs, instance = self._net()(batch)
+        size = len(batch["index"])
+        loss = self.loss(outputs, batch)
+        self.log(f"{name}/loss", loss, on_epoch=True, sync_dist=True, batch_size=size, add_dataloader_idx=False)
+        if name in self.eval_metrics:
+            cast(MetricCollection, self.eval_metrics[name]).update(self.predictions(outputs), batch["labels"])
+        return {"instance": instance}
+
+    def _log_metrics(self, stage: str) -> None:
+        for suffix in self.eval_suffixes:
+            name = f"{stage}{suffix}"
+            if name not in self.eval_metrics:
+                continue
+            metrics = cast(MetricCollection, self.eval_metrics[name])
+            values = {key: value.float() for key, value in metrics.compute().items()}
+            metrics.reset()
+            if official := self.official_metrics():
+                values["score"] = torch.stack([values[key] for key in official]).mean()
+            for key, value in values.items():
+                self.log(f"{name}/{key}", value, prog_bar=key == "score")
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the trained groups, with its scheduler and warm-up."""
+        groups = [
+            {"name": name, "params": params, **({"lr": rate} if (rate := self.learning_rates.get(name)) else {})}
+            for name, params in self._net().parameter_groups().items()
+        ]
+        optimizer = self.make_optimizer(groups)
+        steps = self.warmup
+        if 0 < steps < 1:
+            steps = round(steps * self.trainer.estimated_stepping_batches)
+        scheduler = with_warmup(optimizer, self.make_lr_scheduler, int(steps))
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    # Checkpoints
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained tensors, and nothing else."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        return {prefix + name: state[prefix + name] for name in self._trained()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads the trained tensors.
+
+        Args:
+            state_dict: Exactly the trained tensors.
+            strict: Ignored: names and shapes are always checked.
+            assign: See torch.
+
+        Raises:
+            LoPAError: If names or shapes differ.
+        """
+        ckpt.check_tensors(state_dict, self._trained())
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        # With nothing missing and nothing unexpected, as Lightning asks: the frozen weights were never meant.
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rebuilds a module from a checkpoint alone; the frozen models are loaded by the names in it.
+
+        Args:
+            checkpoint_path: The ``.ckpt`` file.
+            *args: See Lightning.
+            **kwargs: See Lightning. ``weights_only`` is always True: no code runs from a checkpoint.
+
+        Raises:
+            LoPAError: If the checkpoint's class is not imported, or the frozen models found under the
+                names in it are not its own.
+        """
+        made_by = _class_of(torch.load(checkpoint_path, map_location="cpu", weights_only=True))
+        if not issubclass(made_by, cls):
+            raise LoPAError(f"{checkpoint_path} was made by {made_by.__qualname__}, which is no {cls.__qualname__}")
+        load = super(LoPALightningModule, made_by).load_from_checkpoint
+        return load(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the identity of the frozen parts."""
+        checkpoint[ckpt.IDENTITY_KEY] = self._identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another backbone, encoder, method or task."""
+        ckpt.check_identity(checkpoint.get(ckpt.IDENTITY_KEY), self._identity)
+
+
+def _class_of(checkpoint: Mapping[str, Any]) -> type[LoPALightningModule]:
+    """The class that made a checkpoint, looked up among what is imported: a file must not choose what to import."""
+    class_path = checkpoint.get(LoPALightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path", "")
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, LoPALightningModule)):
+        raise LoPAError(f"the checkpoint's class {class_path!r} is not a LoPALightningModule that is imported here")
+    return found

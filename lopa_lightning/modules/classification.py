@@ -1,0 +1,136 @@
+"""Classification and regression of texts, with a language model's own words or a trained head."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.evaluation.metrics import build_metrics
+from lopa_lightning.frozen.backbone import Backbone
+from lopa_lightning.frozen.instance import Pooling
+from lopa_lightning.frozen.text import Objective, label_word_ids
+from lopa_lightning.modules.base import LoPALightningModule
+from lopa_lightning.modules.net import Batch, HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.task import TextTask
+
+
+class ClassificationModule(LoPALightningModule):
+    """Assigns a label (or, for regression, a number) to every text.
+
+    Args:
+        objective: ``masked_lm``: the label words' logits at the template's mask, the published setting;
+            ``causal_lm``: the same at the last position; ``head``: a trained linear layer, for backbones
+            without a language model head, and for regression.
+        head_pooling: What the trained head reads, over the text's own tokens.
+        task: Labels, words and metrics; None to take the data module's.
+        **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
+
+    Raises:
+        LoPAError: If ``objective`` is unknown.
+    """
+
+    def __init__(
+        self,
+        objective: Objective = "masked_lm",
+        head_pooling: Pooling = "mean",
+        task: TextTask | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if objective not in get_args(Objective):
+            raise LoPAError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
+        self.objective = objective
+        self.head_pooling = head_pooling
+        self._set_task(task)
+
+    def _set_task(self, task: TextTask | None) -> None:
+        self.task = task
+        self.eval_suffixes = tuple(task.suffixes) if task is not None else ("",)
+        self.hparams["task"] = ckpt.plain(task)
+
+    def _required_task(self) -> TextTask:
+        if self.task is None:
+            raise LoPAError("ClassificationModule needs a task: give one, or use a data module that has one")
+        return self.task
+
+    def setup(self, stage: str) -> None:
+        """Takes the task from the data module and checks it, before weights are loaded.
+
+        Raises:
+            LoPAError: If there is no task, the data's labels are others than the module's, or the
+                objective cannot serve the task.
+        """
+        super().setup(stage)
+        data_task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
+        if self.task is None:
+            self._set_task(data_task)
+        task = self._required_task()
+        if data_task is not None and data_task.labels != task.labels:
+            raise LoPAError(
+                f"the model's labels are {task.labels}, the data's {data_task.labels}; they must be the same"
+            )
+        if self.objective == "head":
+            return
+        if task.is_regression:
+            raise LoPAError(f"objective {self.objective!r} answers with words; regression needs objective: head")
+        if task.words is None:
+            raise LoPAError(f"objective {self.objective!r} needs label words, one for each of {task.labels}")
+        self._word_ids(task.words)
+
+    def _word_ids(self, words: list[str]) -> list[int]:
+        return label_word_ids(self.tokenizer, words)
+
+    def configure_readout(self, backbone: Backbone) -> Readout:
+        """Label words at the mask or at the end, or a trained head."""
+        task = self._required_task()
+        if self.objective == "head":
+            return HeadReadout(backbone.hidden_dim, task.num_outputs, self.head_pooling)
+        mask_id = self.tokenizer.mask_token_id if self.objective == "masked_lm" else None
+        return LabelWordReadout(self._word_ids(task.words or []), mask_id)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy over the labels, or squared error."""
+        if self._required_task().is_regression:
+            return F.mse_loss(outputs.squeeze(-1).float(), batch["labels"].float())
+        return F.cross_entropy(outputs.float(), batch["labels"])
+
+    def configure_metrics(self) -> MetricCollection:
+        """The task's official metrics, and with classes accuracy and the majority class's share."""
+        task = self._required_task()
+        return build_metrics(task.official_metrics, len(task.labels))
+
+    def official_metrics(self) -> list[str]:
+        """The task's."""
+        return self._required_task().official_metrics
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Class indices ``[B]``, or numbers ``[B]``."""
+        return outputs.squeeze(-1).float() if self._required_task().is_regression else outputs.argmax(-1)
+
+    def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
+        """``probabilities [B, labels]``, or ``value [B]``."""
+        if self._required_task().is_regression:
+            return {"value": outputs.squeeze(-1).float()}
+        return {"probabilities": torch.softmax(outputs.float(), -1)}
+
+    def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """Records with ``index``, and ``label`` and ``probabilities`` by name, or ``value``."""
+        rows = super().prediction_rows(predicted)
+        labels = self._required_task().labels
+        for row in rows:
+            if labels:
+                named = dict(zip(labels, row.pop("probabilities")))
+                row |= {"label": max(named, key=lambda label: named[label]), "probabilities": named}
+        return rows
+
+    def task_identity(self) -> dict[str, Any]:
+        """Placement, objective, labels and what reads them."""
+        task = self._required_task()
+        reads = {"head_pooling": self.head_pooling} if self.objective == "head" else {"words": task.words}
+        return {**super().task_identity(), "objective": self.objective, "labels": task.labels, **reads}

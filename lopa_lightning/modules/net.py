@@ -1,0 +1,135 @@
+"""The way from a batch to outputs, as one torch module, and the read-outs at its end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lopa_lightning.frozen.backbone import Backbone, PromptedStates
+from lopa_lightning.frozen.instance import InstanceEncoder, Pooling, pool
+from lopa_lightning.prompts.base import PromptEncoder
+
+Batch = Mapping[str, Tensor]
+
+
+class Readout(nn.Module, ABC):
+    """Reads an answer from the backbone's hidden states. Its parameters, if any, are trained."""
+
+    @abstractmethod
+    def forward(self, states: PromptedStates, backbone: Backbone) -> Tensor:
+        """Makes outputs of hidden states.
+
+        Args:
+            states: What the backbone computed.
+            backbone: The backbone, for its language model head.
+
+        Returns:
+            Outputs, ``[B, ...]``.
+        """
+
+
+class LabelWordReadout(Readout):
+    """Logits of the label words at one place: no other token's logit is computed.
+
+    Args:
+        word_ids: Token id of each label's word.
+        mask_id: Read at this token (a masked LM's); None to read at the text's last token (a causal LM's).
+    """
+
+    word_ids: Tensor
+
+    def __init__(self, word_ids: list[int], mask_id: int | None) -> None:
+        super().__init__()
+        self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
+        self.mask_id = mask_id
+
+    def forward(self, states: PromptedStates, backbone: Backbone) -> Tensor:
+        """Logits ``[B, labels]``."""
+        place = states.text_mask if self.mask_id is None else (states.input_ids == self.mask_id).long()
+        return backbone.label_logits(pool(states.hidden, place, "last"), self.word_ids)
+
+
+class HeadReadout(Readout):
+    """A trained linear layer on the pooled hidden states of the text's own tokens.
+
+    Args:
+        hidden_dim: Width h of the hidden states.
+        num_outputs: Classes, or 1 for regression.
+        pooling: How hidden states become one vector.
+    """
+
+    def __init__(self, hidden_dim: int, num_outputs: int, pooling: Pooling = "mean") -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.linear = nn.Linear(hidden_dim, num_outputs)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: PromptedStates, backbone: Backbone) -> Tensor:
+        """Outputs ``[B, num_outputs]``."""
+        outputs: Tensor = self.linear(pool(states.hidden, states.text_mask, self.pooling).float())
+        return outputs
+
+
+class PromptedModel(nn.Module):
+    """Prompt encoder and read-out, instance encoder, backbone.
+
+    What is trained is registered first: optimizer states keyed over all parameters and those keyed
+    over the trained ones alone then number the trained ones alike.
+
+    Args:
+        prompt_encoder: Makes the soft prompts.
+        readout: Reads the answer.
+        instance_encoder: Makes instance vectors; None if the prompt encoder reads none.
+        backbone: The frozen model.
+    """
+
+    def __init__(
+        self,
+        prompt_encoder: PromptEncoder,
+        readout: Readout,
+        instance_encoder: InstanceEncoder | None,
+        backbone: Backbone,
+    ) -> None:
+        super().__init__()
+        self.prompt_encoder = prompt_encoder
+        self.readout = readout
+        self.instance_encoder = instance_encoder
+        self.backbone = backbone
+
+    def encode_instance(self, batch: Batch) -> Tensor | None:
+        """Instance vectors ``[B, e]``: the batch's own if it has them, else computed."""
+        if self.instance_encoder is None:
+            return None
+        if "instance" in batch:
+            return batch["instance"]
+        vectors: Tensor = self.instance_encoder(batch["instance_input_ids"], batch["instance_attention_mask"])
+        return vectors
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """From ids to outputs.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and optionally ``token_type_ids`` ``[B, T]``, and
+                ``instance [B, e]`` or ``instance_input_ids``, ``instance_attention_mask`` ``[B, S]``.
+
+        Returns:
+            The read-out's outputs, and the instance vectors (None without an instance encoder).
+        """
+        instance = self.encode_instance(batch)
+        prompt = self.prompt_encoder(instance)
+        states = self.backbone(prompt, batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+        return self.readout(states, self.backbone), instance
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All trained parameters by group: the prompt encoder's own, ``head`` and ``instance_encoder``."""
+        groups = dict(self.prompt_encoder.parameter_groups())
+        rest = {"head": self.readout, "instance_encoder": self.instance_encoder}
+        for name, part in rest.items():
+            trained = [p for p in part.parameters() if p.requires_grad] if part is not None else []
+            if trained:
+                groups[name] = trained
+        return groups

@@ -1,0 +1,36 @@
+"""Learning rate schedules: warm-up before any of torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, SequentialLR
+
+from lopa_lightning.errors import LoPAError
+
+
+def with_warmup(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, steps: int) -> dict[str, Any] | None:
+    """Builds what Lightning is told of the schedule.
+
+    Args:
+        optimizer: Its groups' learning rates are the ones after warm-up.
+        make_scheduler: A scheduler that still wants the optimizer; None for a constant rate.
+        steps: Optimizer steps over which rates rise linearly, from 1 / (steps + 1) of their value.
+
+    Returns:
+        Lightning's scheduler config, or None if the rate is constant from the first step.
+
+    Raises:
+        LoPAError: If a warm-up is to precede a ``ReduceLROnPlateau``, which is not stepped by count.
+    """
+    scheduler = make_scheduler(optimizer) if make_scheduler is not None else None
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if steps:
+            raise LoPAError("warmup cannot precede ReduceLROnPlateau; set warmup: 0 or choose another lr_scheduler")
+        return {"scheduler": scheduler, "monitor": scheduler.monitor}
+    if steps:
+        rise = LinearLR(optimizer, start_factor=1 / (steps + 1), total_iters=steps)
+        scheduler = rise if scheduler is None else SequentialLR(optimizer, [rise, scheduler], milestones=[steps])
+    return None if scheduler is None else {"scheduler": scheduler, "interval": "step"}

@@ -1,0 +1,81 @@
+"""Z_S: the virtual tokens that all instances of a task share, and what they start from."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.prompts.base import Vocabulary, positive
+
+PromptInit = Literal["vocabulary", "text", "normal"]
+
+
+class SharedPrompt(nn.Module):
+    """A learned matrix of virtual tokens, ``[m, d]``.
+
+    Args:
+        num_virtual_tokens: Number m of virtual tokens.
+        embedding_dim: Width d of the backbone's input embeddings.
+        init: Start values. ``vocabulary``: embeddings of randomly drawn ordinary tokens (Lester et
+            al. 2021); ``text``: embeddings of the tokens of ``init_text``, repeated or cut to m;
+            ``normal``: N(0, ``init_std``²).
+        init_text: The text of ``init="text"``.
+        init_std: Standard deviation of ``init="normal"``.
+        scale: Factor on embeddings taken from the vocabulary or a text. A method that halves the
+            virtual tokens at the start asks for 2, and the first soft prompt has the embeddings' scale.
+
+    Raises:
+        LoPAError: If ``init`` is unknown, or ``init_text`` is given without ``init="text"`` or missing with it.
+
+    Example:
+        >>> SharedPrompt(5, 8, init="normal").weight.shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        embedding_dim: int,
+        init: PromptInit = "vocabulary",
+        init_text: str | None = None,
+        init_std: float = 1.0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if init not in get_args(PromptInit):
+            raise LoPAError(f"init must be one of {', '.join(get_args(PromptInit))}, got {init!r}")
+        if (init == "text") != (init_text is not None):
+            raise LoPAError(f"init_text and init='text' go together, got init={init!r} and init_text={init_text!r}")
+        self.init, self.init_text, self.scale = init, init_text, scale
+        shape = positive("num_virtual_tokens", num_virtual_tokens), positive("embedding_dim", embedding_dim)
+        self.weight = nn.Parameter(torch.empty(shape))
+        nn.init.normal_(self.weight, std=init_std)
+
+    @torch.no_grad()
+    def initialize(self, vocabulary: Vocabulary | None) -> None:
+        """Takes the start values from the vocabulary, unless they are drawn from a normal distribution.
+
+        Raises:
+            LoPAError: If the backbone has no vocabulary to start from, or ``init_text`` has no tokens.
+        """
+        if self.init == "normal":
+            return
+        if vocabulary is None:
+            raise LoPAError(f"init={self.init!r} needs a backbone with a vocabulary; use init='normal'")
+        ids = self._start_ids(vocabulary).to(vocabulary.embeddings.device)
+        self.weight.copy_(self.scale * vocabulary.embeddings[ids].to(self.weight))
+
+    def _start_ids(self, vocabulary: Vocabulary) -> Tensor:
+        m = len(self.weight)
+        if self.init_text is None:
+            ordinary = torch.as_tensor(vocabulary.ordinary_ids)
+            # Without repetition where the vocabulary allows it, so that no two virtual tokens start alike.
+            rounds = [torch.randperm(len(ordinary)) for _ in range(-(-m // len(ordinary)))]
+            return ordinary[torch.cat(rounds)[:m]]
+        ids = vocabulary.encode(self.init_text)
+        if not ids:
+            raise LoPAError(f"init_text {self.init_text!r} has no tokens")
+        return torch.tensor((ids * m)[:m])

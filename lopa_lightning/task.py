@@ -1,0 +1,53 @@
+"""What data and model must agree on: the labels, their words, and how answers are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lopa_lightning.errors import LoPAError
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A classification or regression task on text.
+
+    Args:
+        labels: Names of the classes, in the order of their indices; empty for regression.
+        words: The verbalizer: one word for each label, for the objectives that read a language model head.
+        metrics: Official metrics, see :func:`lopa_lightning.evaluation.metrics.build_metrics`.
+        eval_sets: Name suffixes of the evaluation sets; MNLI has two.
+
+    Raises:
+        LoPAError: If there is one label only, labels or words repeat, or their numbers differ.
+    """
+
+    labels: list[str]
+    words: list[str] | None = None
+    metrics: list[str] | None = None
+    eval_sets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
+            raise LoPAError(f"labels must be at least two different names, or none for regression; got {self.labels}")
+        if self.words is not None and len(self.words) != len(self.labels):
+            raise LoPAError(f"there must be one word for each label, got labels {self.labels} and words {self.words}")
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the answer is a number."""
+        return not self.labels
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that the model gives for an example."""
+        return len(self.labels) or 1
+
+    @property
+    def official_metrics(self) -> list[str]:
+        """The metrics whose mean is the task's score."""
+        return self.metrics or (["pearson", "spearman"] if self.is_regression else ["accuracy"])
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Name suffixes of the evaluation sets; one without a suffix where none is given."""
+        return self.eval_sets or [""]

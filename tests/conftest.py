@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REAL_DATA = Path(os.environ.get("LOPA_REAL_DATA", "../shared/hub/datasets"))
+REAL_MODELS = Path(os.environ.get("LOPA_REAL_MODELS", "~/.cache/lopa-real-models")).expanduser()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests tokenise must not be found by later runs, nor lie in the user's cache."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``seed_everything`` leaves a variable behind, which changes what later tests do."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Folder of a tiny model: ``bert``, ``bert_base`` (without a language model head), ``roberta``, ``gpt2``, ``llama``."""
+    from tests.tiny import save_tiny
+
+    made: dict[str, str] = {}
+
+    def folder(kind: str) -> str:
+        if kind not in made:
+            made[kind] = save_tiny(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], str]:
+    """Folder of a real data set by its hub id."""
+
+    def folder(name: str) -> str:
+        path = REAL_DATA / name
+        if not path.is_dir():
+            pytest.skip(f"real data {name} is not at {path} (set LOPA_REAL_DATA to a folder that has it)")
+        return str(path)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], str]:
+    """Folder of a real model by its hub id."""
+
+    def folder(name: str) -> str:
+        path = REAL_MODELS / name
+        if not path.is_dir():
+            pytest.skip(f"real model {name} is not at {path} (set LOPA_REAL_MODELS to a folder that has it)")
+        return str(path)
+
+    return folder
