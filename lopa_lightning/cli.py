@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
@@ -29,6 +30,12 @@ _CHECKPOINT_DEFAULTS = {"monitor": "val/score", "mode": "max", "filename": "best
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # the frozen ones, as they should be
+    r".*does not have many workers",  # batches of token ids are made faster than they could be handed over
+    r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's own use of torch
+)
+
 
 class Parser(LightningArgumentParser):
     """Says what was misspelt in a line or two, not in a page of usage."""
@@ -43,7 +50,8 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
     def _hint(self, misspelt: str, message: str) -> str | None:
-        known = {action.dest for action in self._actions}
+        parsers = [self, *getattr(self._subcommands_action, "_name_parser_map", {}).values()]
+        known = {action.dest for parser in parsers for action in parser._actions}
         for class_path in _CLASS_PATH.findall(message):
             known |= set(_parameters(class_path))
         # By the part that is wrong: of model.init_args.rnak that is rnak, of trainer.max_epoch max_epoch.
@@ -105,13 +113,23 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments; None for the command line's.
     """
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     try:
         LoPACLI(args=args)
-    except LoPAError as error:
-        if os.environ.get("LOPA_TRACEBACK"):
+    except Exception as error:
+        ours = _cause(error)
+        if ours is None or os.environ.get("LOPA_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {ours}\n")
         raise SystemExit(1) from error
+
+
+def _cause(error: BaseException | None) -> LoPAError | None:
+    """The LoPAError behind an exception: the parser wraps what a class raises when it is built."""
+    while error is not None and not isinstance(error, LoPAError):
+        error = error.__cause__
+    return error
 
 
 if __name__ == "__main__":

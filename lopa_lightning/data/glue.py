@@ -122,8 +122,8 @@ class GLUEDataModule(TextClassificationDataModule):
         if task not in GLUE_TASKS:
             raise LoPAError(f"task must be one of {', '.join(GLUE_TASKS)}, got {task!r}")
         row = self.row = GLUE_TASKS[task]
-        kwargs.setdefault("template", row.template)
-        kwargs.setdefault("causal_template", row.causal)
+        kwargs["template"] = kwargs.get("template") or row.template
+        kwargs["causal_template"] = kwargs.get("causal_template") or row.causal
         super().__init__(
             path=path, name=task, labels=row.labels, words=row.words or None, metrics=row.metrics, **kwargs
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class TextClassificationDataModule(TextDataModule):
         splits: Role (``train``, ``val``, ``test``, ``predict``) to the split that serves it. By default
             ``train``, ``validation``, ``test`` and again ``test``.
         validation_fraction: Share of the training split to validate on, where there is no validation split.
-        train_subset: Train on that many examples, drawn at random.
+        max_train_examples: Train on at most that many examples, drawn at random.
         shots_per_label: Train on that many examples of each label, drawn at random.
         subset_seed: Of these draws.
         **kwargs: See :class:`~lopa_lightning.data.base.TextDataModule`.
@@ -64,7 +65,7 @@ class TextClassificationDataModule(TextDataModule):
         metrics: Sequence[str] | None = None,
         splits: dict[str, str] | None = None,
         validation_fraction: float = 0.1,
-        train_subset: int | None = None,
+        max_train_examples: int | None = None,
         shots_per_label: int | None = None,
         subset_seed: int = 0,
         **kwargs: Any,
@@ -72,8 +73,11 @@ class TextClassificationDataModule(TextDataModule):
         super().__init__(**kwargs)
         if (path is None) == (data_files is None):
             raise LoPAError(f"give either path or data_files, got path={path!r} and data_files={data_files!r}")
-        if train_subset is not None and shots_per_label is not None:
-            raise LoPAError("give train_subset or shots_per_label, not both")
+        if max_train_examples is not None and shots_per_label is not None:
+            raise LoPAError("give max_train_examples or shots_per_label, not both")
+        for option, value in {"max_train_examples": max_train_examples, "shots_per_label": shots_per_label}.items():
+            if value is not None and value < 1:
+                raise LoPAError(f"{option} must be at least 1, got {value}")
         if not 0 < validation_fraction < 1:
             raise LoPAError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
         if label_values is not None and len(label_values) != len(labels):
@@ -94,7 +98,11 @@ class TextClassificationDataModule(TextDataModule):
         self.splits = {**roles, **(splits or {})}
         self.named_splits = set(splits or {})
         self.validation_fraction = validation_fraction
-        self.train_subset, self.shots_per_label, self.subset_seed = train_subset, shots_per_label, subset_seed
+        self.max_train_examples, self.shots_per_label, self.subset_seed = (
+            max_train_examples,
+            shots_per_label,
+            subset_seed,
+        )
 
     def raw(self) -> DatasetDict:
         """All splits as they are stored.
@@ -157,10 +165,8 @@ class TextClassificationDataModule(TextDataModule):
 
     def _training_subset(self, data: Dataset) -> Dataset:
         random = np.random.default_rng(self.subset_seed)
-        if self.train_subset is not None:
-            if self.train_subset > len(data):
-                raise LoPAError(f"train_subset asks for {self.train_subset} examples, there are {len(data)}")
-            chosen = [random.permutation(len(data))[: self.train_subset]]
+        if self.max_train_examples is not None:
+            chosen = [random.permutation(len(data))[: self.max_train_examples]]
             return _select(data, chosen)
         if self.shots_per_label is None:
             return data
@@ -198,9 +204,7 @@ def _reader_of(data_files: dict[str, str | list[str]]) -> dict[str, Any]:
         LoPAError: If a file is not there, or endings are unknown or mixed.
     """
     files = [file for entry in data_files.values() for file in ([entry] if isinstance(entry, str) else entry)]
-    if missing := [
-        file for file in files if "://" not in file and not any(Path().glob(file)) and not Path(file).exists()
-    ]:
+    if missing := [file for file in files if "://" not in file and not glob.glob(file)]:
         raise LoPAError(f"no such file: {', '.join(missing)}")
     endings = {Path(file).suffix for file in files}
     readers = {_READERS.get(ending) for ending in endings}

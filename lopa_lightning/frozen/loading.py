@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from lopa_lightning.errors import LoPAError
 
@@ -122,9 +125,10 @@ def load_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     try:
-        model, report = _AUTO_CLASSES[family].from_pretrained(
-            spec.location(), config=config, output_loading_info=True, **options, **spec.source_options()
-        )
+        with _quiet():
+            model, report = _AUTO_CLASSES[family].from_pretrained(
+                spec.location(), config=config, output_loading_info=True, **options, **spec.source_options()
+            )
     except OSError as error:
         raise _not_found("model weights", spec, error) from error
     if missing := sorted(report["missing_keys"]):
@@ -152,6 +156,17 @@ def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
             config, trust_remote_code=spec.trust_remote_code, **_class_options(config, family)
         )
     return freeze(model)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' report on unused weights: a head that is left out is left out on purpose."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

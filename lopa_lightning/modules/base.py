@@ -9,7 +9,6 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,26 +23,14 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.injection import Placement
-from lopa_lightning.frozen.instance import InstanceEncoder, InstanceEncoderSpec
-from lopa_lightning.frozen.loading import Family, PretrainedSpec, load_config, load_model, load_tokenizer, meta_model
-from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
+from lopa_lightning.frozen.instance import InstanceEncoderSpec
+from lopa_lightning.frozen.loading import PretrainedSpec
+from lopa_lightning.frozen.text import Objective, TextSpec
+from lopa_lightning.modules.build import Builder
 from lopa_lightning.modules.net import Batch, PromptedModel, Readout
 from lopa_lightning.modules.schedule import with_warmup
-from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
+from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """What is known of the model before any weight is read.
-
-    Attributes:
-        max_positions: Positions of the backbone; None if not limited.
-        prompt_encoder: The prompt encoder on the ``meta`` device: names and shapes without numbers.
-    """
-
-    max_positions: int | None
-    prompt_encoder: PromptEncoder
 
 
 class LoPALightningModule(LightningModule, ABC):
@@ -166,46 +153,20 @@ class LoPALightningModule(LightningModule, ABC):
 
     # Building
 
-    @property
-    def family(self) -> Family:
-        """Which head the backbone is loaded with."""
-        return "encoder" if self.objective == "head" else self.objective
-
     @functools.cached_property
+    def builder(self) -> Builder:
+        """What builds the parts, and knows their sizes before."""
+        return Builder(self.backbone_spec, self.make_prompt_encoder, self.instance_spec, self.objective)
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer."""
-        return load_tokenizer(self.backbone_spec)
+        return self.builder.tokenizer
 
-    @functools.cached_property
-    def skeleton(self) -> Skeleton:
-        """The model's shapes, from configs alone."""
-        backbone = Backbone(meta_model(self.backbone_spec, self.family))
-        with torch.device("meta"):
-            prompt_encoder = self._build_prompt_encoder(backbone)
-        return Skeleton(backbone.max_positions, prompt_encoder)
-
-    @functools.cached_property
+    @property
     def text_spec(self) -> TextSpec:
-        """What a data module needs to tokenise for this module.
-
-        Raises:
-            LoPAError: If the virtual tokens leave no room for text, or a masked LM's tokenizer has no mask.
-        """
-        if self.objective == "masked_lm" and self.tokenizer.mask_token is None:
-            raise LoPAError(f"{self.backbone_spec.name!r} has no mask token; use objective: causal_lm or head")
-        prompt_encoder, limit = self.skeleton.prompt_encoder, self.skeleton.max_positions
-        m = prompt_encoder.num_virtual_tokens
-        if limit is not None and m >= limit:
-            raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
-        instance_tokenizer, instance_limit = None, None
-        if prompt_encoder.uses_instance:
-            spec = self.instance_spec
-            own = Backbone(meta_model(spec.pretrained(), "encoder")).max_positions if not spec.is_backbone else limit
-            instance_tokenizer = self.tokenizer if spec.is_backbone else load_tokenizer(spec.pretrained())
-            instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
-        return TextSpec(
-            self.tokenizer, None if limit is None else limit - m, self.objective, instance_tokenizer, instance_limit
-        )
+        """What a data module needs to tokenise for this module."""
+        return self.builder.text_spec
 
     def setup(self, stage: str) -> None:
         """Checks what can be checked before weights are loaded.
@@ -214,7 +175,7 @@ class LoPALightningModule(LightningModule, ABC):
             LoPAError: If a learning rate names no group, or the backbone cannot serve the objective.
         """
         self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
-        groups = {*self.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder"}
+        groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
 
@@ -222,40 +183,18 @@ class LoPALightningModule(LightningModule, ABC):
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
         if self.net is not None:
             return
-        backbone = Backbone(load_model(self.backbone_spec, self.family), self.frozen_dropout, self.placement)
-        spec = self.backbone_spec
-        identity = {"name": spec.name, "revision": spec.revision, **ckpt.fingerprint(backbone.model)}
-        self._identity: dict[str, Any] = {"format": 1, "backbone": identity, "instance_encoder": None}
-        prompt_encoder = self._build_prompt_encoder(backbone)
-        prompt_encoder.initialize(vocabulary(self.tokenizer, backbone.embedding_table()))
-        instance_encoder = self._build_instance_encoder(backbone) if prompt_encoder.uses_instance else None
-        spec = ckpt.factory_spec(self.make_prompt_encoder)
-        lasting = {k: v for k, v in spec["init_args"].items() if k not in prompt_encoder.start_arguments}
-        self._identity["prompt_encoder"] = {"class_path": spec["class_path"], **lasting}
-        self._identity["task"] = self.task_identity()
-        self.net = PromptedModel(prompt_encoder, self.configure_readout(backbone), instance_encoder, backbone)
-        for stage in ("val", "test"):
-            for suffix in self.eval_suffixes:
-                if (metrics := self.configure_metrics()) is not None:
-                    self.eval_metrics[f"{stage}{suffix}"] = metrics
+        parts = self.builder.load(self.placement, self.frozen_dropout)
+        self._identity: dict[str, Any] = {**parts.identity, "task": self.task_identity()}
+        readout = self.configure_readout(parts.backbone)
+        self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
+        self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
+        for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
+            if (metrics := self.configure_metrics()) is not None:
+                self.eval_metrics[name] = metrics
         # Read by DistributedDataParallel: frozen tensors are the same on every rank and need not be sent.
         trained = self._trained()
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
-
-    def _build_prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
-        spec = self.instance_spec
-        own = None if spec.is_backbone else load_config(spec.pretrained())
-        instance_dim = backbone.hidden_dim if own is None else int(own.hidden_size)
-        return self.make_prompt_encoder(backbone.embedding_dim, instance_dim)
-
-    def _build_instance_encoder(self, backbone: Backbone) -> InstanceEncoder:
-        spec = self.instance_spec
-        model = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder")
-        facts = {"name": spec.name, "revision": spec.revision, "pooling": spec.pooling, "normalize": spec.normalize, "trainable": spec.trainable}
-        own = {} if spec.is_backbone else ckpt.fingerprint(model)
-        self._identity["instance_encoder"] = {**facts, **own}
-        return InstanceEncoder(model, spec, shared=spec.is_backbone)
 
     def _make_hyperparameters_plain(self) -> None:
         """Stores hyperparameters as plain data, in the form from which Lightning rebuilds a module."""

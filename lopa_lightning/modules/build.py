@@ -1,0 +1,147 @@
+"""From specs to loaded parts: what is known from configs alone, and what weights are needed for."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.backbone import Backbone
+from lopa_lightning.frozen.injection import Placement
+from lopa_lightning.frozen.instance import InstanceEncoder, InstanceEncoderSpec
+from lopa_lightning.frozen.loading import Family, PretrainedSpec, load_config, load_model, load_tokenizer, meta_model
+from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
+from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What is known of the model before any weight is read.
+
+    Attributes:
+        max_positions: Positions of the backbone; None if not limited.
+        prompt_encoder: The prompt encoder on the ``meta`` device: names and shapes without numbers.
+    """
+
+    max_positions: int | None
+    prompt_encoder: PromptEncoder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The loaded parts.
+
+    Attributes:
+        backbone: The frozen model.
+        prompt_encoder: With its start values.
+        instance_encoder: None if the prompt encoder reads no instance.
+        identity: What a checkpoint says of all three, see :mod:`lopa_lightning.checkpoint`.
+    """
+
+    backbone: Backbone
+    prompt_encoder: PromptEncoder
+    instance_encoder: InstanceEncoder | None
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds the parts of a module. Nothing is read before it is asked for.
+
+    Attributes:
+        backbone: The frozen model.
+        make_prompt_encoder: Still wants ``(embedding_dim, instance_dim)``.
+        instance_encoder: The model that reads instances.
+        objective: How an answer is read.
+    """
+
+    backbone: PretrainedSpec
+    make_prompt_encoder: PromptEncoderFactory
+    instance_encoder: InstanceEncoderSpec
+    objective: Objective
+
+    @property
+    def family(self) -> Family:
+        """Which head the backbone is loaded with."""
+        return "encoder" if self.objective == "head" else self.objective
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return load_tokenizer(self.backbone)
+
+    @functools.cached_property
+    def skeleton(self) -> Skeleton:
+        """The model's shapes, from configs alone."""
+        backbone = Backbone(meta_model(self.backbone, self.family))
+        with torch.device("meta"):
+            prompt_encoder = self._prompt_encoder(backbone)
+        return Skeleton(backbone.max_positions, prompt_encoder)
+
+    @functools.cached_property
+    def text_spec(self) -> TextSpec:
+        """What a data module needs to tokenise for this model.
+
+        Raises:
+            LoPAError: If the virtual tokens leave no room for text, or a masked LM's tokenizer has no mask.
+        """
+        if self.objective == "masked_lm" and self.tokenizer.mask_token is None:
+            raise LoPAError(f"{self.backbone.name!r} has no mask token; use objective: causal_lm or head")
+        prompt_encoder, limit = self.skeleton.prompt_encoder, self.skeleton.max_positions
+        m = prompt_encoder.num_virtual_tokens
+        if limit is not None and m >= limit:
+            raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
+        room = None if limit is None else limit - m
+        if not prompt_encoder.uses_instance:
+            return TextSpec(self.tokenizer, room, self.objective, None, None)
+        spec = self.instance_encoder
+        own = limit if spec.is_backbone else Backbone(meta_model(spec.pretrained(), "encoder")).max_positions
+        tokenizer = self.tokenizer if spec.is_backbone else load_tokenizer(spec.pretrained())
+        instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
+        return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit)
+
+    def load(self, placement: Placement, dropout: bool) -> Parts:
+        """Reads the weights and builds all parts.
+
+        Args:
+            placement: Where virtual tokens go.
+            dropout: Whether the backbone's own dropout is active in training.
+        """
+        backbone = Backbone(load_model(self.backbone, self.family), dropout, placement)
+        prompt_encoder = self._prompt_encoder(backbone)
+        prompt_encoder.initialize(vocabulary(self.tokenizer, backbone.embedding_table()))
+        identity: dict[str, Any] = {
+            "format": 1,
+            "backbone": {
+                "name": self.backbone.name,
+                "revision": self.backbone.revision,
+                **ckpt.fingerprint(backbone.model),
+            },
+            "prompt_encoder": self._method(prompt_encoder),
+            "instance_encoder": None,
+        }
+        if not prompt_encoder.uses_instance:
+            return Parts(backbone, prompt_encoder, None, identity)
+        spec = self.instance_encoder
+        model = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder")
+        identity["instance_encoder"] = {
+            **{key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")},
+            **({} if spec.is_backbone else ckpt.fingerprint(model)),
+        }
+        return Parts(backbone, prompt_encoder, InstanceEncoder(model, spec, shared=spec.is_backbone), identity)
+
+    def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
+        own = None if self.instance_encoder.is_backbone else load_config(self.instance_encoder.pretrained())
+        instance_dim = backbone.hidden_dim if own is None else int(own.hidden_size)
+        return self.make_prompt_encoder(backbone.embedding_dim, instance_dim)
+
+    def _method(self, prompt_encoder: PromptEncoder) -> dict[str, Any]:
+        """The method's class and what shapes its result, without what shapes its training alone."""
+        spec = ckpt.factory_spec(self.make_prompt_encoder)
+        lasting = {k: v for k, v in spec["init_args"].items() if k not in prompt_encoder.start_arguments}
+        return {"class_path": spec["class_path"], **lasting}

@@ -1,0 +1,70 @@
+"""What the tests of modules share: a tiny module, its data, and a quiet Trainer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lopa_lightning import (
+    ClassificationModule,
+    InstanceEncoderSpec,
+    LoPA,
+    PretrainedSpec,
+    TextClassificationDataModule,
+)
+
+WORDS = {"good": ["great", "good", "better"], "bad": ["terrible", "bad", "badly"]}
+TEMPLATE = ("{text} . It was {mask} .",)
+LoPATiny = functools.partial(LoPA, num_virtual_tokens=3, rank=2, hidden_dim=8)
+
+
+def write_reviews(path: Path, rows: int) -> str:
+    """Writes a CSV in which a word of the text decides the label."""
+    lines = ["text,label"]
+    for i in range(rows):
+        label = ("good", "bad")[i % 2]
+        word = WORDS[label][i % 3]
+        lines.append(f"the film {'was ' * (i % 5)}{word} and the cast {'the ' * (i % 3)}half,{label}")
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def reviews(folder: Path, rows: int = 20, **kwargs: Any) -> TextClassificationDataModule:
+    files = {split: write_reviews(folder / f"{split}.csv", rows) for split in ("train", "validation", "test")}
+    options: dict[str, Any] = {"batch_size": 4, "template": TEMPLATE, "words": ["great", "terrible"], **kwargs}
+    return TextClassificationDataModule(data_files=dict(files), labels=["good", "bad"], **options)
+
+
+def module(model: str, **kwargs: Any) -> ClassificationModule:
+    options: dict[str, Any] = {
+        "objective": "masked_lm",
+        "prompt_encoder": LoPATiny,
+        "optimizer": functools.partial(torch.optim.AdamW, lr=1e-2),
+        **kwargs,
+    }
+    return ClassificationModule(backbone=PretrainedSpec(model), **options)
+
+
+def with_own_encoder(model: str, **kwargs: Any) -> InstanceEncoderSpec:
+    return InstanceEncoderSpec(model, **kwargs)
+
+
+def trainer(folder: Path, epochs: int = 1, **kwargs: Any) -> Trainer:
+    checkpoint = ModelCheckpoint(folder, filename="best", monitor="val/score", mode="max", save_last=True)
+    options: dict[str, Any] = {
+        "max_epochs": epochs,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "callbacks": [checkpoint],
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        **kwargs,
+    }
+    return Trainer(**options)

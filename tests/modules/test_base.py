@@ -1,0 +1,192 @@
+"""What LoPALightningModule trains, what it leaves alone, and what it refuses before weights are loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lopa_lightning import ClassificationModule, InstanceEncoderSpec, LoPA, PretrainedSpec, PromptTuning
+from lopa_lightning.errors import LoPAError
+from tests.modules.helpers import LoPATiny, module, reviews, trainer
+
+Tiny = Callable[[str], str]
+
+
+class StartValues(Callback):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.values = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+class Modes(Callback):
+    """Which modules were in training mode during training."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.training = {name for name, part in pl_module.named_modules() if part.training}
+
+
+def test_training_changes_every_trained_tensor_and_nothing_frozen(tiny: Tiny, tmp_path: Path) -> None:
+    model, start = module(tiny("bert")), StartValues()
+    trainer(tmp_path, callbacks=[start], enable_checkpointing=False).fit(model, reviews(tmp_path))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, start.values[name])}
+    assert changed == {f"net.prompt_encoder.{name}" for name, _ in model.net.prompt_encoder.named_parameters()}
+    assert changed == set(model.state_dict())
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_backbone_stays_in_eval_mode_unless_its_dropout_is_asked_for(
+    tiny: Tiny, tmp_path: Path, dropout: bool
+) -> None:
+    model, modes = module(tiny("bert"), frozen_dropout=dropout), Modes()
+    trainer(tmp_path, callbacks=[modes], enable_checkpointing=False).fit(model, reviews(tmp_path))
+    assert any(name.startswith("net.prompt_encoder") for name in modes.training)
+    assert any(name.startswith("net.backbone.model") for name in modes.training) == dropout
+
+
+def test_backbone_as_instance_encoder_is_one_copy_in_memory(tiny: Tiny, tmp_path: Path) -> None:
+    data = reviews(tmp_path)
+    shared, apart = module(tiny("bert")), module(tiny("bert"), instance_encoder=InstanceEncoderSpec(tiny("bert")))
+    sizes = []
+    for model in (shared, apart):
+        trainer(tmp_path, fast_dev_run=True).fit(model, data)
+        sizes.append(sum(p.numel() for p in model.net.instance_encoder.parameters()))
+    assert sizes[0] == 0
+    assert sizes[1] == sum(p.numel() for p in apart.net.backbone.body.parameters())
+
+
+def test_an_instance_encoder_can_be_trained_too(tiny: Tiny, tmp_path: Path) -> None:
+    model = module(tiny("bert"), instance_encoder=InstanceEncoderSpec(tiny("bert_base"), trainable=True))
+    start = StartValues()
+    trainer(tmp_path, callbacks=[start], enable_checkpointing=False).fit(model, reviews(tmp_path))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, start.values[name])}
+    assert any(name.startswith("net.instance_encoder.model.encoder.layer.0") for name in changed)
+    assert not any(name.startswith("net.backbone") for name in changed)
+    assert {name for name in model.state_dict() if "instance_encoder" in name} >= {
+        name for name in changed if "instance_encoder" in name
+    }
+
+
+def test_prompt_tuning_loads_no_instance_encoder_and_reads_no_instance(tiny: Tiny, tmp_path: Path) -> None:
+    model = module(tiny("bert"), prompt_encoder=functools.partial(PromptTuning, num_virtual_tokens=3))
+    data = reviews(tmp_path)
+    trainer(tmp_path, fast_dev_run=True).fit(model, data)
+    assert model.net.instance_encoder is None
+    assert "instance_input_ids" not in next(iter(data.train_dataloader()))
+
+
+def test_learning_rates_by_group(tiny: Tiny, tmp_path: Path) -> None:
+    model = module(
+        tiny("bert"),
+        objective="head",
+        optimizer=functools.partial(torch.optim.SGD, lr=0.5),
+        learning_rates={"shared_prompt": 0.25, "head": 0.125},
+    )
+    run = trainer(tmp_path, fast_dev_run=True)
+    run.fit(model, reviews(tmp_path))
+    groups = {group["name"]: group for group in run.optimizers[0].param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {"shared_prompt": 0.25, "low_rank": 0.5, "head": 0.125}
+    optimised = [p for group in groups.values() for p in group["params"]]
+    assert {id(p) for p in optimised} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_learning_rate_for_no_group_is_refused_before_weights_are_loaded(tiny: Tiny, tmp_path: Path) -> None:
+    model = module(tiny("bert"), learning_rates={"low_rnak": 1e-3})
+    with pytest.raises(LoPAError, match="low_rnak; the groups are head, instance_encoder, low_rank, shared_prompt"):
+        trainer(tmp_path).fit(model, reviews(tmp_path))
+    assert model.net is None
+
+
+def test_warmup_rises_linearly_to_the_optimizers_rate_and_stays(tiny: Tiny, tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    model = module(tiny("bert"), warmup=0.4, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
+    trainer(tmp_path, epochs=2, callbacks=[Rates()], enable_checkpointing=False).fit(model, reviews(tmp_path))
+    assert rates == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 1, 1, 1, 1, 1])
+
+
+def test_warmup_precedes_another_schedule(tiny: Tiny, tmp_path: Path) -> None:
+    model = module(
+        tiny("bert"),
+        warmup=2,
+        optimizer=functools.partial(torch.optim.SGD, lr=1.0),
+        lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1),
+    )
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    trainer(tmp_path, epochs=2, callbacks=[Rates()], enable_checkpointing=False).fit(model, reviews(tmp_path))
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
+
+
+def test_instance_vectors_in_the_batch_replace_the_encoder(tiny: Tiny, tmp_path: Path) -> None:
+    model, data = module(tiny("bert")), reviews(tmp_path)
+    trainer(tmp_path, fast_dev_run=True).fit(model, data)
+    model.eval()
+    batch = next(iter(data.val_dataloader()[0]))
+    with torch.no_grad():
+        cached = {**batch, "instance": model.net.encode_instance(batch)}
+        without_ids = {key: value for key, value in cached.items() if not key.startswith("instance_")}
+        torch.testing.assert_close(model(without_ids), model(batch), rtol=0, atol=0)
+        other = {**without_ids, "instance": without_ids["instance"].flip(0) * 3}
+        assert not torch.allclose(model(other), model(batch), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "maskd_lm"}, "objective must be one of masked_lm, causal_lm, head, got 'maskd_lm'"),
+        ({"prompt_encoder": functools.partial(LoPATiny, rank=0)}, "rank must be at least 1, got 0"),
+        (
+            {"prompt_encoder": functools.partial(LoPATiny, num_virtual_tokens=64)},
+            "64 virtual tokens leave no room for text in the 64 positions",
+        ),
+    ],
+)
+def test_wrong_options_end_in_one_clear_error(
+    tiny: Tiny, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LoPAError, match=message):
+        trainer(tmp_path).fit(module(tiny("bert"), **options), reviews(tmp_path))
+
+
+def test_masked_lm_with_a_model_without_mask_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(LoPAError, match="no mask token; use objective: causal_lm or head"):
+        trainer(tmp_path).fit(module(tiny("gpt2")), reviews(tmp_path))
+
+
+def test_what_a_checkpoint_could_not_hold_is_refused_at_once(tiny: Tiny) -> None:
+    with pytest.raises(TypeError, match="cannot be stored in a checkpoint"):
+        module(tiny("bert"), prompt_encoder=lambda d, e: LoPA(d, e))
+
+
+def test_a_model_not_loaded_yet_says_so(tiny: Tiny) -> None:
+    with pytest.raises(RuntimeError, match="call configure_model"):
+        module(tiny("bert"))({})
+
+
+def test_a_seeded_step_draws_the_same_dropout_whatever_came_before(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    model = ClassificationModule(backbone=PretrainedSpec(tiny("bert")))
+    draws = []
+    for noise in (0, 3):
+        torch.rand(noise)
+        model.on_train_batch_start({}, 5)
+        draws.append(torch.rand(4))
+    model.on_train_batch_start({}, 6)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], torch.rand(4))

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.prompts import LoPA, Vocabulary
+
+ORDINARY = range(5, 30)
+WORDS = {"good": 7, "bad": 9, "film": 11}
+
+
+@pytest.fixture
+def vocabulary() -> Vocabulary:
+    """30 tokens of width 8, the first 5 of them special."""
+    table = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    return Vocabulary(table, ORDINARY, lambda text: [WORDS[word] for word in text.split()])
+
+
+def tokens_at_scale(weight: Tensor, table: Tensor, scale: float) -> list[int]:
+    """The token behind each virtual token, which must be that token's embedding times ``scale``."""
+    same = (weight[:, None] == scale * table[None]).all(-1)
+    assert same.sum(1).tolist() == [1] * len(weight)
+    return same.int().argmax(1).tolist()
+
+
+def randomized(lopa: LoPA, seed: int) -> LoPA:
+    """In float64, far from the start values, biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    lopa = lopa.double().eval()
+    for parameter in lopa.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return lopa
+
+
+@pytest.mark.parametrize(
+    ("e", "d", "h", "m", "rank", "millions"),
+    [
+        (1024, 1024, 256, 10, 1, 0.80),
+        (1024, 1024, 256, 10, 2, 1.07),
+        (1024, 1024, 256, 10, 4, 1.60),
+        (1024, 1024, 256, 5, 4, 1.59),
+        (1024, 1024, 256, 25, 4, 1.63),
+        (1024, 1024, 256, 50, 4, 1.68),
+        (1024, 1024, 256, 100, 4, 1.78),
+        (1024, 2048, 1024, 10, 1, 4.23),
+        (1024, 2048, 1024, 10, 2, 6.34),
+        (1024, 2048, 1024, 10, 4, 10.56),
+        (1024, 2560, 1024, 10, 1, 4.76),
+        (1024, 2560, 1024, 10, 2, 7.39),
+        (1024, 2560, 1024, 10, 4, 12.66),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(
+    e: int, d: int, h: int, m: int, rank: int, millions: float
+) -> None:
+    with torch.device("meta"):
+        lopa = LoPA(d, e, num_virtual_tokens=m, rank=rank, hidden_dim=h)
+    assert round(sum(p.numel() for p in lopa.parameters()) / 1e6, 2) == millions
+
+
+def formula(p: dict[str, Tensor], x: Tensor, rank: int) -> Tensor:
+    """Z = Z_S ∘ σ(U Vᵀ), one entry at a time: Z[i, j] = Z_S[i, j] σ(Σ_k U[i, k] V[j, k])."""
+
+    def mlp(name: str) -> Tensor:
+        hidden = torch.tanh(torch.einsum("be,he->bh", x, p[f"{name}.1.weight"]) + p[f"{name}.1.bias"])
+        return torch.einsum("bh,oh->bo", hidden, p[f"{name}.3.weight"]) + p[f"{name}.3.bias"]
+
+    shared, u, v = p["shared_prompt.weight"], mlp("row_head"), mlp("column_head")
+    m, d = shared.shape
+    entries = []
+    for b in range(len(x)):
+        for i in range(m):
+            for j in range(d):
+                logit = sum(u[b, i * rank + k] * v[b, j * rank + k] for k in range(rank))
+                entries.append(shared[i, j] / (1 + torch.exp(-logit)))
+    return torch.stack(entries).reshape(len(x), m, d)
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "embedding_dim": st.integers(1, 6),
+        "instance_dim": st.integers(1, 5),
+        "num_virtual_tokens": st.integers(1, 4),
+        "rank": st.integers(1, 3),
+        "hidden_dim": st.integers(1, 4),
+    }
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes, st.integers(1, 3), st.integers(0, 2**32))
+def test_soft_prompt_and_its_gradients_are_the_equations(size: dict[str, int], batch: int, seed: int) -> None:
+    lopa = randomized(LoPA(**size), seed)
+    parameters = dict(lopa.named_parameters())
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(batch, size["instance_dim"], dtype=torch.float64, generator=generator, requires_grad=True)
+    ours, expected = lopa(x), formula(parameters, x, size["rank"])
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
+
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    inputs = [x, *parameters.values()]
+    for name, got, wanted in zip(
+        ["instance", *parameters],
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+    ):
+        torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_logits_of_the_gate_have_the_rank(rank: int) -> None:
+    lopa = randomized(LoPA(12, 5, num_virtual_tokens=8, rank=rank, hidden_dim=6), seed=0)
+    # A thousandth of every head's output keeps σ far from where float64 rounds it to 0 or 1.
+    for head in (lopa.row_head, lopa.column_head):
+        head[3].weight.data /= 30
+        head[3].bias.data /= 30
+    logits = torch.logit(lopa.gate(torch.randn(4, 5, dtype=torch.float64)))
+    assert torch.linalg.matrix_rank(logits, rtol=1e-9).tolist() == [rank] * 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes)
+def test_parameter_groups_hold_every_parameter_once(size: dict[str, int]) -> None:
+    lopa = LoPA(**size)
+    groups = lopa.parameter_groups()
+    assert list(groups) == ["shared_prompt", "low_rank"]
+    assert [p.shape for p in groups["shared_prompt"]] == [(size["num_virtual_tokens"], size["embedding_dim"])]
+    grouped = [id(p) for group in groups.values() for p in group]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in lopa.parameters()}
+
+
+def test_heads_start_small_and_without_bias() -> None:
+    torch.manual_seed(0)
+    lopa = LoPA(256, 256, num_virtual_tokens=50, rank=4, hidden_dim=256)
+    for head in (lopa.row_head, lopa.column_head):
+        for layer in (head[1], head[3]):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+            assert layer.weight.mean().item() == pytest.approx(0, abs=5e-4)
+            assert layer.bias.count_nonzero() == 0
+
+
+def test_gate_starts_near_a_half_and_the_prompt_at_the_embeddings(vocabulary: Vocabulary) -> None:
+    torch.manual_seed(0)
+    lopa = LoPA(8, 64, num_virtual_tokens=6).eval()
+    lopa.initialize(vocabulary)
+    instance = torch.randn(16, 64)
+    torch.testing.assert_close(lopa.gate(instance), torch.full((16, 6, 8), 0.5), atol=0.01, rtol=0)
+    ids = tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0)
+    embeddings = vocabulary.embeddings[ids].expand(16, -1, -1)
+    torch.testing.assert_close(lopa(instance), embeddings, atol=1e-6, rtol=0.02)
+
+
+def test_diagnostics_show_the_gate() -> None:
+    lopa = randomized(LoPA(6, 5, num_virtual_tokens=3, rank=2, hidden_dim=4), seed=0)
+    instance = torch.randn(4, 5, dtype=torch.float64)
+    shown = lopa.diagnostics(instance)
+    assert list(shown) == ["gate"]
+    torch.testing.assert_close(shown["gate"], lopa(instance) / lopa.shared_virtual_tokens())
+
+
+def test_dropout_acts_on_the_instance_in_training_alone() -> None:
+    lopa = randomized(LoPA(6, 5, num_virtual_tokens=3, rank=2, hidden_dim=4, dropout=1.0), seed=0)
+    instance = torch.randn(4, 5, dtype=torch.float64)
+    of_nothing, of_instance = lopa(torch.zeros_like(instance)), lopa(instance)
+    assert not torch.allclose(of_nothing, of_instance)
+    torch.testing.assert_close(lopa.train()(instance), of_nothing)
+    torch.testing.assert_close(lopa.eval()(instance), of_instance)
+
+
+@pytest.mark.parametrize("m", [1, 10, 25])
+def test_vocabulary_start_is_twice_the_embeddings_of_distinct_ordinary_tokens(m: int, vocabulary: Vocabulary) -> None:
+    lopa = LoPA(8, 4, num_virtual_tokens=m)
+    lopa.initialize(vocabulary)
+    ids = tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0)
+    assert len(set(ids)) == m
+    assert set(ids) <= set(ORDINARY)
+
+
+def test_vocabulary_start_repeats_tokens_only_when_all_are_used(vocabulary: Vocabulary) -> None:
+    lopa = LoPA(8, 4, num_virtual_tokens=60)
+    lopa.initialize(vocabulary)
+    ids = tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0)
+    counts = [ids.count(token) for token in ORDINARY]
+    assert sum(counts) == 60
+    assert set(counts) == {2, 3}
+
+
+def test_vocabulary_start_follows_the_seed(vocabulary: Vocabulary) -> None:
+    starts = []
+    for seed in (1, 1, 2):
+        lopa = LoPA(8, 4)
+        torch.manual_seed(seed)
+        lopa.initialize(vocabulary)
+        starts.append(tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0))
+    assert starts[0] == starts[1] != starts[2]
+
+
+@pytest.mark.parametrize(("m", "ids"), [(2, [7, 11]), (3, [7, 11, 9]), (5, [7, 11, 9, 7, 11])])
+def test_text_start_is_cut_or_repeated_to_m_tokens(m: int, ids: list[int], vocabulary: Vocabulary) -> None:
+    lopa = LoPA(8, 4, num_virtual_tokens=m, init="text", init_text="good film bad")
+    lopa.initialize(vocabulary)
+    torch.testing.assert_close(lopa.shared_virtual_tokens().data, 2 * vocabulary.embeddings[ids], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("std", [0.1, 1.0])
+def test_normal_start_has_the_asked_spread_and_needs_no_vocabulary(std: float) -> None:
+    torch.manual_seed(0)
+    lopa = LoPA(256, 4, num_virtual_tokens=100, init="normal", init_std=std)
+    before = lopa.shared_virtual_tokens().clone()
+    lopa.initialize(None)
+    torch.testing.assert_close(lopa.shared_virtual_tokens(), before, atol=0, rtol=0)
+    assert before.std().item() == pytest.approx(std, rel=0.02)
+    assert before.mean().item() == pytest.approx(0, abs=0.03 * std)
+
+
+def test_start_values_are_trained_in_the_prompts_own_number_format(vocabulary: Vocabulary) -> None:
+    half = Vocabulary(vocabulary.embeddings.bfloat16(), vocabulary.ordinary_ids, vocabulary.encode)
+    lopa = LoPA(8, 4)
+    lopa.initialize(half)
+    assert lopa.shared_virtual_tokens().dtype == torch.float32
+    assert lopa.shared_virtual_tokens().requires_grad
+    assert set(tokens_at_scale(lopa.shared_virtual_tokens(), half.embeddings.float(), 2.0)) <= set(ORDINARY)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"init": "zeros"}, "vocabulary, text, normal, got 'zeros'"),
+        ({"init_text": "good"}, "init_text and init='text' go together"),
+        ({"init": "normal", "init_text": "good"}, "init_text and init='text' go together"),
+        ({"init": "text"}, "init_text and init='text' go together"),
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1, got 0"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"hidden_dim": -1}, "hidden_dim must be at least 1, got -1"),
+        ({"instance_dim": 0}, "instance_dim must be at least 1, got 0"),
+        ({"embedding_dim": 0}, "embedding_dim must be at least 1, got 0"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, object], named: str) -> None:
+    with pytest.raises(LoPAError, match=named):
+        LoPA(**{"embedding_dim": 8, "instance_dim": 4, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "text", "init_text": "good"}])
+def test_starting_from_tokens_needs_a_vocabulary(options: dict[str, str]) -> None:
+    with pytest.raises(LoPAError, match="needs a backbone with a vocabulary; use init='normal'"):
+        LoPA(8, 4, **options).initialize(None)
+
+
+def test_starting_from_a_text_without_tokens_is_refused(vocabulary: Vocabulary) -> None:
+    with pytest.raises(LoPAError, match="has no tokens"):
+        LoPA(8, 4, init="text", init_text="  ").initialize(vocabulary)
