@@ -26,7 +26,9 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     },
     "log_every_n_steps": 10,
 }
-_CHECKPOINT_DEFAULTS = {"monitor": "val/score", "mode": "max", "filename": "best", "save_last": True}
+_BEST = {"monitor": "val/score", "mode": "max", "filename": "best"}
+# A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
+_LAST = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
@@ -83,8 +85,9 @@ class LoPACLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has; each is configured by a key of its own."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({f"checkpoint.{key}": value for key, value in _CHECKPOINT_DEFAULTS.items()})
+        for name, defaults in {"checkpoint": _BEST, "last_checkpoint": _LAST}.items():
+            parser.add_lightning_class_args(ModelCheckpoint, name)
+            parser.set_defaults({f"{name}.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(PromptMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(FitSummary, "summary")

@@ -29,7 +29,7 @@ def _no_seed_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Folder of a tiny model: ``bert``, ``bert_base`` (without a language model head), ``roberta``, ``gpt2``, ``llama``."""
+    """Folder of a tiny model: ``bert``, ``bert_base`` (no language model head), ``roberta``, ``gpt2``, ``llama``."""
     from tests.tiny import save_tiny
 
     made: dict[str, str] = {}

@@ -55,13 +55,14 @@ def with_own_encoder(model: str, **kwargs: Any) -> InstanceEncoderSpec:
 
 
 def trainer(folder: Path, epochs: int = 1, **kwargs: Any) -> Trainer:
-    checkpoint = ModelCheckpoint(folder, filename="best", monitor="val/score", mode="max", save_last=True)
+    best = ModelCheckpoint(folder, filename="best", monitor="val/score", mode="max")
+    last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     options: dict[str, Any] = {
         "max_epochs": epochs,
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "callbacks": [checkpoint],
+        "callbacks": [best, last],
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": folder,

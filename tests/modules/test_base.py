@@ -90,7 +90,11 @@ def test_learning_rates_by_group(tiny: Tiny, tmp_path: Path) -> None:
     run = trainer(tmp_path, fast_dev_run=True)
     run.fit(model, reviews(tmp_path))
     groups = {group["name"]: group for group in run.optimizers[0].param_groups}
-    assert {name: group["lr"] for name, group in groups.items()} == {"shared_prompt": 0.25, "low_rank": 0.5, "head": 0.125}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "shared_prompt": 0.25,
+        "low_rank": 0.5,
+        "head": 0.125,
+    }
     optimised = [p for group in groups.values() for p in group["params"]]
     assert {id(p) for p in optimised} == {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -177,9 +181,7 @@ def test_a_model_not_loaded_yet_says_so(tiny: Tiny) -> None:
         module(tiny("bert"))({})
 
 
-def test_a_seeded_step_draws_the_same_dropout_whatever_came_before(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seeded_step_draws_the_same_dropout_whatever_came_before(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     model = ClassificationModule(backbone=PretrainedSpec(tiny("bert")))
     draws = []

@@ -86,10 +86,9 @@ def test_metrics_and_loss_are_those_of_the_predictions(tiny: Tiny, tmp_path: Pat
     assert logged["val/majority_share"] == pytest.approx(11 / 21)
 
 
-@pytest.mark.parametrize("kind", ["bert_base", "roberta", "llama"])
-def test_it_learns_what_a_word_decides(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+def test_it_learns_what_a_word_decides(tiny: Tiny, tmp_path: Path) -> None:
     seed_everything(1)
-    model = module(tiny(kind), objective="head", optimizer=functools.partial(torch.optim.AdamW, lr=3e-2))
+    model = module(tiny("llama"), objective="head", learning_rates={"head": 0.1})
     run = trainer(tmp_path, epochs=12, num_sanity_val_steps=0)
     run.fit(model, reviews(tmp_path, rows=60))
     assert run.callback_metrics["val/accuracy"] > 0.9
@@ -123,7 +122,11 @@ def test_prediction_rows_name_the_labels(tiny: Tiny) -> None:
     ("options", "data_options", "message"),
     [
         ({}, {"words": None}, "needs label words, one for each of"),
-        ({}, {"words": ["great", "marvellous"]}, r"label word 'marvellous' must be one token of the backbone, but it is \["),
+        (
+            {},
+            {"words": ["great", "marvellous"]},
+            r"label word 'marvellous' must be one token of the backbone, but it is \[",
+        ),
         ({}, {"template": ("{text} it was",)}, "needs a template with {mask}"),
         ({"task": TextTask(["yes", "no"], ["Yes", "No"])}, {}, "labels are .* they must be the same"),
     ],
@@ -154,7 +157,10 @@ def test_two_evaluation_sets_are_logged_apart(tiny: Tiny, tmp_path: Path) -> Non
         def splits_of(self, role: Any) -> list[str]:
             return ["train"] if role == "train" else ["validation", "test"]
 
-    files = {split: write_reviews(tmp_path / f"{split}.csv", n) for split, n in [("train", 8), ("validation", 10), ("test", 5)]}
+    files = {
+        split: write_reviews(tmp_path / f"{split}.csv", n)
+        for split, n in [("train", 8), ("validation", 10), ("test", 5)]
+    }
     data = TwoSets(data_files=dict(files), labels=["good", "bad"])
     data.task = dataclasses.replace(data.task, eval_sets=["", "_other"])
     run = trainer(tmp_path)

@@ -54,9 +54,7 @@ def randomized(lopa: LoPA, seed: int) -> LoPA:
         (1024, 2560, 1024, 10, 4, 12.66),
     ],
 )
-def test_parameter_counts_are_the_published_ones(
-    e: int, d: int, h: int, m: int, rank: int, millions: float
-) -> None:
+def test_parameter_counts_are_the_published_ones(e: int, d: int, h: int, m: int, rank: int, millions: float) -> None:
     with torch.device("meta"):
         lopa = LoPA(d, e, num_virtual_tokens=m, rank=rank, hidden_dim=h)
     assert round(sum(p.numel() for p in lopa.parameters()) / 1e6, 2) == millions
@@ -114,7 +112,7 @@ def test_soft_prompt_and_its_gradients_are_the_equations(size: dict[str, int], b
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_logits_of_the_gate_have_the_rank(rank: int) -> None:
     lopa = randomized(LoPA(12, 5, num_virtual_tokens=8, rank=rank, hidden_dim=6), seed=0)
-    # A thousandth of every head's output keeps σ far from where float64 rounds it to 0 or 1.
+    # Logits a thousandth as large keep σ far from where float64 rounds it to 0 or 1.
     for head in (lopa.row_head, lopa.column_head):
         head[3].weight.data /= 30
         head[3].bias.data /= 30

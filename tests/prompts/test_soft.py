@@ -51,9 +51,7 @@ def test_text_start_is_the_texts_embeddings() -> None:
     vocabulary = Vocabulary(torch.randn(30, 8), range(5, 30), lambda text: [int(word) for word in text.split()])
     tuning = PromptTuning(8, 4, num_virtual_tokens=3, init="text", init_text="7 9")
     tuning.initialize(vocabulary)
-    torch.testing.assert_close(
-        tuning.shared_virtual_tokens().data, vocabulary.embeddings[[7, 9, 7]], atol=0, rtol=0
-    )
+    torch.testing.assert_close(tuning.shared_virtual_tokens().data, vocabulary.embeddings[[7, 9, 7]], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{"num_virtual_tokens": 0}, {"init": "zeros"}, {"init": "text"}])

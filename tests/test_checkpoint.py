@@ -1,0 +1,242 @@
+"""What a checkpoint holds, how large it is, and what it may be loaded into."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from transformers import AutoModelForMaskedLM
+
+from lopa_lightning import InstanceEncoderSpec, LoPA, LoPALightningModule, PromptTuning
+from lopa_lightning.checkpoint import IDENTITY_KEY, fingerprint, plain
+from lopa_lightning.errors import LoPAError
+from tests.modules.helpers import LoPATiny, module, reviews, trainer
+from tests.tiny import save_tiny
+
+Tiny = Callable[[str], str]
+
+PROMPT_KEYS = {
+    "shared_prompt.weight",
+    *(
+        f"{head}.{layer}.{part}"
+        for head in ("row_head", "column_head")
+        for layer in (1, 3)
+        for part in ("weight", "bias")
+    ),
+}
+
+
+def fitted(model: Any, folder: Path, epochs: int = 1, **kwargs: Any) -> Path:
+    trainer(folder, epochs).fit(model, reviews(folder, **kwargs))
+    return folder / "last.ckpt"
+
+
+def test_it_holds_exactly_the_trained_tensors(tiny: Tiny, tmp_path: Path) -> None:
+    saved = torch.load(fitted(module(tiny("bert")), tmp_path), weights_only=True)
+    assert set(saved["state_dict"]) == {f"net.prompt_encoder.{key}" for key in PROMPT_KEYS}
+    moments = saved["optimizer_states"][0]["state"]
+    assert sum(state["exp_avg"].numel() for state in moments.values()) == sum(
+        t.numel() for t in saved["state_dict"].values()
+    )
+
+
+def test_with_a_head_it_holds_the_head_too(tiny: Tiny, tmp_path: Path) -> None:
+    saved = torch.load(fitted(module(tiny("bert_base"), objective="head"), tmp_path), weights_only=True)
+    assert {key for key in saved["state_dict"] if "prompt_encoder" not in key} == {
+        "net.readout.linear.weight",
+        "net.readout.linear.bias",
+    }
+
+
+@pytest.mark.parametrize("hidden_dim", [8, 512])
+def test_its_size_is_weights_and_two_moments_and_little_else(tiny: Tiny, tmp_path: Path, hidden_dim: int) -> None:
+    model = module(tiny("bert"), prompt_encoder=functools.partial(LoPA, hidden_dim=hidden_dim))
+    path = fitted(model, tmp_path)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert path.stat().st_size <= 3.1 * 4 * trained + 64 * 1024
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_module_is_rebuilt_from_the_checkpoint_alone(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    model = module(tiny(kind), instance_encoder=InstanceEncoderSpec(tiny("bert_base"), "cls", normalize=True))
+    path = fitted(model, tmp_path)
+    batch = next(iter(_val_loader(model, tmp_path)))
+    loaded = LoPALightningModule.load_from_checkpoint(path)
+    assert type(loaded) is type(model)
+    assert loaded.hparams == model.hparams
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(batch), model.eval()(batch), rtol=0, atol=0)
+
+
+def _val_loader(model: Any, folder: Path) -> Any:
+    data = reviews(folder)
+    data.connect(model.text_spec)
+    data.setup("validate")
+    return data.val_dataloader()[0]
+
+
+def test_a_module_rebuilt_from_a_checkpoint_can_be_trained_and_saved_again(tiny: Tiny, tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+    loaded = LoPALightningModule.load_from_checkpoint(fitted(module(tiny("bert")), tmp_path / "first"))
+    again = LoPALightningModule.load_from_checkpoint(fitted(loaded, tmp_path / "second"))
+    assert again.hparams == loaded.hparams
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_one_epoch_and_a_resumed_one_equal_two_bit_for_bit(tiny: Tiny, tmp_path: Path, dropout: float) -> None:
+    make = functools.partial(LoPATiny, dropout=dropout)
+    options: dict[str, Any] = {"prompt_encoder": make, "warmup": 3, "objective": "head"}
+    states, backbone = {}, tiny("bert_base")
+    for name, runs in {"whole": [2], "parts": [1, 2]}.items():
+        path = None
+        for epochs in runs:
+            folder = tmp_path / f"{name}-{epochs}"
+            folder.mkdir()
+            seed_everything(5)
+            model = module(backbone, **options)
+            trainer(folder, epochs).fit(model, reviews(folder, rows=22), ckpt_path=path)
+            path = folder / "last.ckpt"
+        states[name] = torch.load(path, weights_only=True)
+    whole, parts = states["whole"], states["parts"]
+    assert whole["global_step"] == parts["global_step"] == 12
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][key]), key
+    for index, moments in whole["optimizer_states"][0]["state"].items():
+        assert torch.equal(moments["exp_avg_sq"], parts["optimizer_states"][0]["state"][index]["exp_avg_sq"])
+    assert whole["lr_schedulers"] == parts["lr_schedulers"]
+
+
+def _other_backbone(tiny: Tiny, folder: Path) -> dict[str, Any]:
+    """The same architecture with one weight changed by a little."""
+    model = AutoModelForMaskedLM.from_pretrained(tiny("bert"))
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] += 0.1
+    model.save_pretrained(folder / "other")
+    module(tiny("bert")).tokenizer.save_pretrained(folder / "other")
+    return {"model": str(folder / "other")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_backbone, r"backbone: the checkpoint was made with .*bert.* this run has .*other"),
+        (
+            {"prompt_encoder": functools.partial(LoPATiny, num_virtual_tokens=5)},
+            "num_virtual_tokens: the checkpoint has 3, this run 5",
+        ),
+        ({"prompt_encoder": functools.partial(LoPATiny, rank=1)}, "rank: the checkpoint has 2, this run 1"),
+        ({"prompt_encoder": PromptTuning}, "class_path: the checkpoint has '.*LoPA', this run '.*PromptTuning'"),
+        (
+            {"instance_encoder": InstanceEncoderSpec(pooling="max")},
+            "pooling: the checkpoint has 'mean', this run 'max'",
+        ),
+        ({"placement": "after_first"}, "placement: the checkpoint has 'before', this run 'after_first'"),
+        ({"objective": "head"}, "objective: the checkpoint has 'masked_lm', this run 'head'"),
+    ],
+)
+def test_what_it_does_not_fit_is_refused_with_what_differs(
+    tiny: Tiny, tmp_path: Path, change: Any, message: str
+) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    options = change(tiny, tmp_path) if callable(change) else dict(change)
+    other = module(options.pop("model", tiny("bert")), **options)
+    with pytest.raises(LoPAError, match=message):
+        trainer(tmp_path).validate(other, reviews(tmp_path), ckpt_path=path, verbose=False)
+
+
+def test_what_shapes_training_alone_may_differ(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    other = module(tiny("bert"), prompt_encoder=functools.partial(LoPATiny, dropout=0.5, init="normal"), warmup=2)
+    trainer(tmp_path).validate(other, reviews(tmp_path), ckpt_path=path, verbose=False)
+    assert torch.equal(
+        other.net.prompt_encoder.shared_prompt.weight,
+        torch.load(path)["state_dict"]["net.prompt_encoder.shared_prompt.weight"],
+    )
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "foreign"])
+def test_loading_is_strict(tiny: Tiny, tmp_path: Path, damage: str) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    saved = torch.load(path, weights_only=True)
+    key = "net.prompt_encoder.row_head.1.bias"
+    if damage == "missing":
+        del saved["state_dict"][key]
+    elif damage == "unexpected":
+        saved["state_dict"]["net.backbone.model.cls.predictions.bias"] = torch.zeros(3)
+    elif damage == "shape":
+        saved["state_dict"][key] = torch.zeros(9)
+    else:
+        del saved[IDENTITY_KEY]
+    torch.save(saved, path)
+    message = {
+        "missing": f"{key}: missing in the checkpoint",
+        "unexpected": "net.backbone.model.cls.predictions.bias: not trained here",
+        "shape": r"row_head.1.bias: the checkpoint has \(9,\), this run \(8,\)",
+        "foreign": "no checkpoint of LoPA Lightning",
+    }[damage]
+    with pytest.raises(LoPAError, match=message):
+        LoPALightningModule.load_from_checkpoint(path)
+
+
+class Payload:
+    ran = False
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, ("import tests.test_checkpoint as t; t.Payload.ran = True",)
+
+
+def test_no_pickled_code_runs_from_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    torch.save({**torch.load(path, weights_only=True), "payload": Payload()}, path)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        LoPALightningModule.load_from_checkpoint(path, weights_only=False)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        trainer(tmp_path).validate(module(tiny("bert")), reviews(tmp_path), ckpt_path=path)
+    assert not Payload.ran
+
+
+def test_a_checkpoint_does_not_choose_what_is_imported(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    saved = torch.load(path, weights_only=True)
+    saved["hyper_parameters"]["_class_path"] = "antigravity.Module"
+    torch.save(saved, path)
+    with pytest.raises(LoPAError, match=r"'antigravity\.Module' is not a LoPALightningModule that is imported here"):
+        LoPALightningModule.load_from_checkpoint(path)
+
+
+def test_a_model_is_the_same_under_any_name_and_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(tiny("bert"))
+    model.save_pretrained(tmp_path / "copy", max_shard_size="20KB")
+    copy = AutoModelForMaskedLM.from_pretrained(tmp_path / "copy")
+    half = AutoModelForMaskedLM.from_pretrained(tiny("bert"), dtype=torch.bfloat16, attn_implementation="eager")
+    assert fingerprint(model) == fingerprint(copy) == fingerprint(half)
+
+
+def test_models_of_other_size_or_weights_are_not_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    first = AutoModelForMaskedLM.from_pretrained(tiny("bert"))
+    other = AutoModelForMaskedLM.from_pretrained(save_tiny("roberta", tmp_path))
+    assert fingerprint(first)["config"] != fingerprint(other)["config"]
+    with torch.no_grad():
+        first.bert.pooler = None
+        before = fingerprint(first)
+        first.cls.predictions.bias[0] += 1
+    assert fingerprint(first)["config"] == before["config"]
+    assert fingerprint(first)["weights"] != before["weights"]
+
+
+def test_plain_data_has_no_tuples_paths_or_objects() -> None:
+    value = {"a": (1, 2), "b": InstanceEncoderSpec(), "c": functools.partial(LoPA, rank=1), 3: None}
+    described = plain(value)
+    assert described["a"] == [1, 2]
+    assert described["b"]["pooling"] == "mean"
+    assert described["c"]["class_path"] == "lopa_lightning.prompts.lopa.LoPA"
+    assert described["c"]["init_args"]["rank"] == 1
+    assert described["3"] is None
+    with pytest.raises(TypeError, match="cannot be stored"):
+        plain({"x": object()})
