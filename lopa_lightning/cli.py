@@ -26,9 +26,9 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     },
     "log_every_n_steps": 10,
 }
-_BEST = {"monitor": "val/score", "mode": "max", "filename": "best"}
+_BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best"}
 # A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
-_LAST = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
+_LAST: dict[str, Any] = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
@@ -90,7 +90,7 @@ class LoPALightningModule(LightningModule, ABC):
         self.warmup = warmup
         self.learning_rates = learning_rates or {}
         self.net: PromptedModel | None = None
-        self.eval_metrics = nn.ModuleDict()
+        self.eval_losses, self.eval_metrics = nn.ModuleDict(), nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
 
     # What a task defines
@@ -189,6 +189,7 @@ class LoPALightningModule(LightningModule, ABC):
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
+            self.eval_losses[name] = MeanMetric()
             if (metrics := self.configure_metrics()) is not None:
                 self.eval_metrics[name] = metrics
         # Read by DistributedDataParallel: frozen tensors are the same on every rank and need not be sent.
@@ -255,21 +256,21 @@ class LoPALightningModule(LightningModule, ABC):
     def _evaluate(self, stage: str, batch: Batch, dataloader_idx: int) -> dict[str, Tensor | None]:
         name = f"{stage}{self.eval_suffixes[dataloader_idx]}"
         outputs, instance = self._net()(batch)
-        size = len(batch["index"])
-        loss = self.loss(outputs, batch)
-        self.log(f"{name}/loss", loss, on_epoch=True, sync_dist=True, batch_size=size, add_dataloader_idx=False)
+        # A metric of its own: Lightning's mean over processes rounds the number of examples.
+        loss, size = self.loss(outputs, batch), len(batch["index"])
+        cast(MeanMetric, self.eval_losses[name]).update(loss, size)
         if name in self.eval_metrics:
             cast(MetricCollection, self.eval_metrics[name]).update(self.predictions(outputs), batch["labels"])
         return {"instance": instance}
 
     def _log_metrics(self, stage: str) -> None:
-        for suffix in self.eval_suffixes:
-            name = f"{stage}{suffix}"
-            if name not in self.eval_metrics:
-                continue
-            metrics = cast(MetricCollection, self.eval_metrics[name])
-            values = {key: value.float() for key, value in metrics.compute().items()}
-            metrics.reset()
+        for name in [f"{stage}{suffix}" for suffix in self.eval_suffixes]:
+            metrics: dict[str, Metric] = {"loss": cast(MeanMetric, self.eval_losses[name])}
+            if name in self.eval_metrics:
+                metrics |= cast(MetricCollection, self.eval_metrics[name]).items()
+            values = {key: metric.compute().float() for key, metric in metrics.items()}
+            for metric in metrics.values():
+                metric.reset()
             if official := self.official_metrics():
                 values["score"] = torch.stack([values[key] for key in official]).mean()
             for key, value in values.items():

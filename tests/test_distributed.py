@@ -1,0 +1,66 @@
+"""Two processes on a CPU, with gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lopa_lightning import LoPALightningModule
+from tests.modules.helpers import reviews, trainer
+
+Tiny = Callable[[str], str]
+Ranks = tuple[Path, list[dict[str, Any]]]
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    folder = tmp_path_factory.mktemp("ddp")
+    reviews(folder, rows=21)  # written once, before two processes would write it
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_ranks_end_with_equal_parameters(ranks: Ranks) -> None:
+    first, second = (result["state"] for result in ranks[1])
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_frozen_tensors_are_left_out_of_what_ddp_sends(ranks: Ranks, tiny: Tiny) -> None:
+    loaded = LoPALightningModule.load_from_checkpoint(ranks[0] / "last.ckpt")
+    frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
+    for result in ranks[1]:
+        assert frozen <= result["ignored"]
+        assert not result["ignored"] & set(result["state"])
+
+
+def test_each_example_is_evaluated_once(ranks: Ranks) -> None:
+    seen = [set(result["seen"]) for result in ranks[1]]
+    assert seen[0] | seen[1] == set(range(21))
+    assert not seen[0] & seen[1]
+
+
+def test_metrics_are_those_of_one_process(ranks: Ranks) -> None:
+    folder, results = ranks
+    model = LoPALightningModule.load_from_checkpoint(folder / "last.ckpt")
+    (alone,) = trainer(folder).validate(model, reviews(folder, rows=21), verbose=False)
+    for result in results:
+        assert result["validated"] == pytest.approx(alone, abs=1e-5)
