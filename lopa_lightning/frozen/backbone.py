@@ -181,6 +181,11 @@ class _LabelWordHead:
 class _GivenStates(nn.Module):
     """Stands in for the layers: what comes in as embeddings goes out as hidden states."""
 
+    @property
+    def decoder(self) -> _GivenStates:
+        """OPT's language model calls its layers by this name."""
+        return self
+
     def forward(
         self, input_ids: None = None, *, inputs_embeds: Tensor, **_: object
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
@@ -198,10 +203,15 @@ class _ProjectionRows(nn.Module):
         self._projection = [projection]
         self.token_ids = torch.tensor([])
 
+    @property
+    def weight(self) -> Tensor:
+        """The projection's: Mamba's language model asks for its dtype."""
+        return cast(Tensor, self._projection[0].weight)
+
     def forward(self, hidden: Tensor) -> Tensor:
         projection, ids = cast(Any, self._projection[0]), self.token_ids
         bias = projection.bias[ids] if getattr(projection, "bias", None) is not None else None
-        return F.linear(hidden, projection.weight[ids], bias)
+        return F.linear(hidden, self.weight[ids], bias)
 
 
 def _with_replaced(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
