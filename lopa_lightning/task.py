@@ -29,6 +29,8 @@ class TextTask:
     def __post_init__(self) -> None:
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
             raise LoPAError(f"labels must be at least two different names, or none for regression; got {self.labels}")
+        if self.words is not None and len(set(self.words)) < len(self.words):
+            raise LoPAError(f"label words must differ, got {self.words}")
         if self.words is not None and len(self.words) != len(self.labels):
             raise LoPAError(f"there must be one word for each label, got labels {self.labels} and words {self.words}")
 

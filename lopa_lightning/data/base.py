@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -68,6 +68,9 @@ class TextDataModule(LightningDataModule, ABC):
         for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value is not None and value < 1:
                 raise LoPAError(f"{name} must be at least 1, got {value}")
+        for name, side in {"truncation_side": truncation_side, "padding_side": padding_side}.items():
+            if side not in get_args(Side):
+                raise LoPAError(f"{name} must be one of {', '.join(get_args(Side))}, got {side!r}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
         self.max_length = max_length
@@ -115,6 +118,7 @@ class TextDataModule(LightningDataModule, ABC):
             text_spec: A module's ``text_spec``.
         """
         self.text_spec = text_spec
+        self.datasets = {}  # what was tokenised for another module
 
     def prepare_data(self) -> None:
         """Tokenises into the data sets' cache, once on each node."""
@@ -131,28 +135,29 @@ class TextDataModule(LightningDataModule, ABC):
         Raises:
             LoPAError: If the data is not what the configuration says.
         """
+        self._spec()
         for role in _ROLES[stage]:
             if role not in self.datasets:
                 loaded = {split: self.load_split(split, role) for split in self.splits_of(role)}
                 self.datasets[role] = [self._tokenise(data, split, role) for split, data in loaded.items()]
 
     def _spec(self) -> TextSpec:
-        if self.text_spec is None:
-            module: Any = self.trainer.lightning_module if self.trainer is not None else None
-            spec = getattr(module, "text_spec", None)
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        spec = getattr(module, "text_spec", self.text_spec)
+        if spec is not self.text_spec or spec is None:
             if not isinstance(spec, TextSpec):
                 raise LoPAError(
                     "a data module needs a module's text_spec: use a Trainer, or call connect(module.text_spec)"
                 )
-            self.text_spec = spec
-        return self.text_spec
+            self.connect(spec)
+        return spec
 
     def _tokenise(self, data: Dataset, split: str, role: Role) -> Dataset:
         what, columns = f"{role} ({split})", self.template.columns
-        if missing := [name for name in columns if name not in data.column_names]:
-            raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
         if len(data) == 0:
             raise LoPAError(f"{what}: the split has no rows")
+        if missing := [name for name in columns if name not in data.column_names]:
+            raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
         labels = None if role == "predict" else self.label_lookup(data, what)
         spec = self._spec()
         limits = [n for n in (spec.max_tokens, self.max_length) if n is not None]
@@ -166,14 +171,21 @@ class TextDataModule(LightningDataModule, ABC):
         # Named by what it depends on: datasets' own hash of a tokenizer changes when the tokenizer is used.
         parts = [_tokenize_key(part) for part in (to_backbone, to_instance) if part is not None]
         key = Hasher.hash([_FORMAT, data._fingerprint, self.allow_empty_text, labels, *parts])
-        tokenised = data.map(
-            _EncodeRows(to_backbone, to_instance, columns, labels, what, self.allow_empty_text),
-            batched=True,
-            with_indices=True,
-            remove_columns=data.column_names,
-            new_fingerprint=key,
-            desc=f"Tokenising {what}",
-        )
+        try:
+            tokenised = data.map(
+                _EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text),
+                batched=True,
+                with_indices=True,
+                remove_columns=data.column_names,
+                new_fingerprint=key,
+                desc=f"Tokenising {what}",
+            )
+        except _EmptyTextError as error:
+            # Counted in the whole split: of the rows at hand some may have been left out before.
+            texts = self.load_split(split, "test")[error.column]
+            empty = [row for row, text in enumerate(texts) if _is_empty(text)]
+            shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
+            raise LoPAError(f"{what}: column {error.column!r} is empty in row {shown} (counted from 0)") from None
         truncated = int(np.sum(tokenised.with_format("numpy")["truncated"][:]))
         if truncated:
             rank_zero_warn(f"{what}: {truncated} of {len(tokenised)} texts were cut to {to_backbone.max_tokens} tokens")
@@ -222,6 +234,16 @@ class TextDataModule(LightningDataModule, ABC):
         )
 
 
+class _EmptyTextError(Exception):
+    def __init__(self, column: str) -> None:
+        super().__init__(column)
+        self.column = column
+
+
+def _is_empty(text: Any) -> bool:
+    return text is None or not str(text).strip()
+
+
 class _EncodeRows:
     """What ``datasets.map`` applies to a batch of rows."""
 
@@ -231,20 +253,19 @@ class _EncodeRows:
         to_instance: Tokenize | None,
         columns: Sequence[str],
         labels: LabelLookup | None,
-        what: str,
         allow_empty_text: bool,
     ) -> None:
         self.to_backbone = to_backbone
         self.to_instance = to_instance
         self.columns = columns
         self.labels = labels
-        self.what = what
         self.allow_empty_text = allow_empty_text
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        for name in self.columns:
+            if not self.allow_empty_text and any(map(_is_empty, rows[name])):
+                raise _EmptyTextError(name)
         texts = {name: ["" if value is None else str(value) for value in rows[name]] for name in self.columns}
-        if not self.allow_empty_text:
-            self._refuse_empty(texts, indices)
         encoded = self.to_backbone(texts)
         if self.to_instance is not None:
             encoded["instance_input_ids"] = self.to_instance(texts)["input_ids"]
@@ -252,12 +273,6 @@ class _EncodeRows:
             column, lookup = self.labels
             encoded["labels"] = [lookup[value] for value in rows[column]]
         return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
-
-    def _refuse_empty(self, texts: dict[str, list[str]], indices: list[int]) -> None:
-        for name, values in texts.items():
-            if empty := [index for index, value in zip(indices, values) if not value.strip()]:
-                shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
-                raise LoPAError(f"{self.what}: column {name!r} is empty in row {shown} (counted from 0)")
 
 
 def _tokenize_key(tokenize: Tokenize) -> list[Any]:

@@ -54,7 +54,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
             return iter(longest_first[self.rank :: self.num_replicas].tolist())
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self.lengths))
-        order = np.concatenate([order, order[: self.total_size - len(order)]])  # every process has as many
+        order = np.resize(order, self.total_size)  # every process has as many
         step = self.batch_size * self.num_replicas
         pools = [order[start : start + self._POOL * step] for start in range(0, len(order), self._POOL * step)]
         batches = [

@@ -38,7 +38,11 @@ class Template:
     pieces: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if len(self.pieces) not in (1, 2) or not self.columns or self._fields().count(_MASK) > 1:
+        try:
+            fields = self._fields()
+        except ValueError:  # a brace without its other half
+            fields = []
+        if len(self.pieces) not in (1, 2) or not set(fields) - {_MASK} or fields.count(_MASK) > 1 or "" in fields:
             raise LoPAError(
                 f"a template must be one or two pieces of text with at least one {{column}} and at most one {{mask}}, "
                 f"got {list(self.pieces)}"
@@ -61,8 +65,13 @@ class Template:
 
     def until_mask(self) -> Template:
         """The part before the answer, as one text: what a causal LM is to continue."""
-        before = "\n".join(self.pieces).partition("{mask}")[0].rstrip()
-        return Template((before,))
+        before = ""
+        for literal, field, _, _ in string.Formatter().parse("\n".join(self.pieces)):
+            before += literal.replace("{", "{{").replace("}", "}}")
+            if field == _MASK:
+                break
+            before += "" if field is None else f"{{{field}}}"
+        return Template((before.rstrip(),))
 
     def render(self, texts: dict[str, str], mask: str = "") -> list[str]:
         """Fills in a row's texts.
@@ -153,7 +162,7 @@ class Tokenize:
             if surplus <= 0:
                 return {key: values[0] for key, values in encoded.items()}
             spans = {name: self._token_spans(text) for name, text in row.items()}
-            name = max(spans, key=lambda field: len(spans[field]))
+            name = max(spans, key=lambda field: (len(spans[field]), len(row[field])))
             row[name] = self._cut(row[name], spans[name], len(spans[name]) - surplus)
 
     def _cut(self, text: str, spans: list[tuple[int, int]], kept: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from lopa_lightning.data.base import LabelLookup, Role, TextDataModule
@@ -78,9 +78,11 @@ class TextClassificationDataModule(TextDataModule):
         for option, value in {"max_train_examples": max_train_examples, "shots_per_label": shots_per_label}.items():
             if value is not None and value < 1:
                 raise LoPAError(f"{option} must be at least 1, got {value}")
+        if shots_per_label is not None and not labels:
+            raise LoPAError("shots_per_label needs labels; regression has none")
         if not 0 < validation_fraction < 1:
             raise LoPAError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
-        if label_values is not None and len(label_values) != len(labels):
+        if label_values is not None and (len(label_values) != len(labels) or len(set(label_values)) < len(labels)):
             raise LoPAError(
                 f"there must be one label value for each label, got {list(label_values)} for {list(labels)}"
             )
@@ -122,8 +124,9 @@ class TextClassificationDataModule(TextDataModule):
             arguments = _reader_of(self.data_files)
         try:
             loaded = load_dataset(**arguments)
-        except (OSError, ValueError, DatasetNotFoundError) as error:
-            raise LoPAError(f"no data found for {what!r}: {str(error).strip().splitlines()[0]}") from error
+        except (OSError, ValueError, StopIteration, DatasetsError) as error:
+            reason = str(error.__cause__ or error).strip() or "it is empty"
+            raise LoPAError(f"no data found for {what!r}: {reason.splitlines()[0]}") from error
         assert isinstance(loaded, DatasetDict)
         return loaded
 
@@ -139,7 +142,9 @@ class TextClassificationDataModule(TextDataModule):
     def load_split(self, split: str, role: Role) -> Dataset:
         """Loads a split; of the training split the part that was asked for."""
         data: Dataset = self.raw()[split]
-        if role in ("train", "val") and self.splits_of("train") == self.splits_of("val"):
+        if role in ("train", "val") and self.splits_of("val") == [self.splits["train"]]:
+            if len(data) < 2:
+                raise LoPAError(f"{split}: {len(data)} example is too few to cut a validation split from")
             parts = data.train_test_split(test_size=self.validation_fraction, seed=self.subset_seed)
             data = parts["train" if role == "train" else "test"]
         return self._training_subset(data) if role == "train" else data
@@ -153,9 +158,12 @@ class TextClassificationDataModule(TextDataModule):
         values = data.unique(column)
         if self.task.is_regression:
             try:
-                return column, {value: float(value) for value in values}
+                numbers = {value: float(value) for value in values}
             except (TypeError, ValueError):
-                raise LoPAError(f"{what}: column {column!r} must hold numbers, got {_some(values)}") from None
+                numbers = {}
+            if not numbers or not np.isfinite(list(numbers.values())).all():
+                raise LoPAError(f"{what}: column {column!r} must hold numbers, got {_some(values)}")
+            return column, numbers
         known = {str(value): index for index, value in enumerate(self.label_values)}
         shown = {value: _class_name(data.features[column], value) for value in values}
         if unknown := sorted({name for name in shown.values() if name not in known}):
@@ -210,5 +218,7 @@ def _reader_of(data_files: dict[str, str | list[str]]) -> dict[str, Any]:
     readers = {_READERS.get(ending) for ending in endings}
     if len(readers) != 1 or None in readers or {".csv", ".tsv"} <= endings:
         raise LoPAError(f"data_files must all be of one of {', '.join(_READERS)}; got {', '.join(sorted(endings))}")
-    options = {"sep": "\t"} if endings == {".tsv"} else {}
+    options: dict[str, Any] = {"sep": "\t"} if endings == {".tsv"} else {}
+    if readers == {"csv"}:  # a text may well be "None" or "NA"; only an empty cell is missing
+        options |= {"keep_default_na": False, "na_values": [""]}
     return {"path": readers.pop(), "data_files": data_files, **options}

@@ -20,12 +20,29 @@ from lopa_lightning.errors import LoPAError
 _CLASSIFICATION: dict[str, Callable[[int], Metric]] = {
     "accuracy": lambda n: MulticlassAccuracy(n, average="micro"),
     "f1": lambda n: BinaryF1Score() if n == 2 else MulticlassF1Score(n, average="macro"),
-    "matthews": MulticlassMatthewsCorrCoef,
+    "matthews": lambda n: Matthews(n),
 }
 _REGRESSION: dict[str, Callable[[int], Metric]] = {
     "pearson": lambda _: PearsonCorrCoef(),
     "spearman": lambda _: SpearmanCorrCoef(),
 }
+
+
+class Matthews(MulticlassMatthewsCorrCoef):
+    """Matthews' correlation, 0 where answers or labels never change, as GLUE has it.
+
+    Example:
+        >>> matthews = Matthews(2)
+        >>> matthews.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 1, 0]))
+        >>> matthews.compute()
+        tensor(0.)
+    """
+
+    def compute(self) -> Tensor:
+        """The correlation, between -1 and 1."""
+        if min((self.confmat.sum(axis) > 0).sum() for axis in (0, 1)) < 2:
+            return torch.zeros(())
+        return super().compute()
 
 
 class MajorityShare(Metric):

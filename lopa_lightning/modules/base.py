@@ -120,7 +120,10 @@ class LoPALightningModule(LightningModule, ABC):
         return None
 
     def official_metrics(self) -> list[str]:
-        """The metrics whose mean is logged as ``score``, the figure to choose a checkpoint by."""
+        """The metrics whose mean is logged as ``score``, the figure to choose a checkpoint by.
+
+        If there are none, the score is the negative loss.
+        """
         return []
 
     def predictions(self, outputs: Tensor) -> Tensor:
@@ -271,8 +274,8 @@ class LoPALightningModule(LightningModule, ABC):
             values = {key: metric.compute().float() for key, metric in metrics.items()}
             for metric in metrics.values():
                 metric.reset()
-            if official := self.official_metrics():
-                values["score"] = torch.stack([values[key] for key in official]).mean()
+            official = [values[key] for key in self.official_metrics()]
+            values["score"] = torch.stack(official or [-values["loss"]]).mean()
             for key, value in values.items():
                 self.log(f"{name}/{key}", value, prog_bar=key == "score")
 

@@ -160,6 +160,29 @@ def test_a_second_run_reads_tokens_from_the_cache(
     assert rows_of(second.val_dataloader()[0]) == rows_of(first.val_dataloader()[0])
 
 
+def test_a_tokenizer_used_otherwise_in_between_is_still_the_same(
+    text_spec: SpecOf, files: Any, refuse_to_tokenise: Callable[[], None]
+) -> None:
+    spec = text_spec("roberta", instance="bert")
+    first = prepared(spec, data_files=files)
+    for tokenizer in (spec.tokenizer, spec.instance_tokenizer):
+        assert tokenizer is not None
+        tokenizer(["a film", "a"], truncation=True, max_length=3, padding="max_length")
+    refuse_to_tokenise()
+    second = prepared(spec, data_files=files)
+    assert rows_of(second.train_dataloader()) == rows_of(first.train_dataloader())
+
+
+def test_a_split_that_serves_two_roles_is_tokenised_once(
+    spec: TextSpec, files: Any, refuse_to_tokenise: Callable[[], None]
+) -> None:
+    files["validation"] = write("dev.csv", labelled(["a story"], ["good"]))
+    prepared(spec, "validate", data_files=files)
+    refuse_to_tokenise()
+    data = prepared(spec, "test", data_files=files, splits={"test": "validation"})
+    assert texts_of(data, data.test_dataloader()[0]) == ["a story"]
+
+
 @pytest.mark.filterwarnings("ignore:.*texts were cut")
 @pytest.mark.parametrize(
     "change",

@@ -54,32 +54,21 @@ def test_they_have_the_heads_bias(kind: str, load: Load) -> None:
     torch.testing.assert_close(after - before, TOKENS.float().expand(2, -1), atol=1e-4, rtol=0)
 
 
-SIZES = {
-    "vocab_size": WORDS,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-LAYERS = {**SIZES, "intermediate_size": 48}
-GROUPED = {**LAYERS, "num_key_value_heads": 2}
+SIZES = {"vocab_size": WORDS, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+LAYERS = {**SIZES, "hidden_size": WIDTH, "intermediate_size": 48}
 GPT = {"vocab_size": WORDS, "n_positions": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
 
 
 @pytest.mark.parametrize(
     ("name", "config", "sizes"),
     [
-        pytest.param("PhiForCausalLM", "PhiConfig", LAYERS, id="bias in the projection (the paper's phi-2)"),
-        pytest.param("CodeGenForCausalLM", "CodeGenConfig", {**GPT, "rotary_dim": 4}, id="the paper's CodeGen"),
-        pytest.param("Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 8}, id="logits capped"),
-        pytest.param("CohereForCausalLM", "CohereConfig", GROUPED, id="logits scaled"),
-        pytest.param("OPTForCausalLM", "OPTConfig", {**SIZES, "ffn_dim": 48}, id="layers in a decoder of their own"),
-        pytest.param("GPTNeoXForCausalLM", "GPTNeoXConfig", LAYERS, id="projection under another name"),
-        pytest.param("ElectraForMaskedLM", "ElectraConfig", {**LAYERS, "embedding_size": 16}, id="a generator"),
-        pytest.param("DistilBertForMaskedLM", "DistilBertConfig", SIZES, id="a transform before the projection"),
+        ("PhiForCausalLM", "PhiConfig", LAYERS),
+        ("CodeGenForCausalLM", "CodeGenConfig", {**GPT, "rotary_dim": 4}),
+        ("CohereForCausalLM", "CohereConfig", {**LAYERS, "logit_scale": 0.3}),
+        ("DistilBertForMaskedLM", "DistilBertConfig", {**SIZES, "dim": WIDTH}),
     ],
 )
-def test_the_head_is_as_the_models_class_defines_it(name: str, config: str, sizes: dict[str, int]) -> None:
+def test_other_heads_keep_their_biases_scales_and_transforms(name: str, config: str, sizes: dict[str, int]) -> None:
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, config)(**sizes))
     backbone, hidden, logits = prompted(shaken(freeze(model)))
