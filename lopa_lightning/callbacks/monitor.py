@@ -113,7 +113,7 @@ class PromptMonitor(Callback):
         logger.experiment.add_histogram("prompt/norms", shared.norm(dim=-1).cpu(), step)
         logger.experiment.add_scalar("prompt/mean_norm", shared.norm(dim=-1).mean(), step)
         logger.experiment.add_image("prompt/cosines", cosine_picture(shared), step)
-        words = nearest_words(shared, net.backbone.embedding_table(), pl_module.tokenizer)
+        words = nearest_words(shared, net.backbone.embedding_weight, pl_module.tokenizer)
         table = "| virtual token | nearest words |\n|-|-|\n" + "\n".join(
             f"| {i} | {row} |" for i, row in enumerate(words)
         )

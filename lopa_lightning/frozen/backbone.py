@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.injection import Placement, insert, position_ids, prompt_layout
+from lopa_lightning.frozen.loading import accepted_inputs, first_position
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         placement: Where virtual tokens go, see :mod:`~lopa_lightning.frozen.injection`.
 
     Raises:
-        LoPAError: If the architecture cannot be fed embeddings.
+        LoPAError: If the architecture cannot be fed embeddings, or does not mind padding.
     """
 
     def __init__(self, model: PreTrainedModel, dropout: bool = False, placement: Placement = "before") -> None:
@@ -49,11 +49,10 @@ class Backbone(nn.Module):
         self.model = model
         self.dropout = dropout
         self.placement = placement
-        self._accepts = frozenset(inspect.signature(self.body.forward).parameters)
-        if "inputs_embeds" not in self._accepts:
-            raise LoPAError(
-                f"{type(model).__name__} takes no inputs_embeds, so no soft prompt can be put before its input"
-            )
+        self._accepts = accepted_inputs(self.body)
+        if missing := {"inputs_embeds", "attention_mask"} - self._accepts:
+            names = " and no ".join(sorted(missing))
+            raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
         self._has_token_types = "token_type_ids" in self._accepts and getattr(model.config, "type_vocab_size", 0) > 1
         # In a list, so that torch does not register the head's weights a second time.
         self._head = [] if self.body is model else [_LabelWordHead(model)]
@@ -66,7 +65,12 @@ class Backbone(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """Width d of the input embeddings."""
-        return int(self._table().shape[1])
+        return int(self.embedding_weight.shape[1])
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The weight of the model's embedding layer, ``[V, d]``."""
+        return cast(Tensor, self.model.get_input_embeddings().weight).detach()
 
     @property
     def hidden_dim(self) -> int:
@@ -78,26 +82,23 @@ class Backbone(nn.Module):
         """How many tokens, virtual ones included, the model has positions for; None if that is not limited."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         # DeBERTa and others say -1 for relative positions without a limit.
-        return None if limit is None or limit <= 0 else int(limit) - self._first_position
-
-    @property
-    def _first_position(self) -> int:
-        """RoBERTa and its family count positions from ``padding_idx + 1``."""
-        positions = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
-        padding_idx = getattr(positions, "padding_idx", None)
-        return 0 if padding_idx is None else int(padding_idx) + 1
+        return None if limit is None or limit <= 0 else int(limit) - first_position(self.body)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode, unless the backbone's dropout was asked for."""
         super().train(mode and self.dropout)
         return self
 
-    def _table(self) -> Tensor:
-        return cast(Tensor, self.model.get_input_embeddings().weight)
-
     def embedding_table(self) -> Tensor:
-        """The vectors that token ids stand for at the model's input, ``[V, d]``."""
-        return self._table().detach()
+        """The vectors that token ids stand for at the model's input, ``[V, d]``.
+
+        No copy, unless the model's embedding layer does more than look up (Gemma's scales).
+        """
+        layer, weight = self.model.get_input_embeddings(), self.embedding_weight
+        if type(layer) is nn.Embedding:
+            return weight
+        with torch.no_grad():
+            return cast(Tensor, layer(torch.arange(len(weight), device=weight.device)))
 
     def forward(
         self,
@@ -132,7 +133,7 @@ class Backbone(nn.Module):
             "attention_mask": mask,
         }
         if "position_ids" in self._accepts:
-            inputs["position_ids"] = position_ids(mask, self._first_position)
+            inputs["position_ids"] = position_ids(mask, first_position(self.body))
         if token_type_ids is not None and self._has_token_types:
             inputs["token_type_ids"] = insert(layout, 0, token_type_ids)
         # No key-value cache: nothing is generated here, and it would hold every layer's keys and values.

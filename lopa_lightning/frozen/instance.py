@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,7 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.loading import Dtype, PretrainedSpec
+from lopa_lightning.frozen.injection import position_ids
+from lopa_lightning.frozen.loading import Dtype, PretrainedSpec, accepted_inputs, first_position
 
 Pooling = Literal["cls", "mean", "last", "max"]
 
@@ -73,7 +76,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         pooling: ``cls`` (the first that counts), ``last``, ``mean`` or ``max``.
 
     Returns:
-        ``[B, h]``.
+        ``[B, h]``; a mean is in float32 at least.
 
     Raises:
         LoPAError: If ``pooling`` is unknown.
@@ -85,8 +88,10 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """
     _check_pooling(pooling)
     if pooling == "mean":
+        # Summed in float32: bfloat16 has no number for 257 tokens.
         weight = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return (hidden * weight).sum(1, dtype=wide) / mask.sum(1, keepdim=True)
     if pooling == "max":
         return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
     first = mask.argmax(1) if pooling == "cls" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
@@ -106,9 +111,9 @@ class InstanceEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel, spec: InstanceEncoderSpec, shared: bool = False) -> None:
         super().__init__()
         self.spec = spec
-        if shared:
-            self._shared = [model]  # in a list, so that torch does not register the backbone's weights twice
-        else:
+        # In a list, so that torch does not register the backbone's weights twice.
+        self._shared = [model] if shared else []
+        if not shared:
             self.model = model.requires_grad_(spec.trainable)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -121,9 +126,15 @@ class InstanceEncoder(nn.Module):
         Returns:
             Float32 vectors ``[B, e]``, without gradient unless the encoder is trained.
         """
-        model = self._shared[0] if hasattr(self, "_shared") else self.model
-        with torch.set_grad_enabled(self.spec.trainable and torch.is_grad_enabled()):
-            hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        model = self._shared[0] if self._shared else self.model
+        positions = {}
+        if "position_ids" in accepted_inputs(model):
+            positions["position_ids"] = position_ids(attention_mask, first_position(model))
+        with (
+            _eval_unless(self.spec.trainable, model),
+            torch.set_grad_enabled(self.spec.trainable and torch.is_grad_enabled()),
+        ):
+            hidden = model(input_ids=input_ids, attention_mask=attention_mask, **positions).last_hidden_state
             vector = pool(hidden, attention_mask, self.spec.pooling).float()
             return F.normalize(vector, dim=-1) if self.spec.normalize else vector
 
@@ -131,6 +142,19 @@ class InstanceEncoder(nn.Module):
         """Keeps a frozen encoder in eval mode: an instance's vector never changes."""
         super().train(mode and self.spec.trainable)
         return self
+
+
+@contextlib.contextmanager
+def _eval_unless(trainable: bool, model: PreTrainedModel) -> Iterator[None]:
+    """Switches off the dropout of a backbone in training, while it serves as a frozen encoder."""
+    switch = model.training and not trainable
+    if switch:
+        model.train(False)
+    try:
+        yield
+    finally:
+        if switch:
+            model.train(True)
 
 
 def _check_pooling(pooling: str) -> None:

@@ -64,7 +64,10 @@ class PretrainedSpec:
             return self.name
         package, _, folder = self.name.removeprefix(_PACKAGE).partition("/")
         # Found without an import: importing a package of weights may pull in another framework.
-        found = importlib.util.find_spec(package)
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:  # of a dotted name, its first part
+            found = None
         if found is None or not found.submodule_search_locations:
             raise LoPAError(f"{self.name!r}: the Python package {package!r} is not installed (pip install it first)")
         path = Path(found.submodule_search_locations[0], folder)
@@ -83,10 +86,11 @@ def load_config(spec: PretrainedSpec) -> PretrainedConfig:
     Raises:
         LoPAError: If there is no such model.
     """
+    location = spec.location()
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(spec.location(), **spec.source_options())
+        config: PretrainedConfig = AutoConfig.from_pretrained(location, **spec.source_options())
         return config
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _not_found("model", spec, error) from error
 
 
@@ -97,9 +101,10 @@ def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
         LoPAError: If there is no such tokenizer, or it has no fast (Rust) version, which
             truncation by characters needs.
     """
+    location = spec.location()
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(spec.location(), **spec.source_options())
-    except OSError as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **spec.source_options())
+    except (OSError, ValueError) as error:
         raise _not_found("tokenizer", spec, error) from error
     if not tokenizer.is_fast:
         raise LoPAError(f"{spec.name!r} has no fast tokenizer (tokenizer.json), which is needed here")
@@ -158,6 +163,22 @@ def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
     return freeze(model)
 
 
+def accepted_inputs(model: PreTrainedModel) -> frozenset[str]:
+    """What a model's ``forward`` takes by name."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Position of the first token: RoBERTa and its family count from ``padding_idx + 1``.
+
+    Args:
+        model: Without a head.
+    """
+    positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding_idx = getattr(positions, "padding_idx", None)
+    return 0 if padding_idx is None else int(padding_idx) + 1
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences transformers' report on unused weights: a head that is left out is left out on purpose."""
@@ -182,6 +203,8 @@ def _class_options(config: PretrainedConfig, family: Family) -> dict[str, Any]:
     An encoder's pooler is left out: nothing here reads it, and most checkpoints lack its weights.
     """
     auto_class = _AUTO_CLASSES[family]
+    if family == "causal_lm" and type(config) in AutoModelForMaskedLM._model_mapping and not config.is_decoder:
+        raise LoPAError(f"{config.model_type!r} reads in both directions; use objective: masked_lm or head")
     if config.is_encoder_decoder:
         raise LoPAError(
             f"{config.model_type!r} is an encoder-decoder model; a soft prompt here needs one stack of layers"
@@ -196,7 +219,7 @@ def _class_options(config: PretrainedConfig, family: Family) -> dict[str, Any]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
 
 
-def _not_found(what: str, spec: PretrainedSpec, error: OSError) -> LoPAError:
+def _not_found(what: str, spec: PretrainedSpec, error: Exception) -> LoPAError:
     reason = str(error).strip().splitlines()[0]
     at = f" at revision {spec.revision!r}" if spec.revision else ""
-    return LoPAError(f"no {what} found for {spec.name!r}{at}: neither a folder nor a reachable hub id ({reason})")
+    return LoPAError(f"no {what} found for {spec.name!r}{at}, as a folder or a reachable hub id: {reason}")

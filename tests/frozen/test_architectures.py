@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedC
 
 from lopa_lightning.frozen.backbone import Backbone, PromptedStates
 from lopa_lightning.frozen.loading import freeze
+from tests.frozen.conftest import shaken
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -64,7 +65,7 @@ def build(name: str) -> transformers.PreTrainedModel:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     model.tie_weights()
-    return model
+    return shaken(model)
 
 
 def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -215,5 +215,5 @@ class IdsOnly(PreTrainedModel):
 
 
 def test_a_model_that_takes_no_embeddings_is_refused() -> None:
-    with pytest.raises(LoPAError, match="IdsOnly takes no inputs_embeds"):
+    with pytest.raises(LoPAError, match="IdsOnly takes no attention_mask and no inputs_embeds"):
         Backbone(IdsOnly(PretrainedConfig()))

@@ -55,7 +55,7 @@ def encoder(load: Load, kind: str = "bert", **options: object) -> InstanceEncode
 
 
 def some_ids() -> tuple[Tensor, Tensor]:
-    ids = torch.randint(WORDS, (3, 6), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, WORDS, (3, 6), generator=torch.Generator().manual_seed(0))
     return ids, torch.ones_like(ids)
 
 
