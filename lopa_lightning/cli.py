@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lopa_lightning import __version__, checkpoint
 from lopa_lightning.callbacks import FitSummary, PredictionWriter, PromptMonitor
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import LoPALightningModule
@@ -26,21 +28,27 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     },
     "log_every_n_steps": 10,
 }
-_BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best"}
+_BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best", "enable_version_counter": False}
 # A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
 _LAST: dict[str, Any] = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
+_LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")  # names that Lightning resolves to a checkpoint
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
 _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen ones, as they should be
     r".*does not have many workers",  # batches of token ids are made faster than they could be handed over
+    r"The dirpath has changed",  # of course: another run's checkpoint is evaluated
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's own use of torch
 )
 
 
 class Parser(LightningArgumentParser):
     """Says what was misspelt in a line or two, not in a page of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # a misspelt option must not pass for the one that it begins like
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error, with the options that were perhaps meant, and exits with status 2."""
@@ -53,15 +61,17 @@ class Parser(LightningArgumentParser):
 
     def _hint(self, misspelt: str, message: str) -> str | None:
         parsers = [self, *getattr(self._subcommands_action, "_name_parser_map", {}).values()]
-        known = {action.dest for parser in parsers for action in parser._actions}
+        known = {str(action.dest) for parser in parsers for action in parser._actions}
         for class_path in _CLASS_PATH.findall(message):
             known |= set(_parameters(class_path))
         # By the part that is wrong: of model.init_args.rnak that is rnak, of trainer.max_epoch max_epoch.
         parts = [part for part in misspelt.split(".") if part not in ("init_args", "class_path")]
+        whole = {name.partition(".")[0] for name in known}
         names = {name.rpartition(".")[2]: name for name in known}
-        for part in parts:
-            if part not in names and (close := difflib.get_close_matches(part, names, n=3)):
-                return f"Did you mean {' or '.join(names[name] for name in close)}?"
+        for place, part in enumerate(parts):
+            candidates = whole if place == 0 and len(parts) > 1 else names
+            if part not in candidates and (close := difflib.get_close_matches(part, candidates, n=3)):
+                return f"Did you mean {' or '.join(names.get(name, name) for name in close)}?"
         return None
 
 
@@ -80,6 +90,7 @@ class LoPACLI(LightningCLI):
             trainer_defaults=_TRAINER_DEFAULTS,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"version": f"lopa-lightning {__version__}"},
             **kwargs,
         )
 
@@ -91,6 +102,12 @@ class LoPACLI(LightningCLI):
         parser.add_lightning_class_args(PromptMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(FitSummary, "summary")
+
+    def before_instantiate_classes(self) -> None:
+        """Reads a checkpoint that is named, so that a wrong one is refused before anything is loaded."""
+        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand is not None else None
+        if path is not None and path not in _LIGHTNINGS_OWN:
+            checkpoint.read(path)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone.
@@ -121,16 +138,17 @@ def main(args: ArgsType = None) -> None:
     try:
         LoPACLI(args=args)
     except Exception as error:
-        ours = _cause(error)
-        if ours is None or os.environ.get("LOPA_TRACEBACK"):
+        expected = _cause(error)
+        if expected is None or os.environ.get("LOPA_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {ours}\n")
+        hint = "" if isinstance(expected, LoPAError) else "\nLOPA_TRACEBACK=1 shows where."
+        sys.stderr.write(f"error: {expected}{hint}\n")
         raise SystemExit(1) from error
 
 
-def _cause(error: BaseException | None) -> LoPAError | None:
-    """The LoPAError behind an exception: the parser wraps what a class raises when it is built."""
-    while error is not None and not isinstance(error, LoPAError):
+def _cause(error: BaseException | None) -> BaseException | None:
+    """The expected error behind an exception: the parser wraps what a class raises when it is built."""
+    while error is not None and not isinstance(error, (LoPAError, MisconfigurationException, OSError)):
         error = error.__cause__
     return error
 

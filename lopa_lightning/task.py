@@ -16,6 +16,8 @@ class TextTask:
         words: The verbalizer: one word for each label, for the objectives that read a language model head.
         metrics: Official metrics, see :func:`lopa_lightning.evaluation.metrics.build_metrics`.
         eval_sets: Name suffixes of the evaluation sets; MNLI has two.
+        template: What the backbone reads, with ``{column}`` fields and ``{mask}``.
+        causal_template: Its wording for causal LMs, where that is another.
 
     Raises:
         LoPAError: If there is one label only, labels or words repeat, or their numbers differ.
@@ -25,6 +27,8 @@ class TextTask:
     words: list[str] | None = None
     metrics: list[str] | None = None
     eval_sets: list[str] | None = None
+    template: list[str] | None = None
+    causal_template: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
 from transformers import AutoModelForMaskedLM
 
-from lopa_lightning import InstanceEncoderSpec, LoPA, LoPALightningModule, PromptTuning
+from lopa_lightning import (
+    ClassificationModule,
+    InstanceEncoderSpec,
+    LoPA,
+    LoPALightningModule,
+    PretrainedSpec,
+    PromptTuning,
+)
 from lopa_lightning.checkpoint import IDENTITY_KEY, fingerprint, plain
 from lopa_lightning.errors import LoPAError
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
@@ -194,7 +204,7 @@ class Payload:
 def test_no_pickled_code_runs_from_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     path = fitted(module(tiny("bert")), tmp_path)
     torch.save({**torch.load(path, weights_only=True), "payload": Payload()}, path)
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(LoPAError, match="cannot be read as a checkpoint: Weights only load failed"):
         LoPALightningModule.load_from_checkpoint(path, weights_only=False)
     with pytest.raises(Exception, match="Weights only load failed"):
         trainer(tmp_path).validate(module(tiny("bert")), reviews(tmp_path), ckpt_path=path)
@@ -230,6 +240,68 @@ def test_models_of_other_size_or_weights_are_not_the_same(tiny: Tiny, tmp_path: 
     assert fingerprint(first)["weights"] != before["weights"]
 
 
+class OwnSignature(ClassificationModule):
+    def __init__(self, name: str, m: int = 3) -> None:
+        super().__init__(
+            objective="head",
+            backbone=PretrainedSpec(name),
+            prompt_encoder=functools.partial(LoPATiny, num_virtual_tokens=m),
+        )
+
+
+def test_a_subclass_with_arguments_of_its_own_is_rebuilt_with_its_task(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(OwnSignature(tiny("bert_base"), m=2), tmp_path)
+    again = LoPALightningModule.load_from_checkpoint(path)
+    assert type(again) is OwnSignature
+    assert again.task.labels == ["good", "bad"]
+    assert again.net.prompt_encoder.num_virtual_tokens == 2
+
+
+def test_a_backbone_that_has_moved_is_named_anew(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    moved = shutil.copytree(tiny("bert"), tmp_path / "moved")
+    again = LoPALightningModule.load_from_checkpoint(path, backbone=PretrainedSpec(str(moved)))
+    assert again.hparams["backbone"]["name"] == str(moved)
+    with pytest.raises(LoPAError, match="ClassificationModule takes no backbnoe; it takes backbone"):
+        LoPALightningModule.load_from_checkpoint(path, backbnoe=PretrainedSpec(str(moved)))
+
+
+def test_a_config_may_say_more_or_less_than_it_did(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    moved = shutil.copytree(tiny("bert"), tmp_path / "moved")
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "a_new_setting": 1, "id2label": {"0": "no", "1": "yes"}}))
+    trainer(tmp_path).validate(module(str(moved)), reviews(tmp_path), ckpt_path=path, verbose=False)
+    (moved / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(LoPAError, match=r"backbone\.config\.hidden_act: the checkpoint has 'gelu', this run 'relu'"):
+        trainer(tmp_path).validate(module(str(moved)), reviews(tmp_path), ckpt_path=path, verbose=False)
+
+
+def test_another_template_is_refused_where_words_are_read(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    other = reviews(tmp_path, template=("{text} {mask}",))
+    with pytest.raises(LoPAError, match="template: the checkpoint has"):
+        trainer(tmp_path).validate(module(tiny("bert")), other, ckpt_path=path, verbose=False)
+
+
+def test_going_on_with_other_rates_warns_and_with_another_optimizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    path = fitted(module(tiny("bert")), tmp_path)
+    faster = module(tiny("bert"), optimizer=functools.partial(torch.optim.AdamW, lr=0.5))
+    with pytest.warns(UserWarning, match=r"keeps the checkpoint's optimizer settings:\n  optimizer.init_args.lr"):
+        trainer(tmp_path, 2).fit(faster, reviews(tmp_path), ckpt_path=path)
+    other = module(tiny("bert"), optimizer=functools.partial(torch.optim.SGD, lr=0.5))
+    with pytest.raises(LoPAError, match=r"holds the state of torch.*AdamW, this run has torch.*SGD"):
+        trainer(tmp_path, 2).fit(other, reviews(tmp_path), ckpt_path=path)
+
+
+def test_going_on_within_an_epoch_warns(tiny: Tiny, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=3)
+    run.fit(module(tiny("bert")), reviews(tmp_path))
+    run.save_checkpoint(tmp_path / "mid.ckpt")
+    with pytest.warns(UserWarning, match="saved within an epoch, after 3 batches"):
+        trainer(tmp_path, 2).fit(module(tiny("bert")), reviews(tmp_path), ckpt_path=tmp_path / "mid.ckpt")
+
+
 def test_plain_data_has_no_tuples_paths_or_objects() -> None:
     value = {"a": (1, 2), "b": InstanceEncoderSpec(), "c": functools.partial(LoPA, rank=1), 3: None}
     described = plain(value)
@@ -238,5 +310,11 @@ def test_plain_data_has_no_tuples_paths_or_objects() -> None:
     assert described["c"]["class_path"] == "lopa_lightning.prompts.lopa.LoPA"
     assert described["c"]["init_args"]["rank"] == 1
     assert described["3"] is None
-    with pytest.raises(TypeError, match="cannot be stored"):
-        plain({"x": object()})
+    assert [type(v) for v in plain([np.float64(0.5), np.int64(3), np.str_("a"), True])] == [float, int, str, bool]
+
+    class Local(LoPA):
+        pass
+
+    for value in (object(), Local):
+        with pytest.raises(TypeError, match="cannot be stored"):
+            plain({"x": value})

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 _NEAREST = 5
+_ROWS_AT_ONCE = 8192  # of the embedding table
 _PIXELS = 16  # of a cell of the cosine matrix
 
 
@@ -34,6 +35,7 @@ class PromptMonitor(Callback):
         self._samples = 0
         self._tokens: Tensor | int = 0
         self._since = 0.0
+        self._measured = 0
         self._instance: Tensor | None = None
 
     @property
@@ -72,7 +74,8 @@ class PromptMonitor(Callback):
             return
         self._samples += len(batch["index"])
         self._tokens = self._tokens + batch["attention_mask"].sum()  # a tensor: no wait for the device here
-        if self._is_logging_step(trainer, done=1):
+        if self._is_logging_step(trainer, done=1) and trainer.global_step != self._measured:
+            self._measured = trainer.global_step  # once, however many batches one step accumulates
             tokens, seconds = int(self._tokens), time.perf_counter() - self._since
             rates = {"samples": self._samples / seconds, "tokens": tokens / seconds}
             pl_module.log_dict({f"per_second/{k}": v * trainer.world_size for k, v in rates.items()})
@@ -165,9 +168,10 @@ def nearest_words(virtual_tokens: Tensor, embeddings: Tensor, tokenizer: Any) ->
     Returns:
         One line for each virtual token.
     """
-    table = embeddings.float()
-    # Divided by the lengths afterwards: a normalised copy of the table would be as large as the table.
-    cosine = F.normalize(virtual_tokens, dim=-1) @ table.T / table.norm(dim=-1).clamp(min=1e-12)
+    unit = F.normalize(virtual_tokens, dim=-1)
+    # In parts: a float32 copy of a large table would be larger than all that is trained.
+    parts = (part.float() for part in torch.split(embeddings, _ROWS_AT_ONCE))
+    cosine = torch.cat([unit @ part.T / part.norm(dim=-1).clamp(min=1e-12) for part in parts], dim=-1)
     top = cosine.topk(_NEAREST)
     return [
         ", ".join(f"`{tokenizer.decode([index]).strip()}` {value:.2f}" for index, value in zip(ids, values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,6 +37,24 @@ class PredictionWriter(BasePredictionWriter):
         self.folder = folder
         self.format: Format = format
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Checks that predictions can be written, before they are made.
+
+        Raises:
+            LoPAError: If the folder cannot be made or written to.
+        """
+        log_dir = trainer.log_dir  # broadcast from the first process: every one must ask for it
+        self._folder = Path(self.folder or log_dir or trainer.default_root_dir)
+        if stage != "predict" or not trainer.is_global_zero:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self._folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            raise LoPAError(f"predictions.folder {str(self._folder)!r} cannot be written to")
+
     def write_on_epoch_end(
         self,
         trainer: Any,
@@ -44,7 +63,6 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Gathers all processes' predictions and writes them, one file for each set."""
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         sets = [predictions] if predictions and isinstance(predictions[0], dict) else predictions
         suffixes = pl_module.eval_suffixes if len(sets) > 1 else [""]
         for set_index, (suffix, batches) in enumerate(zip(suffixes, sets)):
@@ -53,12 +71,11 @@ class PredictionWriter(BasePredictionWriter):
                 continue
             rows = list({row["index"]: row for row in sorted(rows, key=lambda row: row["index"])}.values())
             files = {f"predictions{suffix}.{self.format}": _formatted(rows, self.format)}
-            if hasattr(trainer.datamodule, "submission"):
-                name, content = trainer.datamodule.submission(set_index, rows)
-                files[name] = content
+            submission = getattr(trainer.datamodule, "submission", lambda *_: None)(set_index, rows)
+            files |= [submission] if submission is not None else []
             for name, content in files.items():
-                write_whole(folder / name, content)
-                print(f"{len(rows)} predictions in {folder / name}")
+                write_whole(self._folder / name, content)
+                print(f"{len(rows)} predictions in {self._folder / name}")
 
 
 def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

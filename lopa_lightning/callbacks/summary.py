@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class FitSummary(Callback):
@@ -33,10 +33,10 @@ class FitSummary(Callback):
         """Takes the best metrics so far."""
         self._best = state_dict["best"]
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Prints the summary."""
-        if trainer.fast_dev_run or not self._best:
+        log_dir = trainer.log_dir  # broadcast from the first process: every one must ask for it
+        if trainer.fast_dev_run or not self._best or not trainer.is_global_zero:
             return
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
@@ -50,20 +50,20 @@ class FitSummary(Callback):
             lines.append(
                 f"  {Path(best).stat().st_size / 1e6:.1f} MB checkpoint, {4 * trained / 1e6:.1f} MB of it weights"
             )
-            lines += self._next_commands(trainer, _relative(best))
+            lines += self._next_commands(log_dir if trainer.loggers else None, _relative(best))
         print("\n".join(lines))
         self._warn_if_blind()
 
     @staticmethod
-    def _next_commands(trainer: Any, checkpoint: str) -> list[str]:
-        if trainer.log_dir is None or not (config := Path(trainer.log_dir, "config.yaml")).is_file():
+    def _next_commands(log_dir: str | None, checkpoint: str) -> list[str]:
+        if log_dir is None or not (config := Path(log_dir, "config.yaml")).is_file():
             return []
         run = f"--config {_relative(str(config))} --ckpt_path {checkpoint}"
         return [
             "Next",
             f"  lopa test {run}",
             f"  lopa predict {run}",
-            f"  tensorboard --logdir {_relative(trainer.log_dir)}",
+            f"  tensorboard --logdir {_relative(log_dir)}",
         ]
 
     def _warn_if_blind(self) -> None:

@@ -33,7 +33,7 @@ _ROLES: dict[str, list[Role]] = {
     "test": ["test"],
     "predict": ["predict"],
 }
-_FORMAT = 1  # of tokenised data; a new number makes cached data stale
+_FORMAT = 2  # of tokenised data; a new number makes cached data stale
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -186,10 +186,22 @@ class TextDataModule(LightningDataModule, ABC):
             empty = [row for row, text in enumerate(texts) if _is_empty(text)]
             shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
             raise LoPAError(f"{what}: column {error.column!r} is empty in row {shown} (counted from 0)") from None
-        truncated = int(np.sum(tokenised.with_format("numpy")["truncated"][:]))
-        if truncated:
-            rank_zero_warn(f"{what}: {truncated} of {len(tokenised)} texts were cut to {to_backbone.max_tokens} tokens")
-        return tokenised.remove_columns("truncated")
+        return self._without_counts(tokenised, what, to_backbone.max_tokens, spec.instance_max_tokens)
+
+    @staticmethod
+    def _without_counts(data: Dataset, what: str, max_tokens: int | None, instance_max_tokens: int | None) -> Dataset:
+        """Warns once of what was cut, with counts."""
+        limits = {
+            "truncated": ("", max_tokens),
+            "instance_truncated": (" for the instance encoder", instance_max_tokens),
+        }
+        for column, (reader, limit) in limits.items():
+            if column not in data.column_names:
+                continue
+            if cut := int(np.sum(data.with_format("numpy")[column][:])):
+                rank_zero_warn(f"{what}: {cut} of {len(data)} texts were cut to {limit} tokens{reader}")
+            data = data.remove_columns(column)
+        return data
 
     # Loading
 
@@ -210,6 +222,10 @@ class TextDataModule(LightningDataModule, ABC):
         return self._eval_loaders("predict")
 
     def _eval_loaders(self, role: Role) -> list[Loader]:
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        for data in self.datasets[role]:
+            if len(data) < world_size:
+                raise LoPAError(f"{role}: {len(data)} examples are fewer than the {world_size} processes")
         return [self._loader(data, self.eval_batch_size, shuffle=False) for data in self.datasets[role]]
 
     def _loader(self, data: Dataset, batch_size: int, shuffle: bool) -> Loader:
@@ -268,7 +284,7 @@ class _EncodeRows:
         texts = {name: ["" if value is None else str(value) for value in rows[name]] for name in self.columns}
         encoded = self.to_backbone(texts)
         if self.to_instance is not None:
-            encoded["instance_input_ids"] = self.to_instance(texts)["input_ids"]
+            encoded |= {f"instance_{key}": values for key, values in self.to_instance(texts).items()}
         if self.labels is not None:
             column, lookup = self.labels
             encoded["labels"] = [lookup[value] for value in rows[column]]

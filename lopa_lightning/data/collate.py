@@ -35,19 +35,20 @@ class Collate:
 
         Args:
             rows: ``input_ids``, ``index``, and optionally ``token_type_ids``, ``instance_input_ids``,
-                ``labels``.
+                ``instance_token_type_ids``, ``labels``.
 
         Returns:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``) ``[B, T]``;
-            ``instance_input_ids``, ``instance_attention_mask`` ``[B, S]``; ``index``, ``labels`` ``[B]``.
+            ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``;
+            ``index``, ``labels`` ``[B]``.
         """
         batch = {"index": torch.tensor([row["index"] for row in rows])}
         batch |= self._padded(rows, "input_ids", "attention_mask", self.pad_id, self.side)
-        if "token_type_ids" in rows[0]:
-            # Only shapes matter at padding, so any id will do there.
-            batch["token_type_ids"] = self._padded(rows, "token_type_ids", "", 0, self.side)["token_type_ids"]
         if "instance_input_ids" in rows[0]:
             batch |= self._padded(rows, "instance_input_ids", "instance_attention_mask", self.instance_pad_id, "right")
+        for key, side in (("token_type_ids", self.side), ("instance_token_type_ids", "right")):
+            if key in rows[0]:
+                batch[key] = self._padded(rows, key, "", 0, side)[key]
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lopa_lightning.data.base import Role
+from lopa_lightning.data.template import Side
 from lopa_lightning.data.text import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError
 
@@ -110,7 +114,18 @@ class GLUEDataModule(TextClassificationDataModule):
     Args:
         task: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte`` or ``wnli``.
         path: Hub id, or a folder in that layout.
-        **kwargs: See :class:`~lopa_lightning.data.text.TextClassificationDataModule`.
+        revision: Branch, tag or commit on the hub.
+        template: In place of the task's own.
+        causal_template: In place of the task's own.
+        max_train_examples: Train on at most that many examples, drawn at random.
+        shots_per_label: Train on that many examples of each label, drawn at random.
+        subset_seed: Of these draws.
+        batch_size: See :class:`~lopa_lightning.data.base.TextDataModule`, like the ones below.
+        eval_batch_size: Examples in a batch that is not trained on.
+        max_length: Tokens of a text for the backbone.
+        truncation_side: Which end of a text too long is cut.
+        padding_side: Where the backbone's padding goes.
+        num_workers: Processes that load batches.
 
     Raises:
         LoPAError: If there is no such task.
@@ -118,14 +133,44 @@ class GLUEDataModule(TextClassificationDataModule):
 
     allow_empty_text = True  # a few of QQP's questions are
 
-    def __init__(self, task: str, path: str = "nyu-mll/glue", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        task: str,
+        path: str = "nyu-mll/glue",
+        revision: str | None = None,
+        template: Sequence[str] | None = None,
+        causal_template: str | None = None,
+        max_train_examples: int | None = None,
+        shots_per_label: int | None = None,
+        subset_seed: int = 0,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        max_length: int | None = None,
+        truncation_side: Side = "right",
+        padding_side: Side = "right",
+        num_workers: int = 0,
+    ) -> None:
         if task not in GLUE_TASKS:
             raise LoPAError(f"task must be one of {', '.join(GLUE_TASKS)}, got {task!r}")
         row = self.row = GLUE_TASKS[task]
-        kwargs["template"] = kwargs.get("template") or row.template
-        kwargs["causal_template"] = kwargs.get("causal_template") or row.causal
         super().__init__(
-            path=path, name=task, labels=row.labels, words=row.words or None, metrics=row.metrics, **kwargs
+            path=path,
+            name=task,
+            revision=revision,
+            labels=row.labels,
+            words=row.words or None,
+            template=template or row.template,
+            causal_template=causal_template or row.causal,
+            metrics=row.metrics,
+            max_train_examples=max_train_examples,
+            shots_per_label=shots_per_label,
+            subset_seed=subset_seed,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            truncation_side=truncation_side,
+            padding_side=padding_side,
+            num_workers=num_workers,
         )
         assert self.task is not None
         self.task = replace(self.task, eval_sets=[suffix for suffix, _ in row.eval_splits])
@@ -137,7 +182,7 @@ class GLUEDataModule(TextClassificationDataModule):
         validation = [split for _, split in self.row.eval_splits]
         return [split.replace("validation", "test") for split in validation] if role == "predict" else validation
 
-    def submission(self, set_index: int, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    def submission(self, set_index: int, rows: list[dict[str, Any]]) -> tuple[str, str] | None:
         """What the GLUE server takes for a test set.
 
         Args:
@@ -145,8 +190,12 @@ class GLUEDataModule(TextClassificationDataModule):
             rows: Predictions in the input's order, with ``label`` or ``value``.
 
         Returns:
-            File name and content.
+            File name and content, or None (with a warning) if not every row was predicted.
         """
+        wanted = len(self.datasets["predict"][set_index])
+        if [row["index"] for row in rows] != list(range(wanted)):
+            rank_zero_warn(f"no file for the GLUE server: {len(rows)} of {wanted} rows were predicted")
+            return None
         assert self.task is not None
         answers = [row["value"] if self.task.is_regression else row["label"] for row in rows]
         if self.row.submit_index:

@@ -20,14 +20,15 @@ class LengthGroupedSampler(DistributedSampler[int]):
     Args:
         lengths: Tokens of each example.
         batch_size: Of one process.
-        shuffle: False to go through the examples once, longest first, each on exactly one process.
+        shuffle: False to go through the examples once, each on exactly one process, always in the same
+            order of batches: not by length, so that the first few batches stand for all.
         num_replicas: Number of processes.
         rank: This process.
         seed: Of the shuffling.
 
     Example:
-        >>> list(LengthGroupedSampler([3, 9, 1], batch_size=2, shuffle=False))
-        [1, 0, 2]
+        >>> list(LengthGroupedSampler([3, 9, 1, 8, 2], batch_size=2, shuffle=False))
+        [1, 3, 0, 4, 2]
     """
 
     _POOL = 50
@@ -49,16 +50,18 @@ class LengthGroupedSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yields this process's examples."""
-        if not self.shuffle:
-            longest_first = np.argsort(-self.lengths, kind="stable")
-            return iter(longest_first[self.rank :: self.num_replicas].tolist())
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
-        order = np.resize(order, self.total_size)  # every process has as many
         step = self.batch_size * self.num_replicas
-        pools = [order[start : start + self._POOL * step] for start in range(0, len(order), self._POOL * step)]
+        if self.shuffle:
+            random = np.random.default_rng([self.seed, self.epoch])
+            order = random.permutation(len(self.lengths))
+            order, pool = np.resize(order, self.total_size), self._POOL * step  # every process has as many
+        else:
+            random = np.random.default_rng(0)
+            order, pool = np.arange(len(self.lengths)), len(self.lengths)
         batches = [
-            batch for pool in pools for batch in _cut(pool[np.argsort(-self.lengths[pool], kind="stable")], step)
+            batch
+            for part in _cut(order, pool)
+            for batch in _cut(part[np.argsort(-self.lengths[part], kind="stable")], step)
         ]
         # The one batch that may be short must come last, or processes would cut batches in other places.
         full = [batch for batch in batches if len(batch) == step]

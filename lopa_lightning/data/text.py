@@ -31,7 +31,7 @@ class TextClassificationDataModule(TextDataModule):
         data_files: Split name to file or files, such as ``{train: train.csv, validation: dev.csv}``.
         text_columns: Columns with the text; two are read as a pair.
         label_column: Column with the label.
-        labels: Names of the classes, in the order of their indices; empty for regression.
+        labels: Names of the classes, in the order of their indices; ``[]`` for regression.
         label_values: What stands in the label column for each label, where that is not its name.
         words: The verbalizer, one word for each label, for the objectives that answer with words.
         template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone.
@@ -57,8 +57,8 @@ class TextClassificationDataModule(TextDataModule):
         data_files: dict[str, str | list[str]] | None = None,
         text_columns: Sequence[str] = ("text",),
         label_column: str = "label",
-        labels: Sequence[str] = (),
-        label_values: Sequence[str] | None = None,
+        labels: Sequence[str | int | bool] | None = None,
+        label_values: Sequence[str | int | bool] | None = None,
         words: Sequence[str] | None = None,
         template: Sequence[str] | None = None,
         causal_template: str | None = None,
@@ -73,6 +73,8 @@ class TextClassificationDataModule(TextDataModule):
         super().__init__(**kwargs)
         if (path is None) == (data_files is None):
             raise LoPAError(f"give either path or data_files, got path={path!r} and data_files={data_files!r}")
+        if labels is None:
+            raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
         if max_train_examples is not None and shots_per_label is not None:
             raise LoPAError("give max_train_examples or shots_per_label, not both")
         for option, value in {"max_train_examples": max_train_examples, "shots_per_label": shots_per_label}.items():
@@ -91,12 +93,16 @@ class TextClassificationDataModule(TextDataModule):
             raise LoPAError(f"splits names {', '.join(sorted(unknown))}; the roles are {', '.join(roles)}")
         self.path, self.config_name, self.revision, self.data_files = path, name, revision, data_files
         self.label_column = label_column
-        self.label_values = list(label_values if label_values is not None else labels)
-        self.task = TextTask(
-            list(labels), None if words is None else list(words), None if metrics is None else list(metrics)
-        )
+        self.label_values = [_written(value) for value in (label_values if label_values is not None else labels)]
         self.template = Template(tuple(template)) if template is not None else plain_template(list(text_columns))
         self.causal_template = Template((causal_template,)) if causal_template is not None else None
+        self.task = TextTask(
+            labels=[_written(label) for label in labels],
+            words=None if words is None else list(words),
+            metrics=None if metrics is None else list(metrics),
+            template=list(self.template.pieces),
+            causal_template=causal_template,
+        )
         self.splits = {**roles, **(splits or {})}
         self.named_splits = set(splits or {})
         self.validation_fraction = validation_fraction
@@ -164,7 +170,7 @@ class TextClassificationDataModule(TextDataModule):
             if not numbers or not np.isfinite(list(numbers.values())).all():
                 raise LoPAError(f"{what}: column {column!r} must hold numbers, got {_some(values)}")
             return column, numbers
-        known = {str(value): index for index, value in enumerate(self.label_values)}
+        known = {value: index for index, value in enumerate(self.label_values)}
         shown = {value: _class_name(data.features[column], value) for value in values}
         if unknown := sorted({name for name in shown.values() if name not in known}):
             allowed = ", ".join(map(repr, known))
@@ -198,7 +204,16 @@ def _select(data: Dataset, rows: list[NDArray[np.int64]]) -> Dataset:
 def _class_name(feature: Any, value: Any) -> str:
     if isinstance(feature, ClassLabel) and value is not None and 0 <= value < len(feature.names):
         return str(feature.names[value])
-    return str(value)
+    return _written(value)
+
+
+def _written(value: Any) -> str:
+    """A label as a config and a column both write it: 1 and 1.0 are the same, true and True too."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "a missing label" if value is None else str(value)
 
 
 def _some(values: Sequence[Any]) -> str:

@@ -41,7 +41,7 @@ class Matthews(MulticlassMatthewsCorrCoef):
     def compute(self) -> Tensor:
         """The correlation, between -1 and 1."""
         if min((self.confmat.sum(axis) > 0).sum() for axis in (0, 1)) < 2:
-            return torch.zeros(())
+            return self.confmat.new_zeros((), dtype=torch.float)
         return super().compute()
 
 

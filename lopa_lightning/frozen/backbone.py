@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.injection import Placement, insert, position_ids, prompt_layout
-from lopa_lightning.frozen.loading import accepted_inputs, first_position
+from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class Backbone(nn.Module):
         if missing := {"inputs_embeds", "attention_mask"} - self._accepts:
             names = " and no ".join(sorted(missing))
             raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
-        self._has_token_types = "token_type_ids" in self._accepts and getattr(model.config, "type_vocab_size", 0) > 1
         # In a list, so that torch does not register the head's weights a second time.
         self._head = [] if self.body is model else [_LabelWordHead(model)]
 
@@ -75,7 +74,7 @@ class Backbone(nn.Module):
     @property
     def hidden_dim(self) -> int:
         """Width h of the hidden states."""
-        return int(self.model.config.hidden_size)
+        return hidden_size(self.model.config)
 
     @property
     def max_positions(self) -> int | None:
@@ -134,7 +133,7 @@ class Backbone(nn.Module):
         }
         if "position_ids" in self._accepts:
             inputs["position_ids"] = position_ids(mask, first_position(self.body))
-        if token_type_ids is not None and self._has_token_types:
+        if token_type_ids is not None and has_token_types(self.body):
             inputs["token_type_ids"] = insert(layout, 0, token_type_ids)
         # No key-value cache: nothing is generated here, and it would hold every layer's keys and values.
         options = {"use_cache": False} if "use_cache" in self._accepts else {}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.injection import position_ids
-from lopa_lightning.frozen.loading import Dtype, PretrainedSpec, accepted_inputs, first_position
+from lopa_lightning.frozen.loading import Dtype, PretrainedSpec, accepted_inputs, first_position, has_token_types
 
 Pooling = Literal["cls", "mean", "last", "max"]
 
@@ -116,25 +116,28 @@ class InstanceEncoder(nn.Module):
         if not shared:
             self.model = model.requires_grad_(spec.trainable)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Encodes instances.
 
         Args:
             input_ids: ``[B, S]``, by the encoder's own tokenizer.
             attention_mask: ``[B, S]``.
+            token_type_ids: Segment of each token, ``[B, S]``; None for one segment.
 
         Returns:
             Float32 vectors ``[B, e]``, without gradient unless the encoder is trained.
         """
         model = self._shared[0] if self._shared else self.model
-        positions = {}
+        extra = {}
         if "position_ids" in accepted_inputs(model):
-            positions["position_ids"] = position_ids(attention_mask, first_position(model))
+            extra["position_ids"] = position_ids(attention_mask, first_position(model))
+        if token_type_ids is not None and has_token_types(model):
+            extra["token_type_ids"] = token_type_ids
         with (
             _eval_unless(self.spec.trainable, model),
             torch.set_grad_enabled(self.spec.trainable and torch.is_grad_enabled()),
         ):
-            hidden = model(input_ids=input_ids, attention_mask=attention_mask, **positions).last_hidden_state
+            hidden = model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
             vector = pool(hidden, attention_mask, self.spec.pooling).float()
             return F.normalize(vector, dim=-1) if self.spec.normalize else vector
 

@@ -168,6 +168,17 @@ def accepted_inputs(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
+def has_token_types(model: PreTrainedModel) -> bool:
+    """Whether a model tells the two texts of a pair apart by token types."""
+    return "token_type_ids" in accepted_inputs(model) and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Width of a model's last hidden states."""
+    # OPT's smaller models project them back to the embeddings' width.
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
 def first_position(model: PreTrainedModel) -> int:
     """Position of the first token: RoBERTa and its family count from ``padding_idx + 1``.
 

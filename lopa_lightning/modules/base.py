@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,6 +13,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -28,7 +28,8 @@ from lopa_lightning.frozen.loading import PretrainedSpec
 from lopa_lightning.frozen.text import Objective, TextSpec
 from lopa_lightning.modules.build import Builder
 from lopa_lightning.modules.net import Batch, PromptedModel, Readout
-from lopa_lightning.modules.schedule import with_warmup
+from lopa_lightning.modules.restore import check_resume, rebuild
+from lopa_lightning.modules.schedule import warmup_steps, with_warmup
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
 
@@ -50,7 +51,7 @@ class LoPALightningModule(LightningModule, ABC):
         frozen_dropout: Whether the backbone's own dropout is active in training.
         optimizer: An optimizer that still wants parameters.
         lr_scheduler: A scheduler that still wants an optimizer; stepped once for each optimizer step,
-            or after each validation if it is a ``ReduceLROnPlateau``.
+            or after each epoch by ``val/loss`` if it is a ``ReduceLROnPlateau``.
         warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
             ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``.
@@ -78,6 +79,10 @@ class LoPALightningModule(LightningModule, ABC):
         learning_rates: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        if negative := {name: rate for name, rate in (learning_rates or {}).items() if rate < 0}:
+            raise LoPAError(f"learning_rates must not be negative, got {negative}")
+        if warmup < 0:
+            raise LoPAError(f"warmup must be a number of steps, or a share of the run below 1; got {warmup}")
         self.save_hyperparameters()
         self._make_hyperparameters_plain()
         self.backbone_spec = backbone
@@ -181,6 +186,8 @@ class LoPALightningModule(LightningModule, ABC):
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
+        if getattr(self.trainer.strategy, "_start_method", "popen") != "popen":
+            raise LoPAError("strategies that spawn or fork processes lose what is trained in them; use strategy: ddp")
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
@@ -203,7 +210,7 @@ class LoPALightningModule(LightningModule, ABC):
     def _make_hyperparameters_plain(self) -> None:
         """Stores hyperparameters as plain data, in the form from which Lightning rebuilds a module."""
         hparams = ckpt.plain(dict(self.hparams))
-        hparams["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        hparams["_class_path"] = ckpt.class_path(type(self))
         hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
         self._hparams = AttributeDict(hparams)
         self._hparams_initial = copy.deepcopy(self._hparams)
@@ -282,14 +289,16 @@ class LoPALightningModule(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """One optimizer over the trained groups, with its scheduler and warm-up."""
         groups = [
-            {"name": name, "params": params, **({"lr": rate} if (rate := self.learning_rates.get(name)) else {})}
+            {
+                "name": name,
+                "params": params,
+                **({"lr": self.learning_rates[name]} if name in self.learning_rates else {}),
+            }
             for name, params in self._net().parameter_groups().items()
         ]
         optimizer = self.make_optimizer(groups)
-        steps = self.warmup
-        if 0 < steps < 1:
-            steps = round(steps * self.trainer.estimated_stepping_batches)
-        scheduler = with_warmup(optimizer, self.make_lr_scheduler, int(steps))
+        steps = warmup_steps(self.warmup, lambda: self.trainer.estimated_stepping_batches)
+        scheduler = with_warmup(optimizer, self.make_lr_scheduler, steps)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -321,38 +330,45 @@ class LoPALightningModule(LightningModule, ABC):
         return nn.modules.module._IncompatibleKeys([], [])
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = "cpu",
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Rebuilds a module from a checkpoint alone; the frozen models are loaded by the names in it.
 
         Args:
             checkpoint_path: The ``.ckpt`` file.
-            *args: See Lightning.
-            **kwargs: See Lightning. ``weights_only`` is always True: no code runs from a checkpoint.
+            map_location: See ``torch.load``.
+            hparams_file: Ignored: a checkpoint holds its hyperparameters.
+            strict: Ignored: loading is always strict.
+            weights_only: Ignored: a checkpoint is always read as plain data, no code runs from it.
+            **kwargs: Hyperparameters to use in place of the checkpoint's, such as ``backbone`` where it
+                has moved.
 
         Raises:
             LoPAError: If the checkpoint's class is not imported, or the frozen models found under the
                 names in it are not its own.
         """
-        made_by = _class_of(torch.load(checkpoint_path, map_location="cpu", weights_only=True))
-        if not issubclass(made_by, cls):
-            raise LoPAError(f"{checkpoint_path} was made by {made_by.__qualname__}, which is no {cls.__qualname__}")
-        load = super(LoPALightningModule, made_by).load_from_checkpoint
-        return load(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+        return rebuild(cls, checkpoint_path, map_location, kwargs)
+
+    def restore(self, hparams: Mapping[str, Any]) -> None:
+        """Takes from a checkpoint's hyperparameters what was not known when the module was made.
+
+        Args:
+            hparams: The checkpoint's, plain data.
+        """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the identity of the frozen parts."""
         checkpoint[ckpt.IDENTITY_KEY] = self._identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another backbone, encoder, method or task."""
+        """Refuses a checkpoint of another backbone, encoder, method, task or optimizer."""
         ckpt.check_identity(checkpoint.get(ckpt.IDENTITY_KEY), self._identity)
-
-
-def _class_of(checkpoint: Mapping[str, Any]) -> type[LoPALightningModule]:
-    """The class that made a checkpoint, looked up among what is imported: a file must not choose what to import."""
-    class_path = checkpoint.get(LoPALightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path", "")
-    module, _, name = class_path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(found, type) and issubclass(found, LoPALightningModule)):
-        raise LoPAError(f"the checkpoint's class {class_path!r} is not a LoPALightningModule that is imported here")
-    return found
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_resume(checkpoint, self.hparams)

@@ -14,7 +14,15 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.injection import Placement
 from lopa_lightning.frozen.instance import InstanceEncoder, InstanceEncoderSpec
-from lopa_lightning.frozen.loading import Family, PretrainedSpec, load_config, load_model, load_tokenizer, meta_model
+from lopa_lightning.frozen.loading import (
+    Family,
+    PretrainedSpec,
+    hidden_size,
+    load_config,
+    load_model,
+    load_tokenizer,
+    meta_model,
+)
 from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
 
@@ -137,7 +145,7 @@ class Builder:
 
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
         own = None if self.instance_encoder.is_backbone else load_config(self.instance_encoder.pretrained())
-        instance_dim = backbone.hidden_dim if own is None else int(own.hidden_size)
+        instance_dim = backbone.hidden_dim if own is None else hidden_size(own)
         return self.make_prompt_encoder(backbone.embedding_dim, instance_dim)
 
     def _method(self, prompt_encoder: PromptEncoder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -54,6 +55,11 @@ class ClassificationModule(LoPALightningModule):
         self.eval_suffixes = tuple(task.suffixes) if task is not None else ("",)
         self.hparams["task"] = ckpt.plain(task)
 
+    def restore(self, hparams: Mapping[str, Any]) -> None:
+        """Takes the task that the data module brought to the saved module."""
+        if self.task is None and hparams.get("task") is not None:
+            self._set_task(TextTask(**hparams["task"]))
+
     def _required_task(self) -> TextTask:
         if self.task is None:
             raise LoPAError("ClassificationModule needs a task: give one, or use a data module that has one")
@@ -71,10 +77,10 @@ class ClassificationModule(LoPALightningModule):
         if self.task is None:
             self._set_task(data_task)
         task = self._required_task()
-        if data_task is not None and data_task.labels != task.labels:
-            raise LoPAError(
-                f"the model's labels are {task.labels}, the data's {data_task.labels}; they must be the same"
-            )
+        if data_task is not None:
+            lines = ckpt.differences(self._reading(task), self._reading(data_task), between=("the model", "the data"))
+            if lines:
+                raise LoPAError("the data's task is not the model's:\n  " + "\n  ".join(lines))
         if self.objective == "head":
             return
         if task.is_regression:
@@ -131,6 +137,11 @@ class ClassificationModule(LoPALightningModule):
 
     def task_identity(self) -> dict[str, Any]:
         """Placement, objective, labels and what reads them."""
-        task = self._required_task()
-        reads = {"head_pooling": self.head_pooling} if self.objective == "head" else {"words": task.words}
-        return {**super().task_identity(), "objective": self.objective, "labels": task.labels, **reads}
+        return {**super().task_identity(), "objective": self.objective, **self._reading(self._required_task())}
+
+    def _reading(self, task: TextTask) -> dict[str, Any]:
+        """What of a task shapes what is learned for it."""
+        if self.objective == "head":
+            return {"labels": task.labels, "head_pooling": self.head_pooling}
+        template = [task.causal_template] if self.objective == "causal_lm" and task.causal_template else task.template
+        return {"labels": task.labels, "words": task.words, "template": template}

@@ -70,7 +70,8 @@ class HeadReadout(Readout):
 
     def forward(self, states: PromptedStates, backbone: Backbone) -> Tensor:
         """Outputs ``[B, num_outputs]``."""
-        outputs: Tensor = self.linear(pool(states.hidden, states.text_mask, self.pooling).float())
+        pooled = pool(states.hidden, states.text_mask, self.pooling)
+        outputs: Tensor = self.linear(pooled.to(self.linear.weight.dtype))
         return outputs
 
 
@@ -106,7 +107,8 @@ class PromptedModel(nn.Module):
             return None
         if "instance" in batch:
             return batch["instance"]
-        vectors: Tensor = self.instance_encoder(batch["instance_input_ids"], batch["instance_attention_mask"])
+        keys = "instance_input_ids", "instance_attention_mask", "instance_token_type_ids"
+        vectors: Tensor = self.instance_encoder(*(batch.get(key) for key in keys))
         return vectors
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -114,12 +116,15 @@ class PromptedModel(nn.Module):
 
         Args:
             batch: ``input_ids``, ``attention_mask`` and optionally ``token_type_ids`` ``[B, T]``, and
-                ``instance [B, e]`` or ``instance_input_ids``, ``instance_attention_mask`` ``[B, S]``.
+                ``instance [B, e]`` or ``instance_input_ids``, ``instance_attention_mask`` (and
+                ``instance_token_type_ids``) ``[B, S]``.
 
         Returns:
             The read-out's outputs, and the instance vectors (None without an instance encoder).
         """
         instance = self.encode_instance(batch)
+        if instance is not None:  # a backbone in bfloat16 goes with a prompt encoder in float32
+            instance = instance.to(next(self.prompt_encoder.parameters()).dtype)
         prompt = self.prompt_encoder(instance)
         states = self.backbone(prompt, batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
         return self.readout(states, self.backbone), instance

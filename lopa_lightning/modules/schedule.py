@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, SequentialLR
 
 from lopa_lightning.errors import LoPAError
+
+
+def warmup_steps(warmup: float, total: Callable[[], float]) -> int:
+    """Optimizer steps of warm-up.
+
+    Args:
+        warmup: Steps, or below 1 a share of the run.
+        total: Gives the optimizer steps of the whole run; asked only for a share.
+
+    Raises:
+        LoPAError: If a share is asked of a run without an end.
+    """
+    if warmup >= 1 or warmup == 0:
+        return int(warmup)
+    steps = total()
+    if steps == float("inf"):
+        raise LoPAError(f"warmup {warmup} is a share of a run that has no end; give steps, or max_epochs or max_steps")
+    return round(warmup * steps)
 
 
 def with_warmup(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, steps: int) -> dict[str, Any] | None:
@@ -29,7 +48,7 @@ def with_warmup(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None
     if isinstance(scheduler, ReduceLROnPlateau):
         if steps:
             raise LoPAError("warmup cannot precede ReduceLROnPlateau; set warmup: 0 or choose another lr_scheduler")
-        return {"scheduler": scheduler, "monitor": scheduler.monitor}
+        return {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", "val/loss")}
     if steps:
         rise = LinearLR(optimizer, start_factor=1 / (steps + 1), total_iters=steps)
         scheduler = rise if scheduler is None else SequentialLR(optimizer, [rise, scheduler], milestones=[steps])

@@ -248,9 +248,16 @@ def test_an_empty_question_is_a_question(tmp_path: Path, text_spec: SpecOf) -> N
 # Submissions
 
 
+def predicted(task: str, rows: int) -> GLUEDataModule:
+    """A data module whose test sets have that many rows."""
+    data = GLUEDataModule(task)
+    data.datasets["predict"] = [Dataset.from_dict({"index": list(range(rows))}) for _ in SUBMISSIONS[task]]
+    return data
+
+
 @every_task
 def test_submissions_have_the_servers_file_names(task: str) -> None:
-    data = GLUEDataModule(task)
+    data = predicted(task, rows=1)
     rows = [{"index": 0, "label": CLASSES[task][0]} if CLASSES[task] else {"index": 0, "value": 1.5}]
     names = [data.submission(i, rows)[0] for i in range(len(SUBMISSIONS[task]))]
     assert names == [f"{name}.tsv" for name in SUBMISSIONS[task]]
@@ -259,7 +266,7 @@ def test_submissions_have_the_servers_file_names(task: str) -> None:
 @pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "qqp", "wnli"])
 def test_some_submissions_name_labels_by_index(task: str) -> None:
     rows = [{"index": i, "label": CLASSES[task][answer]} for i, answer in enumerate([1, 0, 1])]
-    _, content = GLUEDataModule(task).submission(0, rows)
+    _, content = predicted(task, len(rows)).submission(0, rows)
     assert content == "index\tprediction\n0\t1\n1\t0\n2\t1\n"
 
 
@@ -267,14 +274,21 @@ def test_some_submissions_name_labels_by_index(task: str) -> None:
 def test_entailment_is_submitted_by_name(task: str) -> None:
     rows = [{"index": i, "label": CLASSES[task][answer]} for i, answer in enumerate([1, 0])]
     for i, _ in enumerate(SUBMISSIONS[task]):
-        _, content = GLUEDataModule(task).submission(i, rows)
+        _, content = predicted(task, len(rows)).submission(i, rows)
         assert content == f"index\tprediction\n0\t{CLASSES[task][1]}\n1\tentailment\n"
 
 
 def test_similarity_is_submitted_as_a_number() -> None:
-    _, content = GLUEDataModule("stsb").submission(0, [{"index": 0, "value": 2.5}, {"index": 1, "value": 0.125}])
+    rows = [{"index": 0, "value": 2.5}, {"index": 1, "value": 0.125}]
+    _, content = predicted("stsb", 2).submission(0, rows)
     read = list(csv.DictReader(io.StringIO(content), delimiter="\t"))
     assert [(row["index"], float(row["prediction"])) for row in read] == [("0", 2.5), ("1", 0.125)]
+
+
+def test_a_part_of_the_rows_is_no_submission() -> None:
+    rows = [{"index": 1, "label": "entailment"}]
+    with pytest.warns(UserWarning, match="no file for the GLUE server: 1 of 2 rows"):
+        assert predicted("rte", 2).submission(0, rows) is None
 
 
 # The real data

@@ -71,7 +71,10 @@ def test_a_config_of_a_folder_is_chosen_by_name(text_spec: SpecOf) -> None:
         lines += [f"- config_name: {config}", f"  data_files: {config}/train.csv"]
     Path("folder/README.md").write_text("\n".join([*lines, "---"]))
     for config, count in (("long", 4), ("short", 2)):
-        assert len(TextClassificationDataModule(path="folder", name=config).raw()["train"]) == count
+        assert (
+            len(TextClassificationDataModule(path="folder", name=config, labels=["bad", "good"]).raw()["train"])
+            == count
+        )
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
@@ -92,10 +95,16 @@ def test_labels_count_in_the_order_that_is_given(text_spec: SpecOf) -> None:
 
 @pytest.mark.parametrize(
     ("stored", "label_values"),
-    [([1, 0], ["0", "1"]), ([2, -1], ["-1", "2"]), ([True, False], ["False", "True"]), (["+", "-"], ["-", "+"])],
+    [
+        ([1, 0], ["0", "1"]),
+        ([2, -1], ["-1", "2"]),
+        ([True, False], [False, True]),
+        ([1.0, 0.0], [0, 1]),
+        (["+", "-"], ["-", "+"]),
+    ],
 )
 def test_label_values_say_what_stands_in_the_column(
-    text_spec: SpecOf, stored: list[Any], label_values: list[str]
+    text_spec: SpecOf, stored: list[Any], label_values: list[Any]
 ) -> None:
     rows = val_rows(text_spec(), labelled(TEXTS, stored), label_values=label_values)
     assert [row["labels"] for row in rows] == [1, 0, 1, 0]

@@ -106,6 +106,38 @@ def test_a_learning_rate_for_no_group_is_refused_before_weights_are_loaded(tiny:
     assert model.net is None
 
 
+def test_a_rate_of_zero_keeps_a_group_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
+    model, start = module(tiny("bert"), learning_rates={"shared_prompt": 0.0}), StartValues()
+    trainer(tmp_path, callbacks=[start], enable_checkpointing=False).fit(model, reviews(tmp_path))
+    name = "net.prompt_encoder.shared_prompt.weight"
+    assert torch.equal(model.state_dict()[name], start.values[name])
+
+
+def test_a_plateau_scheduler_follows_the_validation_loss(tiny: Tiny, tmp_path: Path) -> None:
+    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=1e9)
+    model = module(tiny("bert"), lr_scheduler=plateau, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
+    run = trainer(tmp_path, epochs=4)
+    run.fit(model, reviews(tmp_path))
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("objective", ["masked_lm", "head"])
+def test_low_precision_runs(tiny: Tiny, tmp_path: Path, precision: Any, objective: Any) -> None:
+    run = trainer(tmp_path, precision=precision)
+    run.fit(module(tiny("bert"), objective=objective), reviews(tmp_path))
+    assert torch.isfinite(run.callback_metrics["val/loss"])
+
+
+def test_a_backbone_in_bfloat16_goes_with_prompts_in_float32(tiny: Tiny, tmp_path: Path) -> None:
+    model = ClassificationModule(
+        backbone=PretrainedSpec(tiny("bert"), dtype="bfloat16"), prompt_encoder=LoPATiny, objective="masked_lm"
+    )
+    trainer(tmp_path).fit(model, reviews(tmp_path))
+    assert {p.dtype for p in model.net.backbone.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
 def test_warmup_rises_linearly_to_the_optimizers_rate_and_stays(tiny: Tiny, tmp_path: Path) -> None:
     rates: list[float] = []
 
@@ -152,6 +184,8 @@ def test_instance_vectors_in_the_batch_replace_the_encoder(tiny: Tiny, tmp_path:
     ("options", "message"),
     [
         ({"objective": "maskd_lm"}, "objective must be one of masked_lm, causal_lm, head, got 'maskd_lm'"),
+        ({"learning_rates": {"low_rank": -1.0}}, "learning_rates must not be negative"),
+        ({"warmup": -5}, "warmup must be a number of steps, or a share of the run below 1; got -5"),
         ({"prompt_encoder": functools.partial(LoPATiny, rank=0)}, "rank must be at least 1, got 0"),
         (
             {"prompt_encoder": functools.partial(LoPATiny, num_virtual_tokens=64)},
@@ -164,6 +198,18 @@ def test_wrong_options_end_in_one_clear_error(
 ) -> None:
     with pytest.raises(LoPAError, match=message):
         trainer(tmp_path).fit(module(tiny("bert"), **options), reviews(tmp_path))
+
+
+def test_a_share_of_an_endless_run_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(LoPAError, match=r"warmup 0\.1 is a share of a run that has no end"):
+        trainer(tmp_path, epochs=-1).fit(module(tiny("bert"), warmup=0.1), reviews(tmp_path))
+
+
+def test_processes_that_are_spawned_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    model = module(tiny("bert"))
+    model._trainer = trainer(tmp_path, strategy="ddp_spawn")
+    with pytest.raises(LoPAError, match="use strategy: ddp"):
+        model.setup("fit")
 
 
 def test_masked_lm_with_a_model_without_mask_is_refused(tiny: Tiny, tmp_path: Path) -> None:
