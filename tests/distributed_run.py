@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import datasets
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,7 +13,6 @@ from tests.modules.helpers import module, reviews, trainer
 
 
 def main(backbone: str, folder: Path) -> None:
-    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     seed_everything(3)
     model, data = module(backbone, objective="head"), reviews(folder, rows=21)
     run = trainer(folder, epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))

