@@ -75,13 +75,7 @@ class TextClassificationDataModule(TextDataModule):
             raise LoPAError(f"give either path or data_files, got path={path!r} and data_files={data_files!r}")
         if labels is None:
             raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
-        if max_train_examples is not None and shots_per_label is not None:
-            raise LoPAError("give max_train_examples or shots_per_label, not both")
-        for option, value in {"max_train_examples": max_train_examples, "shots_per_label": shots_per_label}.items():
-            if value is not None and value < 1:
-                raise LoPAError(f"{option} must be at least 1, got {value}")
-        if shots_per_label is not None and not labels:
-            raise LoPAError("shots_per_label needs labels; regression has none")
+        _check_subset(max_train_examples, shots_per_label, bool(labels))
         if not 0 < validation_fraction < 1:
             raise LoPAError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
         if label_values is not None and (len(label_values) != len(labels) or len(set(label_values)) < len(labels)):
@@ -194,6 +188,16 @@ class TextClassificationDataModule(TextDataModule):
                 raise LoPAError(f"shots_per_label asks for {self.shots_per_label} of {label!r}, there are {len(rows)}")
             chosen.append(random.permutation(rows)[: self.shots_per_label])
         return _select(data, chosen)
+
+
+def _check_subset(max_train_examples: int | None, shots_per_label: int | None, has_labels: bool) -> None:
+    if max_train_examples is not None and shots_per_label is not None:
+        raise LoPAError("give max_train_examples or shots_per_label, not both")
+    for option, value in {"max_train_examples": max_train_examples, "shots_per_label": shots_per_label}.items():
+        if value is not None and value < 1:
+            raise LoPAError(f"{option} must be at least 1, got {value}")
+    if shots_per_label is not None and not has_labels:
+        raise LoPAError("shots_per_label needs labels; regression has none")
 
 
 def _select(data: Dataset, rows: list[NDArray[np.int64]]) -> Dataset:

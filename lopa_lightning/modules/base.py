@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
@@ -30,6 +30,7 @@ from lopa_lightning.modules.build import Builder
 from lopa_lightning.modules.net import Batch, PromptedModel, Readout
 from lopa_lightning.modules.restore import check_resume, rebuild
 from lopa_lightning.modules.schedule import warmup_steps, with_warmup
+from lopa_lightning.modules.scores import Scores
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
 
@@ -95,7 +96,7 @@ class LoPALightningModule(LightningModule, ABC):
         self.warmup = warmup
         self.learning_rates = learning_rates or {}
         self.net: PromptedModel | None = None
-        self.eval_losses, self.eval_metrics = nn.ModuleDict(), nn.ModuleDict()
+        self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
 
     # What a task defines
@@ -199,9 +200,7 @@ class LoPALightningModule(LightningModule, ABC):
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
-            self.eval_losses[name] = MeanMetric()
-            if (metrics := self.configure_metrics()) is not None:
-                self.eval_metrics[name] = metrics
+            self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
         # Read by DistributedDataParallel: frozen tensors are the same on every rank and need not be sent.
         trained = self._trained()
         named = [*self.named_parameters(), *self.named_buffers()]
@@ -264,26 +263,14 @@ class LoPALightningModule(LightningModule, ABC):
         self._log_metrics("test")
 
     def _evaluate(self, stage: str, batch: Batch, dataloader_idx: int) -> dict[str, Tensor | None]:
-        name = f"{stage}{self.eval_suffixes[dataloader_idx]}"
         outputs, instance = self._net()(batch)
-        # A metric of its own: Lightning's mean over processes rounds the number of examples.
-        loss, size = self.loss(outputs, batch), len(batch["index"])
-        cast(MeanMetric, self.eval_losses[name]).update(loss, size)
-        if name in self.eval_metrics:
-            cast(MetricCollection, self.eval_metrics[name]).update(self.predictions(outputs), batch["labels"])
+        scores = cast(Scores, self.scores[f"{stage}{self.eval_suffixes[dataloader_idx]}"])
+        scores.update(self.loss(outputs, batch), self.predictions(outputs), batch.get("labels"))
         return {"instance": instance}
 
     def _log_metrics(self, stage: str) -> None:
         for name in [f"{stage}{suffix}" for suffix in self.eval_suffixes]:
-            metrics: dict[str, Metric] = {"loss": cast(MeanMetric, self.eval_losses[name])}
-            if name in self.eval_metrics:
-                metrics |= cast(MetricCollection, self.eval_metrics[name]).items()
-            values = {key: metric.compute().float() for key, metric in metrics.items()}
-            for metric in metrics.values():
-                metric.reset()
-            official = [values[key] for key in self.official_metrics()]
-            values["score"] = torch.stack(official or [-values["loss"]]).mean()
-            for key, value in values.items():
+            for key, value in cast(Scores, self.scores[name]).compute().items():
                 self.log(f"{name}/{key}", value, prog_bar=key == "score")
 
     def configure_optimizers(self) -> Any:

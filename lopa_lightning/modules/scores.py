@@ -1,0 +1,54 @@
+"""Loss and metrics of one evaluation set, each example counted once over all batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+
+
+class Scores(nn.Module):
+    """Gathers the loss, a task's metrics, and the score made of them.
+
+    Args:
+        metrics: The task's metrics; None for the loss alone.
+        official: Names of the metrics whose mean is the score; without any it is the negative loss.
+
+    Example:
+        >>> scores = Scores(None, [])
+        >>> scores.update(torch.tensor(0.5), torch.tensor([1, 0]), None)
+        >>> scores.update(torch.tensor(2.0), torch.tensor([1]), None)
+        >>> scores.compute()
+        {'loss': tensor(1.), 'score': tensor(-1.)}
+    """
+
+    def __init__(self, metrics: MetricCollection | None, official: Sequence[str]) -> None:
+        super().__init__()
+        # A metric of its own: Lightning's mean over processes rounds the number of examples.
+        self.loss = MeanMetric()
+        self.metrics = metrics
+        self.official = official
+
+    def update(self, loss: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+        """Adds a batch.
+
+        Args:
+            loss: Mean over the batch, a scalar.
+            predictions: What the metrics compare with the labels, ``[B, ...]``.
+            labels: ``[B, ...]``; not needed without metrics.
+        """
+        self.loss.update(loss, len(predictions))
+        if self.metrics is not None:
+            self.metrics.update(predictions, labels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """All values by name, with ``loss`` and ``score``; starts anew."""
+        values = {"loss": self.loss.compute(), **(self.metrics.compute() if self.metrics is not None else {})}
+        self.loss.reset()
+        if self.metrics is not None:
+            self.metrics.reset()
+        values = {name: value.float() for name, value in values.items()}
+        official = [values[name] for name in self.official]
+        return {**values, "score": torch.stack(official or [-values["loss"]]).mean()}
