@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lopa_lightning.data.glue import GLUE_TASKS
+from lopa_lightning.data.template import Template
 
 _TEXTS = ["the film was great", "a terrible story", "it was good and the cast was good", "No , it was bad", "Yes"]
 
@@ -27,24 +28,15 @@ def write_mini_glue(folder: Path, rows: int = 12) -> str:
     return str(folder)
 
 
-def columns(name: str) -> list[str]:
-    """A task's text columns, as they are called on the hub."""
-    by_task = {
-        "cola": ["sentence"],
-        "sst2": ["sentence"],
-        "qqp": ["question1", "question2"],
-        "mnli": ["premise", "hypothesis"],
-        "qnli": ["question", "sentence"],
-    }
-    return by_task.get(name, ["sentence1", "sentence2"])
-
-
 def _split(name: str, rows: int, is_test: bool) -> Dataset:
     labels = list(GLUE_TASKS[name].labels)
     label = ClassLabel(names=labels) if labels else Value("float32")
     values = (
         [-1 if is_test else i % len(labels) for i in range(rows)] if labels else [float(i % 6) for i in range(rows)]
     )
-    texts = {column: [_TEXTS[(i + k) % len(_TEXTS)] for i in range(rows)] for k, column in enumerate(columns(name))}
+    texts = {
+        column: [_TEXTS[(i + k) % len(_TEXTS)] for i in range(rows)]
+        for k, column in enumerate(Template(GLUE_TASKS[name].template).columns)
+    }
     features = {**{column: Value("string") for column in texts}, "label": label, "idx": Value("int32")}
     return Dataset.from_dict({**texts, "label": values, "idx": list(range(rows))}, features=Features(features))

@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         placement: Where virtual tokens go, see :mod:`~lopa_lightning.frozen.injection`.
 
     Raises:
-        LoPAError: If the architecture cannot be fed embeddings, or does not mind padding.
+        LoPAError: If the architecture cannot be fed embeddings, or takes no attention mask.
     """
 
     def __init__(self, model: PreTrainedModel, dropout: bool = False, placement: Placement = "before") -> None:
@@ -53,6 +53,7 @@ class Backbone(nn.Module):
         if missing := {"inputs_embeds", "attention_mask"} - self._accepts:
             names = " and no ".join(sorted(missing))
             raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
+        self._has_token_types = has_token_types(self.body)
         # In a list, so that torch does not register the head's weights a second time.
         self._head = [] if self.body is model else [_LabelWordHead(model)]
 
@@ -133,7 +134,7 @@ class Backbone(nn.Module):
         }
         if "position_ids" in self._accepts:
             inputs["position_ids"] = position_ids(mask, first_position(self.body))
-        if token_type_ids is not None and has_token_types(self.body):
+        if token_type_ids is not None and self._has_token_types:
             inputs["token_type_ids"] = insert(layout, 0, token_type_ids)
         # No key-value cache: nothing is generated here, and it would hold every layer's keys and values.
         options = {"use_cache": False} if "use_cache" in self._accepts else {}

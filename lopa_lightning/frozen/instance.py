@@ -111,6 +111,8 @@ class InstanceEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel, spec: InstanceEncoderSpec, shared: bool = False) -> None:
         super().__init__()
         self.spec = spec
+        self._has_positions = "position_ids" in accepted_inputs(model)
+        self._has_token_types = has_token_types(model)
         # In a list, so that torch does not register the backbone's weights twice.
         self._shared = [model] if shared else []
         if not shared:
@@ -129,9 +131,9 @@ class InstanceEncoder(nn.Module):
         """
         model = self._shared[0] if self._shared else self.model
         extra = {}
-        if "position_ids" in accepted_inputs(model):
+        if self._has_positions:
             extra["position_ids"] = position_ids(attention_mask, first_position(model))
-        if token_type_ids is not None and has_token_types(model):
+        if token_type_ids is not None and self._has_token_types:
             extra["token_type_ids"] = token_type_ids
         with (
             _eval_unless(self.spec.trainable, model),

@@ -29,7 +29,7 @@ from lopa_lightning.frozen.text import Objective, TextSpec
 from lopa_lightning.modules.build import Builder
 from lopa_lightning.modules.net import Batch, PromptedModel, Readout
 from lopa_lightning.modules.restore import check_resume, rebuild
-from lopa_lightning.modules.schedule import warmup_steps, with_warmup
+from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmup
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
@@ -58,6 +58,7 @@ class LoPALightningModule(LightningModule, ABC):
             ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``.
 
     Raises:
+        LoPAError: If a learning rate or the warm-up is negative.
         TypeError: If an argument could not be stored in a checkpoint.
     """
 
@@ -111,7 +112,7 @@ class LoPALightningModule(LightningModule, ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The training loss.
+        """The loss, in training and in evaluation.
 
         Args:
             outputs: The read-out's, ``[B, ...]``.
@@ -207,11 +208,9 @@ class LoPALightningModule(LightningModule, ABC):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
 
     def _make_hyperparameters_plain(self) -> None:
-        """Stores hyperparameters as plain data, in the form from which Lightning rebuilds a module."""
-        hparams = ckpt.plain(dict(self.hparams))
-        hparams["_class_path"] = ckpt.class_path(type(self))
-        hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
-        self._hparams = AttributeDict(hparams)
+        """Stores hyperparameters as plain data, with the class that they are of."""
+        hparams = {key: value for key, value in ckpt.plain(dict(self.hparams)).items() if not key.startswith("_")}
+        self._hparams = AttributeDict({**hparams, "_class_path": ckpt.class_path(type(self))})
         self._hparams_initial = copy.deepcopy(self._hparams)
 
     # Training
@@ -275,15 +274,7 @@ class LoPALightningModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """One optimizer over the trained groups, with its scheduler and warm-up."""
-        groups = [
-            {
-                "name": name,
-                "params": params,
-                **({"lr": self.learning_rates[name]} if name in self.learning_rates else {}),
-            }
-            for name, params in self._net().parameter_groups().items()
-        ]
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.make_optimizer(with_rates(self._net().parameter_groups(), self.learning_rates))
         steps = warmup_steps(self.warmup, lambda: self.trainer.estimated_stepping_batches)
         scheduler = with_warmup(optimizer, self.make_lr_scheduler, steps)
         if scheduler is None:

@@ -62,7 +62,7 @@ def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
         LoPAError: If the checkpoint holds another optimizer's state.
     """
     before = saved.get(_HYPERPARAMETERS, {})
-    old, new = ({key: values.get(key) for key in _OF_TRAINING} for values in (before, hparams))
+    old, new = ({key: _by_class_name(values.get(key)) for key in _OF_TRAINING} for values in (before, hparams))
     classes = [settings["optimizer"]["class_path"] for settings in (old, new) if settings["optimizer"]]
     if len(set(classes)) > 1:
         raise LoPAError(f"the checkpoint holds the state of {classes[0]}, this run has {classes[1]}; start a new run")
@@ -74,6 +74,13 @@ def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
             f"the checkpoint was saved within an epoch, after {progress['current']['completed']} batches: the rest of "
             "that epoch is drawn from its start again. Resume from the end of an epoch (last.ckpt) to continue exactly."
         )
+
+
+def _by_class_name(settings: Any) -> Any:
+    """Settings with the class's bare name: ``torch.optim.AdamW`` is ``torch.optim.adamw.AdamW``."""
+    if not isinstance(settings, Mapping) or "class_path" not in settings:
+        return settings
+    return {**settings, "class_path": settings["class_path"].rpartition(".")[2]}
 
 
 def _accepted(cls: type[LoPALightningModule], hparams: Mapping[str, Any]) -> set[str]:

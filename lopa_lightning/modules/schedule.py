@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, SequentialLR
 
 from lopa_lightning.errors import LoPAError
+
+
+def with_rates(groups: Mapping[str, list[nn.Parameter]], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameter groups as an optimizer takes them.
+
+    Args:
+        groups: Trained parameters by group.
+        rates: Learning rates by group, over the optimizer's own. One for a group that is not trained
+            here has no effect, which is said.
+    """
+    if unused := sorted(set(rates) - set(groups)):
+        rank_zero_warn(f"learning_rates has no effect for {', '.join(unused)}; trained are {', '.join(groups)}")
+    return [
+        {"name": name, "params": params, **({"lr": rates[name]} if name in rates else {})}
+        for name, params in groups.items()
+    ]
 
 
 def warmup_steps(warmup: float, total: Callable[[], float]) -> int:

@@ -138,6 +138,12 @@ def test_a_backbone_in_bfloat16_goes_with_prompts_in_float32(tiny: Tiny, tmp_pat
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
+def test_a_rate_for_a_group_that_is_not_trained_is_said(tiny: Tiny, tmp_path: Path) -> None:
+    model = module(tiny("bert"), learning_rates={"head": 1e-2})
+    with pytest.warns(UserWarning, match="no effect for head; trained are shared_prompt, low_rank"):
+        trainer(tmp_path, fast_dev_run=True).fit(model, reviews(tmp_path))
+
+
 def test_warmup_rises_linearly_to_the_optimizers_rate_and_stays(tiny: Tiny, tmp_path: Path) -> None:
     rates: list[float] = []
 
