@@ -10,17 +10,31 @@ if TYPE_CHECKING:
     from lopa_lightning.frozen.instance import InstanceEncoderSpec
     from lopa_lightning.frozen.loading import PretrainedSpec
     from lopa_lightning.modules import ClassificationModule, LoPALightningModule
-    from lopa_lightning.prompts import LoPA, PromptEncoder, PromptTuning
+    from lopa_lightning.prompts import (
+        IDPG,
+        DePT,
+        LoPA,
+        NoPrompt,
+        PeftPromptTuning,
+        PromptEncoder,
+        PromptTuning,
+        PTuning,
+    )
     from lopa_lightning.task import TextTask
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ClassificationModule": "modules",
+    "DePT": "prompts",
     "GLUEDataModule": "data",
+    "IDPG": "prompts",
     "InstanceEncoderSpec": "frozen.instance",
     "LoPA": "prompts",
     "LoPALightningModule": "modules",
+    "NoPrompt": "prompts",
+    "PTuning": "prompts",
+    "PeftPromptTuning": "prompts",
     "PretrainedSpec": "frozen.loading",
     "PromptEncoder": "prompts",
     "PromptTuning": "prompts",
@@ -30,10 +44,15 @@ _HOMES = {
 
 __all__ = [
     "ClassificationModule",
+    "DePT",
     "GLUEDataModule",
+    "IDPG",
     "InstanceEncoderSpec",
     "LoPA",
     "LoPALightningModule",
+    "NoPrompt",
+    "PTuning",
+    "PeftPromptTuning",
     "PretrainedSpec",
     "PromptEncoder",
     "PromptTuning",

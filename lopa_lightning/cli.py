@@ -1,4 +1,4 @@
-"""``lopa``: fit, validate, test and predict from YAML."""
+"""``lopa``: fit, validate, test, predict and compare from YAML."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -33,6 +34,10 @@ _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "bes
 _LAST: dict[str, Any] = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
 _LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")  # names that Lightning resolves to a checkpoint
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
+_DESCRIPTION = (
+    "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
+    "several methods on several tasks and seeds and tabulates them: see `lopa compare --help`."
+)
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
 _EXPECTED_WARNINGS = (
@@ -76,9 +81,15 @@ class Parser(LightningArgumentParser):
 
 
 class LoPACLI(LightningCLI):
-    """Lightning's CLI with our defaults: prompt-only checkpoints by score, TensorBoard, prediction files."""
+    """Lightning's CLI with our defaults: prompt-only checkpoints by score, TensorBoard, prediction files.
 
-    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+    Args:
+        args: Arguments; None for the command line's.
+        callbacks: More callbacks of the trainer, beside the configuration's.
+        **kwargs: See Lightning.
+    """
+
+    def __init__(self, args: ArgsType = None, callbacks: Sequence[Callback] = (), **kwargs: Any) -> None:
         super().__init__(
             LoPALightningModule,
             LightningDataModule,
@@ -87,10 +98,10 @@ class LoPACLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=42,
-            trainer_defaults=_TRAINER_DEFAULTS,
+            trainer_defaults={**_TRAINER_DEFAULTS, "callbacks": list(callbacks)},
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"version": f"lopa-lightning {__version__}"},
+            parser_kwargs={"version": f"lopa-lightning {__version__}", "description": _DESCRIPTION},
             **kwargs,
         )
 
@@ -133,12 +144,17 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments; None for the command line's.
     """
-    for message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    ignore_expected_warnings()
+    given = sys.argv[1:] if args is None else args
     try:
-        LoPACLI(args=args)
+        if isinstance(given, list) and given[:1] == ["compare"]:
+            from lopa_lightning.experiments.compare import main as compare
+
+            compare(given[1:])
+        else:
+            LoPACLI(args=args)
     except Exception as error:
-        expected = _cause(error)
+        expected = expected_cause(error)
         if expected is None or os.environ.get("LOPA_TRACEBACK"):
             raise
         hint = "" if isinstance(expected, LoPAError) else "\nLOPA_TRACEBACK=1 shows where."
@@ -146,8 +162,21 @@ def main(args: ArgsType = None) -> None:
         raise SystemExit(1) from error
 
 
-def _cause(error: BaseException | None) -> BaseException | None:
-    """The expected error behind an exception: the parser wraps what a class raises when it is built."""
+def ignore_expected_warnings() -> None:
+    """Silences what Lightning says of every run of ours."""
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+def expected_cause(error: BaseException | None) -> BaseException | None:
+    """The expected error behind an exception: the parser wraps what a class raises when it is built.
+
+    Args:
+        error: Any.
+
+    Returns:
+        A cause whose message says all; None for an error in the program.
+    """
     while error is not None and not isinstance(error, (LoPAError, MisconfigurationException, OSError)):
         error = error.__cause__
     return error

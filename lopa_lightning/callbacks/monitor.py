@@ -116,7 +116,10 @@ class PromptMonitor(Callback):
         logger.experiment.add_histogram("prompt/norms", shared.norm(dim=-1).cpu(), step)
         logger.experiment.add_scalar("prompt/mean_norm", shared.norm(dim=-1).mean(), step)
         logger.experiment.add_image("prompt/cosines", cosine_picture(shared), step)
-        words = nearest_words(shared, net.backbone.embedding_weight, pl_module.tokenizer)
+        embeddings = net.backbone.embedding_weight
+        if shared.shape[1] != embeddings.shape[1]:  # keys and values of every layer: near to no word
+            return
+        words = nearest_words(shared, embeddings, pl_module.tokenizer)
         table = "| virtual token | nearest words |\n|-|-|\n" + "\n".join(
             f"| {i} | {row} |" for i, row in enumerate(words)
         )

@@ -120,6 +120,8 @@ class GLUEDataModule(TextClassificationDataModule):
         max_train_examples: Train on at most that many examples, drawn at random.
         shots_per_label: Train on that many examples of each label, drawn at random.
         subset_seed: Of these draws.
+        validation_from_train: Share of the training examples to validate on in place of the validation split,
+            see :class:`~lopa_lightning.data.text.TextClassificationDataModule`.
         batch_size: See :class:`~lopa_lightning.data.base.TextDataModule`, like the ones below.
         eval_batch_size: Examples in a batch that is not trained on.
         max_length: Tokens of a text for the backbone.
@@ -143,6 +145,7 @@ class GLUEDataModule(TextClassificationDataModule):
         max_train_examples: int | None = None,
         shots_per_label: int | None = None,
         subset_seed: int = 0,
+        validation_from_train: float = 0.0,
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         max_length: int | None = None,
@@ -165,6 +168,7 @@ class GLUEDataModule(TextClassificationDataModule):
             max_train_examples=max_train_examples,
             shots_per_label=shots_per_label,
             subset_seed=subset_seed,
+            validation_from_train=validation_from_train,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             max_length=max_length,
@@ -173,14 +177,18 @@ class GLUEDataModule(TextClassificationDataModule):
             num_workers=num_workers,
         )
         assert self.task is not None
-        self.task = replace(self.task, eval_sets=[suffix for suffix, _ in row.eval_splits])
+        suffixes = [""] if validation_from_train else [suffix for suffix, _ in row.eval_splits]
+        self.task = replace(self.task, eval_sets=suffixes)
 
     def splits_of(self, role: Role) -> list[str]:
         """Splits by GLUE's own rules."""
-        if role == "train":
+        if role == "train" or (role == "val" and self.validation_from_train):
             return ["train"]
         validation = [split for _, split in self.row.eval_splits]
-        return [split.replace("validation", "test") for split in validation] if role == "predict" else validation
+        if role == "predict":
+            return [split.replace("validation", "test") for split in validation]
+        assert self.task is not None
+        return validation[: len(self.task.suffixes)]
 
     def submission(self, set_index: int, rows: list[dict[str, Any]]) -> tuple[str, str] | None:
         """What the GLUE server takes for a test set.

@@ -43,6 +43,8 @@ class TextClassificationDataModule(TextDataModule):
         max_train_examples: Train on at most that many examples, drawn at random.
         shots_per_label: Train on that many examples of each label, drawn at random.
         subset_seed: Of these draws.
+        validation_from_train: Share of the training examples (after these draws) that is validated on in place
+            of the validation split: to choose settings without a look at the split that is reported.
         **kwargs: See :class:`~lopa_lightning.data.base.TextDataModule`.
 
     Raises:
@@ -68,6 +70,7 @@ class TextClassificationDataModule(TextDataModule):
         max_train_examples: int | None = None,
         shots_per_label: int | None = None,
         subset_seed: int = 0,
+        validation_from_train: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,6 +81,8 @@ class TextClassificationDataModule(TextDataModule):
         _check_subset(max_train_examples, shots_per_label, bool(labels))
         if not 0 < validation_fraction < 1:
             raise LoPAError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
+        if not 0 <= validation_from_train < 1:
+            raise LoPAError(f"validation_from_train must be a share below 1, got {validation_from_train}")
         if label_values is not None and (len(label_values) != len(labels) or len(set(label_values)) < len(labels)):
             raise LoPAError(
                 f"there must be one label value for each label, got {list(label_values)} for {list(labels)}"
@@ -100,6 +105,7 @@ class TextClassificationDataModule(TextDataModule):
         self.splits = {**roles, **(splits or {})}
         self.named_splits = set(splits or {})
         self.validation_fraction = validation_fraction
+        self.validation_from_train = validation_from_train
         self.max_train_examples, self.shots_per_label, self.subset_seed = (
             max_train_examples,
             shots_per_label,
@@ -132,6 +138,8 @@ class TextClassificationDataModule(TextDataModule):
 
     def splits_of(self, role: Role) -> list[str]:
         """The split of that role; ``train`` again for a validation set that must be cut from it."""
+        if role == "val" and self.validation_from_train:
+            role = "train"
         split = self.splits[role]
         if split in self.raw():
             return [split]
@@ -142,12 +150,20 @@ class TextClassificationDataModule(TextDataModule):
     def load_split(self, split: str, role: Role) -> Dataset:
         """Loads a split; of the training split the part that was asked for."""
         data: Dataset = self.raw()[split]
-        if role in ("train", "val") and self.splits_of("val") == [self.splits["train"]]:
-            if len(data) < 2:
-                raise LoPAError(f"{split}: {len(data)} example is too few to cut a validation split from")
-            parts = data.train_test_split(test_size=self.validation_fraction, seed=self.subset_seed)
-            data = parts["train" if role == "train" else "test"]
+        if role not in ("train", "val"):
+            return data
+        if self.validation_from_train:
+            return self._part(self._training_subset(data), split, role, self.validation_from_train)
+        if self.splits_of("val") == [self.splits["train"]]:
+            data = self._part(data, split, role, self.validation_fraction)
         return self._training_subset(data) if role == "train" else data
+
+    def _part(self, data: Dataset, split: str, role: Role, validation_share: float) -> Dataset:
+        if len(data) < 2:
+            raise LoPAError(f"{split}: {len(data)} example is too few to cut a validation split from")
+        parts = data.train_test_split(test_size=validation_share, seed=self.subset_seed)
+        part: Dataset = parts["train" if role == "train" else "test"]
+        return part
 
     def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
         """From what stands in the label column to index or number."""

@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.injection import Placement, insert, position_ids, prompt_layout
+from lopa_lightning.frozen.adapters import adapter_layers
+from lopa_lightning.frozen.injection import (
+    Placement,
+    check_placement,
+    insert,
+    position_ids,
+    prompt_layout,
+    with_offset,
+)
+from lopa_lightning.frozen.layers import layer_prompts
 from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size
 
 
@@ -22,9 +31,9 @@ class PromptedStates:
     """What the backbone computed for ``[Z; embed(x)]``.
 
     Attributes:
-        hidden: Last hidden states ``[B, m + T, h]``.
-        text_mask: 1 at the text's own tokens, 0 at virtual tokens and padding, ``[B, m + T]``.
-        input_ids: The text's token ids in place, -1 at virtual tokens, ``[B, m + T]``.
+        hidden: Last hidden states ``[B, L, h]``; L is m + T, or T with virtual tokens in every layer.
+        text_mask: 1 at the text's own tokens, 0 at virtual tokens and padding, ``[B, L]``.
+        input_ids: The text's token ids in place, -1 at virtual tokens, ``[B, L]``.
     """
 
     hidden: Tensor
@@ -35,25 +44,38 @@ class PromptedStates:
 class Backbone(nn.Module):
     """A pretrained transformer that is never changed, only shown soft prompts.
 
+    As a baseline it may be changed after all: by an adapter that lies in ``model``, or as a whole.
+
     Args:
         model: Encoder, masked LM or causal LM from transformers.
         dropout: Whether the model's own dropout is active in training. It is off otherwise, always.
         placement: Where virtual tokens go, see :mod:`~lopa_lightning.frozen.injection`.
+        trained: Whether all of the model's weights are trained.
 
     Raises:
-        LoPAError: If the architecture cannot be fed embeddings, or takes no attention mask.
+        LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
+            attention mask, or cannot have virtual tokens in every layer where that is asked for.
     """
 
-    def __init__(self, model: PreTrainedModel, dropout: bool = False, placement: Placement = "before") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dropout: bool = False,
+        placement: Placement = "before",
+        trained: bool = False,
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.dropout = dropout
+        check_placement(placement)
+        self.model = model.requires_grad_() if trained else model
+        self.dropout = dropout or trained
         self.placement = placement
         self._accepts = accepted_inputs(self.body)
         if missing := {"inputs_embeds", "attention_mask"} - self._accepts:
             names = " and no ".join(sorted(missing))
             raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
         self._has_token_types = has_token_types(self.body)
+        self._layers = layer_prompts(self.body) if placement == "every_layer" else None
+        self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
         self._head = [] if self.body is model else [_LabelWordHead(model)]
 
@@ -63,9 +85,9 @@ class Backbone(nn.Module):
         return cast(PreTrainedModel, self.model.base_model)
 
     @property
-    def embedding_dim(self) -> int:
-        """Width d of the input embeddings."""
-        return int(self.embedding_weight.shape[1])
+    def prompt_dim(self) -> int:
+        """Width d of a virtual token: the input embeddings', or that of all layers' keys and values."""
+        return int(self.embedding_weight.shape[1]) if self._layers is None else self._layers.width
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -87,6 +109,8 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode, unless the backbone's dropout was asked for."""
         super().train(mode and self.dropout)
+        for layer in self._adapted:  # an adapter's dropout is its own
+            layer.train(mode)
         return self
 
     def embedding_table(self) -> Tensor:
@@ -100,12 +124,24 @@ class Backbone(nn.Module):
         with torch.no_grad():
             return cast(Tensor, layer(torch.arange(len(weight), device=weight.device)))
 
+    def virtual_tokens(self, token_ids: Tensor) -> Tensor:
+        """What real tokens are where virtual tokens go, ``[n, d]``.
+
+        Args:
+            token_ids: ``[n]``.
+        """
+        token_ids = token_ids.to(self.embedding_weight.device)
+        if self._layers is not None:
+            return self._layers.embed(self.body, token_ids)
+        return self.embedding_table()[token_ids]
+
     def forward(
         self,
         prompt: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> PromptedStates:
         """Runs the backbone on ``[Z; embed(x)]``.
 
@@ -114,6 +150,10 @@ class Backbone(nn.Module):
             input_ids: Token ids of the text, ``[B, T]``; padded on either side.
             attention_mask: 1 at the text's tokens, ``[B, T]``.
             token_type_ids: Segment of each token, ``[B, T]``; virtual tokens belong to the first.
+            offset: Added to the embeddings of the text's first s tokens, ``[s, d]``.
+
+        Returns:
+            Hidden states of virtual tokens and text; with virtual tokens in every layer the text's alone.
 
         Raises:
             LoPAError: If m + T is more than the backbone has positions for.
@@ -124,22 +164,39 @@ class Backbone(nn.Module):
                 f"{m} virtual tokens and {input_ids.shape[1]} tokens of text are more than the "
                 f"{self.max_positions} positions of the backbone; truncate the text"
             )
-        layout = prompt_layout(attention_mask, m, self.placement)
         embedded = self.model.get_input_embeddings()(input_ids)
-        text_mask = insert(layout, 0, attention_mask)
+        if offset is not None:
+            embedded = with_offset(embedded, offset, attention_mask)
+        prompt = prompt.to(embedded.dtype)
+        if self._layers is not None:
+            cache = self._layers.cache(prompt, batch)
+            mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
+            places = position_ids(attention_mask, first_position(self.body) + m)
+            hidden = self._run(embedded, mask, places, token_type_ids, past_key_values=cache)
+            return PromptedStates(hidden, attention_mask, input_ids)
+        layout = prompt_layout(attention_mask, m, self.placement)
         mask = insert(layout, 1, attention_mask)
-        inputs = {
-            "inputs_embeds": insert(layout, prompt.to(embedded.dtype).expand(batch, -1, -1), embedded),
-            "attention_mask": mask,
-        }
+        hidden = self._run(
+            insert(layout, prompt.expand(batch, -1, -1), embedded),
+            mask,
+            position_ids(mask, first_position(self.body)),
+            None if token_type_ids is None else insert(layout, 0, token_type_ids),
+        )
+        return PromptedStates(hidden, insert(layout, 0, attention_mask), insert(layout, -1, input_ids))
+
+    def _run(
+        self, embedded: Tensor, mask: Tensor, places: Tensor, token_type_ids: Tensor | None, **options: Any
+    ) -> Tensor:
+        """Last hidden states of the model; what it does not take is left out."""
         if "position_ids" in self._accepts:
-            inputs["position_ids"] = position_ids(mask, first_position(self.body))
+            options["position_ids"] = places
         if token_type_ids is not None and self._has_token_types:
-            inputs["token_type_ids"] = insert(layout, 0, token_type_ids)
-        # No key-value cache: nothing is generated here, and it would hold every layer's keys and values.
-        options = {"use_cache": False} if "use_cache" in self._accepts else {}
-        hidden = self.body(**inputs, **options).last_hidden_state
-        return PromptedStates(hidden, text_mask, insert(layout, -1, input_ids))
+            options["token_type_ids"] = token_type_ids
+        if "use_cache" in self._accepts:
+            # Nothing is generated here, and a cache that is returned holds every layer's keys and values.
+            options["use_cache"] = False
+        hidden: Tensor = self.body(inputs_embeds=embedded, attention_mask=mask, **options).last_hidden_state
+        return hidden
 
     def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """The language model's logits of a few tokens, without those of the rest of the vocabulary.

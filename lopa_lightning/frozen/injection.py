@@ -7,14 +7,16 @@ that goes with a token (embedding, mask, token type, label) is moved by one inde
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lopa_lightning.errors import LoPAError
 
-Placement = Literal["before", "after_first"]
+Placement = Literal["before", "after_first", "every_layer"]
+"""Where virtual tokens go: ``before`` a text's first token (as published), ``after_first``, between a ``[CLS]``
+or ``<s>`` and the rest, or in ``every_layer`` as keys and values, see :mod:`~lopa_lightning.frozen.layers`."""
 
 
 def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Placement = "before") -> Tensor:
@@ -23,28 +25,28 @@ def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Pl
     Args:
         attention_mask: 1 at the text's tokens, 0 at padding, ``[B, T]``. The ones of a row are contiguous.
         num_virtual_tokens: Number m of virtual tokens.
-        placement: ``before`` the text's first token (as published), or ``after_first``, between a
-            ``[CLS]`` or ``<s>`` and the rest.
+        placement: ``before`` or ``after_first``.
 
     Returns:
         Index ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a
         place of the text.
-
-    Raises:
-        LoPAError: If ``placement`` is unknown.
 
     Example:
         >>> prompt_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), num_virtual_tokens=2)
         tensor([[0, 1, 2, 3, 4],
                 [2, 0, 1, 3, 4]])
     """
-    if placement not in ("before", "after_first"):
-        raise LoPAError(f"placement must be 'before' or 'after_first', got {placement!r}")
     m, length = num_virtual_tokens, attention_mask.shape[1]
     start = attention_mask.argmax(dim=1, keepdim=True) + (placement == "after_first")
     place = torch.arange(m + length, device=attention_mask.device).expand(len(attention_mask), -1)
     in_prompt = (place >= start) & (place < start + m)
     return torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
+
+
+def check_placement(placement: str) -> None:
+    """Raises a LoPAError if ``placement`` is unknown."""
+    if placement not in get_args(Placement):
+        raise LoPAError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
 
 
 def insert(layout: Tensor, prompt: Tensor | int, text: Tensor) -> Tensor:
@@ -69,6 +71,22 @@ def insert(layout: Tensor, prompt: Tensor | int, text: Tensor) -> Tensor:
     both = torch.cat([prompt, text], dim=1)
     index = layout.view(*layout.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
     return both.gather(1, index)
+
+
+def with_offset(embedded: Tensor, offset: Tensor, attention_mask: Tensor) -> Tensor:
+    """Adds learned vectors to the embeddings of a text's first tokens, counted from its first real one.
+
+    Args:
+        embedded: Embeddings of the text, ``[B, T, d]``.
+        offset: ``[s, d]``; tokens after the first s stay as they are.
+        attention_mask: ``[B, T]``.
+
+    Returns:
+        ``[B, T, d]``.
+    """
+    place = position_ids(attention_mask)
+    added = offset[place.clamp(max=len(offset) - 1)].to(embedded.dtype)
+    return embedded + added * (place < len(offset)).unsqueeze(-1)
 
 
 def position_ids(attention_mask: Tensor, offset: int = 0) -> Tensor:

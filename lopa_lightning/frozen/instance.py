@@ -26,8 +26,8 @@ class InstanceEncoderSpec:
     """Which model reads an instance, and how its hidden states become one vector.
 
     Args:
-        name: ``backbone`` for the backbone itself (one copy in memory), else like
-            :class:`~lopa_lightning.frozen.loading.PretrainedSpec`'s.
+        name: ``backbone`` for the backbone itself, one copy in memory (two where one of both is trained);
+            else like :class:`~lopa_lightning.frozen.loading.PretrainedSpec`'s.
         pooling: ``cls``: the first token's hidden state; ``last``: the last token's; ``mean`` and
             ``max``: over the text's tokens.
         normalize: Whether vectors are scaled to length 1.
@@ -39,7 +39,7 @@ class InstanceEncoderSpec:
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
-        LoPAError: If ``pooling`` is unknown, or the backbone is asked to be trained.
+        LoPAError: If ``pooling`` is unknown.
     """
 
     name: str = BACKBONE
@@ -54,8 +54,6 @@ class InstanceEncoderSpec:
 
     def __post_init__(self) -> None:
         _check_pooling(self.pooling)
-        if self.is_backbone and self.trainable:
-            raise LoPAError("instance_encoder.trainable needs an encoder of its own: the backbone stays frozen")
 
     @property
     def is_backbone(self) -> bool:

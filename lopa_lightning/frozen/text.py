@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,17 +60,20 @@ def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list
     return ids
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: torch.Tensor) -> Vocabulary:
+def vocabulary(
+    tokenizer: PreTrainedTokenizerBase, size: int, embed: Callable[[torch.Tensor], torch.Tensor]
+) -> Vocabulary:
     """The backbone's tokens, for soft prompts to start from.
 
     Args:
         tokenizer: The backbone's.
-        embeddings: Its input embedding table, ``[V, d]``.
+        size: Rows V of its embedding table, which may be fewer than the tokenizer's tokens.
+        embed: Token ids ``[n]`` to what stands for them where virtual tokens go, ``[n, d]``.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ordinary = [
         index
         for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        if index < len(embeddings) and index not in special and not token.startswith("[unused")
+        if index < size and index not in special and not token.startswith("[unused")
     ]
-    return Vocabulary(embeddings, ordinary, lambda text: tokenizer.encode(text, add_special_tokens=False))
+    return Vocabulary(embed, ordinary, lambda text: tokenizer.encode(text, add_special_tokens=False))

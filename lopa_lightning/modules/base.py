@@ -48,17 +48,22 @@ class LoPALightningModule(LightningModule, ABC):
         backbone: The frozen model.
         prompt_encoder: Makes soft prompts; a class or partial that still wants ``(embedding_dim, instance_dim)``.
         instance_encoder: The frozen model that reads instances; by default the backbone itself.
-        placement: Where virtual tokens go: ``before`` the text's first token, or ``after_first``.
+        placement: Where virtual tokens go: ``before`` the text's first token, ``after_first``, or in
+            ``every_layer`` (prefix tuning, P-tuning v2).
+        adapter: A PEFT adapter in the backbone, as in ``adapter_config.json``, such as
+            ``{peft_type: LORA, r: 8}``; a baseline.
+        train_backbone: Whether all weights of the backbone are trained; a baseline.
         frozen_dropout: Whether the backbone's own dropout is active in training.
         optimizer: An optimizer that still wants parameters.
         lr_scheduler: A scheduler that still wants an optimizer; stepped once for each optimizer step,
             or after each epoch by ``val/loss`` if it is a ``ReduceLROnPlateau``.
         warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
-            ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``.
+            ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``, ``backbone`` (all of it or its adapter).
 
     Raises:
-        LoPAError: If a learning rate or the warm-up is negative.
+        LoPAError: If a learning rate or the warm-up is negative, or both an adapter and the whole
+            backbone are to be trained.
         TypeError: If an argument could not be stored in a checkpoint.
     """
 
@@ -74,6 +79,8 @@ class LoPALightningModule(LightningModule, ABC):
         prompt_encoder: PromptEncoderFactory = LoPA,
         instance_encoder: InstanceEncoderSpec = InstanceEncoderSpec(),
         placement: Placement = "before",
+        adapter: dict[str, Any] | None = None,
+        train_backbone: bool = False,
         frozen_dropout: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -85,12 +92,16 @@ class LoPALightningModule(LightningModule, ABC):
             raise LoPAError(f"learning_rates must not be negative, got {negative}")
         if warmup < 0:
             raise LoPAError(f"warmup must be a number of steps, or a share of the run below 1; got {warmup}")
+        if adapter is not None and train_backbone:
+            raise LoPAError("give adapter or train_backbone, not both")
         self.save_hyperparameters()
         self._make_hyperparameters_plain()
         self.backbone_spec = backbone
         self.make_prompt_encoder = prompt_encoder
         self.instance_spec = instance_encoder
         self.placement = placement
+        self.adapter = adapter
+        self.train_backbone = train_backbone
         self.frozen_dropout = frozen_dropout
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
@@ -166,7 +177,15 @@ class LoPALightningModule(LightningModule, ABC):
     @functools.cached_property
     def builder(self) -> Builder:
         """What builds the parts, and knows their sizes before."""
-        return Builder(self.backbone_spec, self.make_prompt_encoder, self.instance_spec, self.objective)
+        return Builder(
+            self.backbone_spec,
+            self.make_prompt_encoder,
+            self.instance_spec,
+            self.objective,
+            self.placement,
+            self.adapter,
+            self.train_backbone,
+        )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -185,7 +204,7 @@ class LoPALightningModule(LightningModule, ABC):
             LoPAError: If a learning rate names no group, or the backbone cannot serve the objective.
         """
         self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
-        groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder"}
+        groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
         if getattr(self.trainer.strategy, "_start_method", "popen") != "popen":
@@ -195,10 +214,12 @@ class LoPALightningModule(LightningModule, ABC):
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
         if self.net is not None:
             return
-        parts = self.builder.load(self.placement, self.frozen_dropout)
+        parts = self.builder.load(self.frozen_dropout)
         self._identity: dict[str, Any] = {**parts.identity, "task": self.task_identity()}
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
+        if not self._trained():
+            raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
             self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.adapters import adapt
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.injection import Placement
 from lopa_lightning.frozen.instance import InstanceEncoder, InstanceEncoderSpec
@@ -66,17 +69,32 @@ class Builder:
         make_prompt_encoder: Still wants ``(embedding_dim, instance_dim)``.
         instance_encoder: The model that reads instances.
         objective: How an answer is read.
+        placement: Where virtual tokens go.
+        adapter: PEFT config of an adapter in the backbone; None for none.
+        train_backbone: Whether all weights of the backbone are trained.
     """
 
     backbone: PretrainedSpec
     make_prompt_encoder: PromptEncoderFactory
     instance_encoder: InstanceEncoderSpec
     objective: Objective
+    placement: Placement = "before"
+    adapter: Mapping[str, Any] | None = None
+    train_backbone: bool = False
 
     @property
     def family(self) -> Family:
         """Which head the backbone is loaded with."""
         return "encoder" if self.objective == "head" else self.objective
+
+    @functools.cached_property
+    def encoder_spec(self) -> InstanceEncoderSpec:
+        """The instance encoder's, as a copy of the backbone where the two cannot be one: either is trained."""
+        spec, backbone = self.instance_encoder, self.backbone
+        if not spec.is_backbone or not (spec.trainable or self.train_backbone or self.adapter is not None):
+            return spec
+        shared = {field.name: getattr(backbone, field.name) for field in dataclasses.fields(backbone)}
+        return dataclasses.replace(spec, **shared)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -86,8 +104,9 @@ class Builder:
     @functools.cached_property
     def skeleton(self) -> Skeleton:
         """The model's shapes, from configs alone."""
-        backbone = Backbone(meta_model(self.backbone, self.family))
+        model = meta_model(self.backbone, self.family)
         with torch.device("meta"):
+            backbone = self._backbone(model)
             prompt_encoder = self._prompt_encoder(backbone)
         return Skeleton(backbone.max_positions, prompt_encoder)
 
@@ -107,46 +126,51 @@ class Builder:
         room = None if limit is None else limit - m
         if not prompt_encoder.uses_instance:
             return TextSpec(self.tokenizer, room, self.objective, None, None)
-        spec = self.instance_encoder
+        spec = self.encoder_spec
         own = limit if spec.is_backbone else Backbone(meta_model(spec.pretrained(), "encoder")).max_positions
         tokenizer = self.tokenizer if spec.is_backbone else load_tokenizer(spec.pretrained())
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
         return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit)
 
-    def load(self, placement: Placement, dropout: bool) -> Parts:
+    def load(self, dropout: bool) -> Parts:
         """Reads the weights and builds all parts.
 
         Args:
-            placement: Where virtual tokens go.
             dropout: Whether the backbone's own dropout is active in training.
         """
-        backbone = Backbone(load_model(self.backbone, self.family), dropout, placement)
-        prompt_encoder = self._prompt_encoder(backbone)
-        prompt_encoder.initialize(vocabulary(self.tokenizer, backbone.embedding_table()))
+        model = load_model(self.backbone, self.family)
         identity: dict[str, Any] = {
             "format": 1,
-            "backbone": {
-                "name": self.backbone.name,
-                "revision": self.backbone.revision,
-                **ckpt.fingerprint(backbone.model),
-            },
-            "prompt_encoder": self._method(prompt_encoder),
-            "instance_encoder": None,
+            "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, **ckpt.fingerprint(model)},
+            "backbone_training": "all" if self.train_backbone else ckpt.plain(self.adapter),
         }
+        backbone = self._backbone(model, dropout)
+        prompt_encoder = self._prompt_encoder(backbone)
+        prompt_encoder.initialize(vocabulary(self.tokenizer, len(backbone.embedding_weight), backbone.virtual_tokens))
+        identity |= {"prompt_encoder": self._method(prompt_encoder), "instance_encoder": None}
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, identity)
-        spec = self.instance_encoder
-        model = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder")
+        spec = self.encoder_spec
+        encoder = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder")
         identity["instance_encoder"] = {
             **{key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")},
-            **({} if spec.is_backbone else ckpt.fingerprint(model)),
+            **({} if spec.is_backbone else ckpt.fingerprint(encoder)),
         }
-        return Parts(backbone, prompt_encoder, InstanceEncoder(model, spec, shared=spec.is_backbone), identity)
+        return Parts(backbone, prompt_encoder, InstanceEncoder(encoder, spec, shared=spec.is_backbone), identity)
+
+    def _backbone(self, model: PreTrainedModel, dropout: bool = False) -> Backbone:
+        if self.adapter is not None:
+            adapt(model, self.adapter)
+        return Backbone(model, dropout, self.placement, self.train_backbone)
 
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
-        own = None if self.instance_encoder.is_backbone else load_config(self.instance_encoder.pretrained())
+        own = None if self.encoder_spec.is_backbone else load_config(self.encoder_spec.pretrained())
         instance_dim = backbone.hidden_dim if own is None else hidden_size(own)
-        return self.make_prompt_encoder(backbone.embedding_dim, instance_dim)
+        prompt_encoder = self.make_prompt_encoder(backbone.prompt_dim, instance_dim)
+        if self.placement == "every_layer" and prompt_encoder.token_offset() is not None:
+            name = type(prompt_encoder).__name__
+            raise LoPAError(f"{name} changes the text's embeddings; placement 'every_layer' does not reach them")
+        return prompt_encoder
 
     def _method(self, prompt_encoder: PromptEncoder) -> dict[str, Any]:
         """The method's class and what shapes its result, without what shapes its training alone."""

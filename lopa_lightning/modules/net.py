@@ -126,13 +126,14 @@ class PromptedModel(nn.Module):
         if instance is not None:  # a backbone in bfloat16 goes with a prompt encoder in float32
             instance = instance.to(next(self.prompt_encoder.parameters()).dtype)
         prompt = self.prompt_encoder(instance)
-        states = self.backbone(prompt, batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
-        return self.readout(states, self.backbone), instance
+        offset = self.prompt_encoder.token_offset()
+        text = batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
+        return self.readout(self.backbone(prompt, *text, offset), self.backbone), instance
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All trained parameters by group: the prompt encoder's own, ``head`` and ``instance_encoder``."""
+        """All trained parameters by group: the prompt encoder's own, ``head``, ``instance_encoder``, ``backbone``."""
         groups = dict(self.prompt_encoder.parameter_groups())
-        rest = {"head": self.readout, "instance_encoder": self.instance_encoder}
+        rest = {"head": self.readout, "instance_encoder": self.instance_encoder, "backbone": self.backbone}
         for name, part in rest.items():
             trained = [p for p in part.parameters() if p.requires_grad] if part is not None else []
             if trained:

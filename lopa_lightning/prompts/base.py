@@ -17,12 +17,13 @@ class Vocabulary:
     """The tokens of a backbone, as far as a soft prompt can start from them.
 
     Attributes:
-        embeddings: Input embedding table, ``[V, d]``.
+        embed: Token ids ``[n]`` to what stands for them where virtual tokens go, ``[n, d]``: input
+            embeddings, or with virtual tokens in every layer their keys and values.
         ordinary_ids: Ids of tokens that stand for text: neither special nor reserved.
         encode: Text to token ids, without special tokens.
     """
 
-    embeddings: Tensor
+    embed: Callable[[Tensor], Tensor]
     ordinary_ids: Sequence[int]
     encode: Callable[[str], list[int]]
 
@@ -38,7 +39,7 @@ class PromptEncoder(nn.Module, ABC):
     images: all it is given is a vector for each instance.
 
     Args:
-        num_virtual_tokens: Number m of virtual tokens that ``forward`` returns.
+        num_virtual_tokens: Number m of virtual tokens that ``forward`` returns; 0 where there are none.
     """
 
     uses_instance: ClassVar[bool] = True
@@ -50,7 +51,7 @@ class PromptEncoder(nn.Module, ABC):
 
     def __init__(self, num_virtual_tokens: int) -> None:
         super().__init__()
-        self.num_virtual_tokens = positive("num_virtual_tokens", num_virtual_tokens)
+        self.num_virtual_tokens = num_virtual_tokens
 
     @abstractmethod
     def forward(self, instance: Tensor | None) -> Tensor:
@@ -77,6 +78,10 @@ class PromptEncoder(nn.Module, ABC):
         Args:
             vocabulary: The backbone's tokens, or None if it has none.
         """
+
+    def token_offset(self) -> Tensor | None:
+        """What is added to the embeddings of a text's first s tokens, ``[s, d]``, or None if they stay as they are."""
+        return None
 
     def diagnostics(self, instance: Tensor | None) -> dict[str, Tensor]:
         """What is worth watching during training, such as how open a gate is.

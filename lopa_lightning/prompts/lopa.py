@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.prompts.base import PromptEncoder, Vocabulary, positive
+from lopa_lightning.prompts.heads import head
 from lopa_lightning.prompts.shared import PromptInit, SharedPrompt
+
+Combine = Literal["gate", "add", "concat", "max", "instance_only"]
+
+
+class _Rule(NamedTuple):
+    """How Z_S ``[m, d]`` and U Vᵀ ``[B, m, d]`` become the soft prompt."""
+
+    combine: Callable[[Any, Tensor], Tensor]
+    shared: bool = True
+    scale: float = 1.0
+    tokens: int = 1
+
+
+_RULES: dict[str, _Rule] = {
+    "gate": _Rule(lambda shared, low_rank: shared * low_rank.sigmoid(), scale=2.0),
+    "add": _Rule(torch.add),
+    "concat": _Rule(lambda shared, low_rank: torch.cat([shared.expand_as(low_rank), low_rank], dim=-2), tokens=2),
+    "max": _Rule(torch.maximum),
+    "instance_only": _Rule(lambda shared, low_rank: low_rank, shared=False),
+}
 
 
 class LoPA(PromptEncoder):
@@ -19,10 +44,18 @@ class LoPA(PromptEncoder):
     The heads start at N(0, 0.02²) with zero biases. The gate so starts near σ(0) = ½ for every
     instance, and Z_S at twice the embeddings it is drawn from: the first step is prompt tuning's.
 
+    The paper's ablation combines Z_S and U Vᵀ in other ways, ``combine``:
+
+    - ``gate``: Z_S ∘ σ(U Vᵀ), the method itself.
+    - ``add``: Z_S + U Vᵀ.
+    - ``concat``: [Z_S; U Vᵀ], which is 2m virtual tokens.
+    - ``max``: the larger of Z_S and U Vᵀ, entry by entry. It starts near max(Z_S, 0).
+    - ``instance_only``: U Vᵀ without a Z_S and its m·d parameters. It starts near 0.
+
     Args:
-        embedding_dim: Width d of the backbone's input embeddings.
+        embedding_dim: Width d of a virtual token.
         instance_dim: Width e of the instance vector.
-        num_virtual_tokens: Number m of virtual tokens.
+        num_virtual_tokens: Number m of rows of Z_S and U.
         rank: Rank r of the gate's logits; the paper uses 1, 2 and 4.
         hidden_dim: Width h of the two heads; the paper uses 256 for NLU and 1024 for code.
         dropout: Dropout on the instance vector in both heads.
@@ -30,9 +63,10 @@ class LoPA(PromptEncoder):
             paper's own start is ``normal`` with ``init_std=1``.
         init_text: The text of ``init="text"``.
         init_std: Standard deviation of ``init="normal"``.
+        combine: How Z_S and U Vᵀ become the soft prompt.
 
     Raises:
-        LoPAError: If a size is below 1.
+        LoPAError: If a size is below 1, or ``combine`` or ``init`` unknown.
 
     Example:
         The published 1.60 M parameters of r=4 on RoBERTa-large:
@@ -55,16 +89,35 @@ class LoPA(PromptEncoder):
         init: PromptInit = "vocabulary",
         init_text: str | None = None,
         init_std: float = 1.0,
+        combine: Combine = "gate",
     ) -> None:
-        super().__init__(num_virtual_tokens)
+        if combine not in _RULES:
+            raise LoPAError(f"combine must be one of {', '.join(_RULES)}, got {combine!r}")
+        rule = _RULES[combine]
+        super().__init__(positive("num_virtual_tokens", num_virtual_tokens) * rule.tokens)
+        self.combine = combine
         self.rank = positive("rank", rank)
-        sizes = positive("instance_dim", instance_dim), positive("hidden_dim", hidden_dim)
-        self.shared_prompt = SharedPrompt(num_virtual_tokens, embedding_dim, init, init_text, init_std, scale=2.0)
-        self.row_head = _head(*sizes, num_virtual_tokens * rank, dropout)
-        self.column_head = _head(*sizes, embedding_dim * rank, dropout)
+        shared = SharedPrompt(num_virtual_tokens, embedding_dim, init, init_text, init_std, rule.scale)
+        self.shared_prompt = shared if rule.shared else None
+        self.row_head = head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
+        self.column_head = head(instance_dim, hidden_dim, embedding_dim * rank, dropout)
+
+    def low_rank(self, instance: Tensor) -> Tensor:
+        """U Vᵀ.
+
+        Args:
+            instance: Instance vectors ``[B, e]``.
+
+        Returns:
+            The low-rank matrix of each instance, ``[B, m, d]``.
+        """
+        u = self.row_head(instance).unflatten(-1, (-1, self.rank))
+        v = self.column_head(instance).unflatten(-1, (-1, self.rank))
+        product: Tensor = u @ v.mT
+        return product
 
     def gate(self, instance: Tensor) -> Tensor:
-        """σ(U Vᵀ), between 0 and 1.
+        """σ(U Vᵀ), between 0 and 1: what ``combine="gate"`` multiplies Z_S with.
 
         Args:
             instance: Instance vectors ``[B, e]``.
@@ -72,44 +125,36 @@ class LoPA(PromptEncoder):
         Returns:
             The gate of each instance, ``[B, m, d]``.
         """
-        u = self.row_head(instance).unflatten(-1, (-1, self.rank))
-        v = self.column_head(instance).unflatten(-1, (-1, self.rank))
-        return torch.sigmoid(u @ v.mT)
+        return self.low_rank(instance).sigmoid()
 
     def forward(self, instance: Tensor | None) -> Tensor:
-        """Z = Z_S ∘ σ(U Vᵀ), equation 3 of the paper.
+        """Z = Z_S ∘ σ(U Vᵀ), equation 3 of the paper, or another combination of Z_S and U Vᵀ.
 
         Args:
             instance: Instance vectors ``[B, e]``.
 
         Returns:
-            Soft prompts ``[B, m, d]``.
+            Soft prompts ``[B, m, d]``; ``[B, 2m, d]`` for ``concat``.
         """
         assert instance is not None, "LoPA makes its prompt from an instance vector"
-        return self.shared_prompt.weight * self.gate(instance)
+        return _RULES[self.combine].combine(self.shared_virtual_tokens(), self.low_rank(instance))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """``shared_prompt`` is Z_S; ``low_rank`` the two heads."""
+        """``shared_prompt`` is Z_S, where there is one; ``low_rank`` the two heads."""
         heads = [*self.row_head.parameters(), *self.column_head.parameters()]
-        return {"shared_prompt": [self.shared_prompt.weight], "low_rank": heads}
+        shared = {} if self.shared_prompt is None else {"shared_prompt": [self.shared_prompt.weight]}
+        return {**shared, "low_rank": heads}
 
     def initialize(self, vocabulary: Vocabulary | None) -> None:
         """Sets the start values of Z_S."""
-        self.shared_prompt.initialize(vocabulary)
+        if self.shared_prompt is not None:
+            self.shared_prompt.initialize(vocabulary)
 
     def diagnostics(self, instance: Tensor | None) -> dict[str, Tensor]:
-        """The gate of each instance."""
+        """The gate of each instance; U Vᵀ as ``low_rank`` where it is no gate."""
         assert instance is not None
-        return {"gate": self.gate(instance)}
+        return {"gate": self.gate(instance)} if self.combine == "gate" else {"low_rank": self.low_rank(instance)}
 
-    def shared_virtual_tokens(self) -> Tensor:
-        """Z_S, ``[m, d]``."""
-        return self.shared_prompt.weight
-
-
-def _head(instance_dim: int, hidden_dim: int, output_dim: int, dropout: float) -> nn.Sequential:
-    layers = nn.Linear(instance_dim, hidden_dim), nn.Linear(hidden_dim, output_dim)
-    for layer in layers:
-        nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.Dropout(dropout), layers[0], nn.Tanh(), layers[1])
+    def shared_virtual_tokens(self) -> Tensor | None:
+        """Z_S, ``[m, d]``, or None for ``instance_only``."""
+        return None if self.shared_prompt is None else self.shared_prompt.weight

@@ -18,7 +18,7 @@ class SharedPrompt(nn.Module):
 
     Args:
         num_virtual_tokens: Number m of virtual tokens.
-        embedding_dim: Width d of the backbone's input embeddings.
+        embedding_dim: Width d of a virtual token.
         init: Start values. ``vocabulary``: embeddings of randomly drawn ordinary tokens (Lester et
             al. 2021); ``text``: embeddings of the tokens of ``init_text``, repeated or cut to m;
             ``normal``: N(0, ``init_std``²).
@@ -65,17 +65,28 @@ class SharedPrompt(nn.Module):
             return
         if vocabulary is None:
             raise LoPAError(f"init={self.init!r} needs a backbone with a vocabulary; use init='normal'")
-        ids = self._start_ids(vocabulary).to(vocabulary.embeddings.device)
-        self.weight.copy_(self.scale * vocabulary.embeddings[ids].to(self.weight))
+        self.weight.copy_(self.scale * vocabulary.embed(self._start_ids(vocabulary)).to(self.weight))
 
     def _start_ids(self, vocabulary: Vocabulary) -> Tensor:
         m = len(self.weight)
         if self.init_text is None:
-            ordinary = torch.as_tensor(vocabulary.ordinary_ids)
-            # Without repetition where the vocabulary allows it, so that no two virtual tokens start alike.
-            rounds = [torch.randperm(len(ordinary)) for _ in range(-(-m // len(ordinary)))]
-            return ordinary[torch.cat(rounds)[:m]]
+            return starting_tokens(vocabulary, m)
         ids = vocabulary.encode(self.init_text)
         if not ids:
             raise LoPAError(f"init_text {self.init_text!r} has no tokens")
         return torch.tensor((ids * m)[:m])
+
+
+def starting_tokens(vocabulary: Vocabulary, count: int) -> Tensor:
+    """Draws ordinary tokens, without repetition where the vocabulary allows it: no two start alike.
+
+    Args:
+        vocabulary: The backbone's.
+        count: How many.
+
+    Returns:
+        Token ids ``[count]``.
+    """
+    ordinary = torch.as_tensor(vocabulary.ordinary_ids)
+    rounds = [torch.randperm(len(ordinary)) for _ in range(-(-count // len(ordinary)))]
+    return ordinary[torch.cat(rounds)[:count]]

@@ -14,7 +14,7 @@ class PromptTuning(PromptEncoder):
     """One learned soft prompt for all instances: Z = Z_S.
 
     Args:
-        embedding_dim: Width d of the backbone's input embeddings.
+        embedding_dim: Width d of a virtual token.
         instance_dim: Ignored; every prompt encoder is offered it.
         num_virtual_tokens: Number m of virtual tokens.
         init: What Z_S starts from, see :class:`~lopa_lightning.prompts.shared.SharedPrompt`.

@@ -176,6 +176,16 @@ def test_mnli_alone_has_two_evaluation_sets(task: str) -> None:
     assert data.splits_of("predict") == [name.replace("validation", "test") for name in validation]
 
 
+def test_one_part_of_the_training_split_takes_the_place_of_both_mnli_validation_sets(
+    glue: str, text_spec: SpecOf
+) -> None:
+    data = prepared(glue, "mnli", text_spec, "fit", "test", validation_from_train=0.5)
+    assert data.task is not None
+    assert data.task.suffixes == [""]
+    assert data.splits_of("val") == ["train"]
+    assert [len(data.val_dataloader()), len(data.test_dataloader())] == [1, 1]
+
+
 def test_an_unknown_task_is_refused_with_those_there_are() -> None:
     with pytest.raises(LoPAError, match=r"one of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, got 'sst-2'$"):
         GLUEDataModule("sst-2")

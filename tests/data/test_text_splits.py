@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from lopa_lightning.data import TextClassificationDataModule
 from lopa_lightning.data.template import Tokenize
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.text import TextSpec
 from tests.data.conftest import SpecOf
 from tests.data.helpers import labelled, prepared, rows_of, texts_of, write
@@ -48,6 +49,22 @@ def test_without_a_validation_split_a_share_of_training_is_kept_apart(spec: Text
     data = prepared(spec, data_files=files, validation_fraction=0.25)
     assert (len(train_texts(data)), len(val_texts(data))) == (45, 15)
     assert sorted(train_texts(data) + val_texts(data)) == sorted(TEXTS)
+
+
+def test_a_part_of_the_training_examples_serves_to_choose_by(spec: TextSpec, files: Any) -> None:
+    """Of the very examples that would have been trained on, and not of the validation split."""
+    files["validation"] = write("validation.csv", labelled(["other film"], ["good"]))
+    options = {"data_files": files, "max_train_examples": 40}
+    held_out = prepared(spec, validation_from_train=0.25, **options)
+    assert (len(train_texts(held_out)), len(val_texts(held_out))) == (30, 10)
+    assert sorted(train_texts(held_out) + val_texts(held_out)) == sorted(train_texts(prepared(spec, **options)))
+    assert val_texts(held_out) == val_texts(prepared(spec, "validate", validation_from_train=0.25, **options))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_must_leave_examples_to_train_on(files: Any, share: float) -> None:
+    with pytest.raises(LoPAError, match=f"validation_from_train must be a share below 1, got {share}"):
+        TextClassificationDataModule(data_files=files, labels=["good", "bad"], validation_from_train=share)
 
 
 def test_what_is_kept_apart_is_drawn_by_seed(spec: TextSpec, files: Any) -> None:

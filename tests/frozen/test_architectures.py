@@ -83,7 +83,7 @@ def own_states(states: PromptedStates, row: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", [*MASKED, *CAUSAL])
 def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
     backbone = Backbone(build(name))
-    prompt = torch.randn(len(ITEMS), 4, backbone.embedding_dim)
+    prompt = torch.randn(len(ITEMS), 4, backbone.prompt_dim)
     batches = [backbone(prompt, *padded(left)) for left in (False, True)]
     for row, item in enumerate(ITEMS):
         alone = backbone(prompt[row : row + 1], item[None], torch.ones(1, len(item), dtype=torch.long))
@@ -95,7 +95,7 @@ def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
 def test_label_logits_are_the_models_own(name: str) -> None:
     model = build(name)
     backbone, item, words = Backbone(model), ITEMS[0], torch.tensor([7, 50, 98])
-    prompt = torch.randn(1, 4, backbone.embedding_dim)
+    prompt = torch.randn(1, 4, backbone.prompt_dim)
     states = backbone(prompt, item[None], torch.ones(1, len(item), dtype=torch.long))
     plain = model(inputs_embeds=torch.cat([prompt, model.get_input_embeddings()(item[None])], 1)).logits
     torch.testing.assert_close(backbone.label_logits(states.hidden[:, -2], words), plain[:, -2, words])

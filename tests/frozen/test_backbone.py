@@ -166,7 +166,7 @@ def test_relative_positions_have_no_limit(load: Load) -> None:
 def test_sizes_and_table_are_the_models(kind: str, load: Load) -> None:
     model = load(kind)
     backbone = Backbone(model)
-    assert (backbone.embedding_dim, backbone.hidden_dim) == (WIDTH, WIDTH)
+    assert (backbone.prompt_dim, backbone.hidden_dim) == (WIDTH, WIDTH)
     table, ids = backbone.embedding_table(), torch.arange(model.config.vocab_size)
     torch.testing.assert_close(table, model.get_input_embeddings()(ids), atol=0, rtol=0)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.injection import insert, position_ids, prompt_layout
+from lopa_lightning.frozen.injection import check_placement, insert, position_ids, prompt_layout
 
 PLACEMENTS = ["before", "after_first"]
 
@@ -98,5 +98,5 @@ def test_a_tokens_position_is_the_number_of_tokens_before_it(mask: Tensor, offse
 
 @pytest.mark.parametrize("placement", ["after", "", "Before"])
 def test_unknown_placement_is_an_error_that_lists_the_choices(placement: str) -> None:
-    with pytest.raises(LoPAError, match=f"'before' or 'after_first', got '{placement}'"):
-        prompt_layout(torch.ones(1, 2, dtype=torch.long), 1, placement)
+    with pytest.raises(LoPAError, match=f"before, after_first, every_layer, got '{placement}'"):
+        check_placement(placement)

@@ -155,13 +155,6 @@ def test_a_spec_says_whether_it_is_the_backbone() -> None:
     assert (loaded.attn_implementation, loaded.trust_remote_code) == ("eager", True)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"pooling": "sum"}, "pooling must be one of cls, mean, last, max, got 'sum'"),
-        ({"trainable": True}, "the backbone stays frozen"),
-    ],
-)
-def test_impossible_specs_are_refused(options: dict[str, object], named: str) -> None:
-    with pytest.raises(LoPAError, match=named):
-        InstanceEncoderSpec(**options)
+def test_unknown_pooling_is_refused() -> None:
+    with pytest.raises(LoPAError, match="pooling must be one of cls, mean, last, max, got 'sum'"):
+        InstanceEncoderSpec(pooling="sum")  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ def prompted(model: PreTrainedModel) -> tuple[Backbone, Tensor, Tensor]:
     """A backbone, its hidden states for two prompted texts, and the whole model's logits for the same."""
     torch.manual_seed(0)
     backbone, embeddings = Backbone(model), model.get_input_embeddings()
-    ids, prompt = torch.randint(WORDS, (2, 6)), torch.randn(2, M, backbone.embedding_dim)
+    ids, prompt = torch.randint(WORDS, (2, 6)), torch.randn(2, M, backbone.prompt_dim)
     with torch.no_grad():
         hidden = backbone(prompt, ids, torch.ones_like(ids)).hidden
         logits = model(inputs_embeds=torch.cat([prompt, embeddings(ids)], dim=1)).logits

@@ -69,10 +69,10 @@ def test_the_vocabulary_is_every_token_but_the_special_ones(kind: str, tokenizer
         kind, {"<s>", "<pad>", "</s>", "<unk>", "<mask>"}
     )
     table = torch.randn(len(tokenizer), 4)
-    found = vocabulary(tokenizer, table)
+    found = vocabulary(tokenizer, len(table), table.__getitem__)
     assert set(tokenizer.convert_ids_to_tokens(list(found.ordinary_ids))) == set(tokenizer.get_vocab()) - specials
     assert len(set(found.ordinary_ids)) == len(found.ordinary_ids) == len(tokenizer) - len(specials)
-    assert found.embeddings is table
+    assert torch.equal(found.embed(torch.tensor([3, 1])), table[[3, 1]])
 
 
 @pytest.fixture
@@ -87,16 +87,16 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def test_reserved_and_added_tokens_are_not_ordinary(words: PreTrainedTokenizerFast) -> None:
-    assert list(vocabulary(words, torch.zeros(8, 4)).ordinary_ids) == [3, 4, 6]
+    assert list(vocabulary(words, 8, torch.zeros(8, 4).__getitem__).ordinary_ids) == [3, 4, 6]
 
 
 def test_tokens_without_an_embedding_are_not_ordinary(words: PreTrainedTokenizerFast) -> None:
-    assert list(vocabulary(words, torch.zeros(5, 4)).ordinary_ids) == [3, 4]
+    assert list(vocabulary(words, 5, torch.zeros(5, 4).__getitem__).ordinary_ids) == [3, 4]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_text_becomes_tokens_without_special_ones(kind: str, tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(kind)
-    encode = vocabulary(tokenizer, torch.zeros(len(tokenizer), 4)).encode
+    encode = vocabulary(tokenizer, len(tokenizer), torch.zeros(len(tokenizer), 4).__getitem__).encode
     tokens = {"bert": ["the", "film"]}.get(kind, ["the", "Ġfilm"])
     assert tokenizer.convert_ids_to_tokens(encode("the film")) == tokens

@@ -8,32 +8,9 @@ from torch import Tensor
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.prompts import LoPA, Vocabulary
+from tests.prompts.checks import ORDINARY, assert_follows, randomized, tokens_at_scale
 
-ORDINARY = range(5, 30)
-WORDS = {"good": 7, "bad": 9, "film": 11}
-
-
-@pytest.fixture
-def vocabulary() -> Vocabulary:
-    """30 tokens of width 8, the first 5 of them special."""
-    table = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
-    return Vocabulary(table, ORDINARY, lambda text: [WORDS[word] for word in text.split()])
-
-
-def tokens_at_scale(weight: Tensor, table: Tensor, scale: float) -> list[int]:
-    """The token behind each virtual token, which must be that token's embedding times ``scale``."""
-    same = (weight[:, None] == scale * table[None]).all(-1)
-    assert same.sum(1).tolist() == [1] * len(weight)
-    return same.int().argmax(1).tolist()
-
-
-def randomized(lopa: LoPA, seed: int) -> LoPA:
-    """In float64, far from the start values, biases too."""
-    generator = torch.Generator().manual_seed(seed)
-    lopa = lopa.double().eval()
-    for parameter in lopa.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    return lopa
+COMBINATIONS = ["gate", "add", "concat", "max", "instance_only"]
 
 
 @pytest.mark.parametrize(
@@ -60,22 +37,32 @@ def test_parameter_counts_are_the_published_ones(e: int, d: int, h: int, m: int,
     assert round(sum(p.numel() for p in lopa.parameters()) / 1e6, 2) == millions
 
 
-def formula(p: dict[str, Tensor], x: Tensor, rank: int) -> Tensor:
-    """Z = Z_S ∘ σ(U Vᵀ), one entry at a time: Z[i, j] = Z_S[i, j] σ(Σ_k U[i, k] V[j, k])."""
+def formula(p: dict[str, Tensor], x: Tensor, rank: int, combine: str) -> Tensor:
+    """Z, one entry at a time: ℓ[i, j] = Σ_k U[i, k] V[j, k], and with it and Z_S[i, j] the paper's equation 3."""
 
     def mlp(name: str) -> Tensor:
         hidden = torch.tanh(torch.einsum("be,he->bh", x, p[f"{name}.1.weight"]) + p[f"{name}.1.bias"])
         return torch.einsum("bh,oh->bo", hidden, p[f"{name}.3.weight"]) + p[f"{name}.3.bias"]
 
-    shared, u, v = p["shared_prompt.weight"], mlp("row_head"), mlp("column_head")
-    m, d = shared.shape
-    entries = []
+    u, v = mlp("row_head"), mlp("column_head")
+    m, d = u.shape[1] // rank, v.shape[1] // rank
+    shared = p.get("shared_prompt.weight")
+    prompts = []
     for b in range(len(x)):
-        for i in range(m):
-            for j in range(d):
-                logit = sum(u[b, i * rank + k] * v[b, j * rank + k] for k in range(rank))
-                entries.append(shared[i, j] / (1 + torch.exp(-logit)))
-    return torch.stack(entries).reshape(len(x), m, d)
+        low_rank = [
+            [sum(u[b, i * rank + k] * v[b, j * rank + k] for k in range(rank)) for j in range(d)] for i in range(m)
+        ]
+        rows = {
+            "gate": lambda i, low_rank=low_rank: [shared[i, j] / (1 + torch.exp(-low_rank[i][j])) for j in range(d)],
+            "add": lambda i, low_rank=low_rank: [shared[i, j] + low_rank[i][j] for j in range(d)],
+            "max": lambda i, low_rank=low_rank: [
+                shared[i, j] if shared[i, j] > low_rank[i][j] else low_rank[i][j] for j in range(d)
+            ],
+            "concat": lambda i, low_rank=low_rank: list(shared[i]) if i < m else low_rank[i - m],
+            "instance_only": lambda i, low_rank=low_rank: low_rank[i],
+        }[combine]
+        prompts.append(torch.stack([torch.stack(rows(i)) for i in range(2 * m if combine == "concat" else m)]))
+    return torch.stack(prompts)
 
 
 sizes = st.fixed_dictionaries(
@@ -89,24 +76,16 @@ sizes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@settings(max_examples=12, deadline=None)
 @given(sizes, st.integers(1, 3), st.integers(0, 2**32))
-def test_soft_prompt_and_its_gradients_are_the_equations(size: dict[str, int], batch: int, seed: int) -> None:
-    lopa = randomized(LoPA(**size), seed)
-    parameters = dict(lopa.named_parameters())
+def test_soft_prompt_and_its_gradients_are_the_equations(
+    combine: str, size: dict[str, int], batch: int, seed: int
+) -> None:
+    lopa = randomized(LoPA(**size, combine=combine), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(batch, size["instance_dim"], dtype=torch.float64, generator=generator, requires_grad=True)
-    ours, expected = lopa(x), formula(parameters, x, size["rank"])
-    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
-
-    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
-    inputs = [x, *parameters.values()]
-    for name, got, wanted in zip(
-        ["instance", *parameters],
-        torch.autograd.grad((ours * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-    ):
-        torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+    assert_follows(lopa, lambda p: formula(p, x, size["rank"], combine), lambda: lopa(x), instance=x)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -120,16 +99,27 @@ def test_logits_of_the_gate_have_the_rank(rank: int) -> None:
     assert torch.linalg.matrix_rank(logits, rtol=1e-9).tolist() == [rank] * 4
 
 
-@settings(max_examples=30, deadline=None)
-@given(sizes)
-def test_parameter_groups_hold_every_parameter_once(size: dict[str, int]) -> None:
-    lopa = LoPA(**size)
-    groups = lopa.parameter_groups()
-    assert list(groups) == ["shared_prompt", "low_rank"]
-    assert [p.shape for p in groups["shared_prompt"]] == [(size["num_virtual_tokens"], size["embedding_dim"])]
-    grouped = [id(p) for group in groups.values() for p in group]
-    assert len(grouped) == len(set(grouped))
-    assert set(grouped) == {id(p) for p in lopa.parameters()}
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_groups_are_what_is_shared_and_the_two_heads(combine: str) -> None:
+    lopa = LoPA(6, 5, num_virtual_tokens=3, combine=combine)
+    shapes = {name: [tuple(p.shape) for p in group] for name, group in lopa.parameter_groups().items()}
+    heads = [(256, 5), (256,), (12, 256), (12,), (256, 5), (256,), (24, 256), (24,)]
+    expected = {"low_rank": heads} if combine == "instance_only" else {"shared_prompt": [(3, 6)], "low_rank": heads}
+    assert shapes == expected
+
+
+@pytest.mark.parametrize(("combine", "tokens"), zip(COMBINATIONS, [4, 4, 8, 4, 4]))
+def test_concatenation_announces_twice_the_virtual_tokens(combine: str, tokens: int) -> None:
+    lopa = LoPA(6, 5, num_virtual_tokens=4, combine=combine)
+    assert lopa.num_virtual_tokens == tokens
+    assert lopa(torch.randn(2, 5)).shape == (2, tokens, 6)
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_only_instance_only_has_no_shared_parameters(combine: str) -> None:
+    lopa = LoPA(1024, 1024, combine=combine)
+    assert sum(p.numel() for p in lopa.parameters()) == 1597992 - 10 * 1024 * (combine == "instance_only")
+    assert (lopa.shared_virtual_tokens() is None) == (combine == "instance_only")
 
 
 def test_heads_start_small_and_without_bias() -> None:
@@ -142,15 +132,34 @@ def test_heads_start_small_and_without_bias() -> None:
             assert layer.bias.count_nonzero() == 0
 
 
-def test_gate_starts_near_a_half_and_the_prompt_at_the_embeddings(vocabulary: Vocabulary) -> None:
+def test_gate_starts_near_a_half_and_the_prompt_at_the_embeddings(table: Tensor, vocabulary: Vocabulary) -> None:
     torch.manual_seed(0)
     lopa = LoPA(8, 64, num_virtual_tokens=6).eval()
     lopa.initialize(vocabulary)
     instance = torch.randn(16, 64)
     torch.testing.assert_close(lopa.gate(instance), torch.full((16, 6, 8), 0.5), atol=0.01, rtol=0)
-    ids = tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0)
-    embeddings = vocabulary.embeddings[ids].expand(16, -1, -1)
+    ids = tokens_at_scale(lopa.shared_virtual_tokens(), table, 2.0)
+    embeddings = table[ids].expand(16, -1, -1)
     torch.testing.assert_close(lopa(instance), embeddings, atol=1e-6, rtol=0.02)
+
+
+@pytest.mark.parametrize("combine", ["add", "concat", "max", "instance_only"])
+def test_other_combinations_start_from_the_embeddings_themselves(
+    combine: str, table: Tensor, vocabulary: Vocabulary
+) -> None:
+    torch.manual_seed(0)
+    lopa = LoPA(8, 64, num_virtual_tokens=6, combine=combine).eval()
+    lopa.initialize(vocabulary)
+    shared = lopa.shared_virtual_tokens()
+    embeddings = torch.zeros(6, 8) if shared is None else table[tokens_at_scale(shared, table)]
+    start = {
+        "add": embeddings,
+        "concat": torch.cat([embeddings, torch.zeros(6, 8)]),
+        "max": embeddings.clamp(min=0),
+        "instance_only": torch.zeros(6, 8),
+    }[combine]
+    unit = torch.nn.functional.normalize(torch.randn(16, 64), dim=-1)
+    torch.testing.assert_close(lopa(unit), start.expand(16, -1, -1), atol=1e-3, rtol=0)
 
 
 def test_diagnostics_show_the_gate() -> None:
@@ -161,48 +170,51 @@ def test_diagnostics_show_the_gate() -> None:
     torch.testing.assert_close(shown["gate"], lopa(instance) / lopa.shared_virtual_tokens())
 
 
-def test_dropout_acts_on_the_instance_in_training_alone() -> None:
-    lopa = randomized(LoPA(6, 5, num_virtual_tokens=3, rank=2, hidden_dim=4, dropout=1.0), seed=0)
+def test_diagnostics_show_the_low_rank_part_where_it_is_no_gate() -> None:
+    lopa = randomized(LoPA(6, 5, num_virtual_tokens=3, rank=2, hidden_dim=4, combine="add"), seed=0)
     instance = torch.randn(4, 5, dtype=torch.float64)
-    of_nothing, of_instance = lopa(torch.zeros_like(instance)), lopa(instance)
-    assert not torch.allclose(of_nothing, of_instance)
-    torch.testing.assert_close(lopa.train()(instance), of_nothing)
-    torch.testing.assert_close(lopa.eval()(instance), of_instance)
+    shown = lopa.diagnostics(instance)
+    assert list(shown) == ["low_rank"]
+    torch.testing.assert_close(shown["low_rank"], lopa(instance) - lopa.shared_virtual_tokens())
 
 
 @pytest.mark.parametrize("m", [1, 10, 25])
-def test_vocabulary_start_is_twice_the_embeddings_of_distinct_ordinary_tokens(m: int, vocabulary: Vocabulary) -> None:
+def test_vocabulary_start_is_twice_the_embeddings_of_distinct_ordinary_tokens(
+    m: int, table: Tensor, vocabulary: Vocabulary
+) -> None:
     lopa = LoPA(8, 4, num_virtual_tokens=m)
     lopa.initialize(vocabulary)
-    ids = tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0)
+    ids = tokens_at_scale(lopa.shared_virtual_tokens(), table, 2.0)
     assert len(set(ids)) == m
     assert set(ids) <= set(ORDINARY)
 
 
-def test_vocabulary_start_repeats_tokens_only_when_all_are_used(vocabulary: Vocabulary) -> None:
+def test_vocabulary_start_repeats_tokens_only_when_all_are_used(table: Tensor, vocabulary: Vocabulary) -> None:
     lopa = LoPA(8, 4, num_virtual_tokens=60)
     lopa.initialize(vocabulary)
-    ids = tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0)
+    ids = tokens_at_scale(lopa.shared_virtual_tokens(), table, 2.0)
     counts = [ids.count(token) for token in ORDINARY]
     assert sum(counts) == 60
     assert set(counts) == {2, 3}
 
 
-def test_vocabulary_start_follows_the_seed(vocabulary: Vocabulary) -> None:
+def test_vocabulary_start_follows_the_seed(table: Tensor, vocabulary: Vocabulary) -> None:
     starts = []
     for seed in (1, 1, 2):
         lopa = LoPA(8, 4)
         torch.manual_seed(seed)
         lopa.initialize(vocabulary)
-        starts.append(tokens_at_scale(lopa.shared_virtual_tokens(), vocabulary.embeddings, 2.0))
+        starts.append(tokens_at_scale(lopa.shared_virtual_tokens(), table, 2.0))
     assert starts[0] == starts[1] != starts[2]
 
 
 @pytest.mark.parametrize(("m", "ids"), [(2, [7, 11]), (3, [7, 11, 9]), (5, [7, 11, 9, 7, 11])])
-def test_text_start_is_cut_or_repeated_to_m_tokens(m: int, ids: list[int], vocabulary: Vocabulary) -> None:
+def test_text_start_is_cut_or_repeated_to_m_tokens(
+    m: int, ids: list[int], table: Tensor, vocabulary: Vocabulary
+) -> None:
     lopa = LoPA(8, 4, num_virtual_tokens=m, init="text", init_text="good film bad")
     lopa.initialize(vocabulary)
-    torch.testing.assert_close(lopa.shared_virtual_tokens().data, 2 * vocabulary.embeddings[ids], atol=0, rtol=0)
+    torch.testing.assert_close(lopa.shared_virtual_tokens().data, 2 * table[ids], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("std", [0.1, 1.0])
@@ -216,13 +228,13 @@ def test_normal_start_has_the_asked_spread_and_needs_no_vocabulary(std: float) -
     assert before.mean().item() == pytest.approx(0, abs=0.03 * std)
 
 
-def test_start_values_are_trained_in_the_prompts_own_number_format(vocabulary: Vocabulary) -> None:
-    half = Vocabulary(vocabulary.embeddings.bfloat16(), vocabulary.ordinary_ids, vocabulary.encode)
+def test_start_values_are_trained_in_the_prompts_own_number_format(table: Tensor, vocabulary: Vocabulary) -> None:
+    half = Vocabulary(table.bfloat16().__getitem__, vocabulary.ordinary_ids, vocabulary.encode)
     lopa = LoPA(8, 4)
     lopa.initialize(half)
     assert lopa.shared_virtual_tokens().dtype == torch.float32
     assert lopa.shared_virtual_tokens().requires_grad
-    assert set(tokens_at_scale(lopa.shared_virtual_tokens(), half.embeddings.float(), 2.0)) <= set(ORDINARY)
+    assert set(tokens_at_scale(lopa.shared_virtual_tokens(), table.bfloat16().float(), 2.0)) <= set(ORDINARY)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +245,9 @@ def test_start_values_are_trained_in_the_prompts_own_number_format(vocabulary: V
         ({"init": "normal", "init_text": "good"}, "init_text and init='text' go together"),
         ({"init": "text"}, "init_text and init='text' go together"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1, got 0"),
+        ({"combine": "gates"}, "combine must be one of gate, add, concat, max, instance_only, got 'gates'"),
+        ({"combine": "instance_only", "init": "zeros"}, "vocabulary, text, normal, got 'zeros'"),
+        ({"combine": "concat", "num_virtual_tokens": -1}, "num_virtual_tokens must be at least 1, got -1"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"hidden_dim": -1}, "hidden_dim must be at least 1, got -1"),
         ({"instance_dim": 0}, "instance_dim must be at least 1, got 0"),

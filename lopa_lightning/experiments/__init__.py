@@ -1,0 +1,1 @@
+"""Many runs: methods compared on tasks, seeds and learning rates."""

@@ -1,0 +1,144 @@
+"""Configurations merged, checked and changed, as plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lopa_lightning.cli import LoPACLI, expected_cause
+from lopa_lightning.errors import LoPAError
+
+Config = dict[str, Any]
+"""What ``lopa fit`` takes, every option filled in."""
+
+
+class _Resolver(LoPACLI):
+    """Builds everything that ``lopa fit`` builds, and runs nothing."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": LoPACLI.subcommands()["fit"]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Without Lightning's warning of a program that has arguments too."""
+        self.config = parser.parse_args(args)
+
+    def _set_seed(self) -> None:
+        """Leaves the parent's random state and environment alone."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._dump_config()
+
+
+def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
+    """Merges configurations as ``lopa fit`` does, and builds model, data and trainer to see that it can.
+
+    Nothing is loaded: a missing model or data set shows when it is run.
+
+    Args:
+        configs: YAML files, each put over the one before.
+        options: Of the command line, put over these.
+
+    Returns:
+        The whole configuration.
+
+    Raises:
+        LoPAError: If ``lopa fit`` would refuse it.
+    """
+    arguments = ["fit", *(part for config in configs for part in ("--config", config)), *options]
+    said = io.StringIO()
+    try:
+        with _quiet(), contextlib.redirect_stderr(said):
+            resolver = _Resolver(args=arguments)
+    except SystemExit:
+        lines = said.getvalue().strip().splitlines()
+        kept = [line.removeprefix("error: ") for line in lines if not line.startswith("See ")]
+        raise LoPAError("\n".join(kept)) from None
+    except Exception as error:
+        raise LoPAError(reason(error)) from error
+    dumped: Config = resolver.config_dump
+    return dumped
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line.
+
+    Args:
+        error: Any.
+
+    Example:
+        >>> reason(KeyError("a"))
+        "KeyError: 'a'"
+        >>> reason(LoPAError("rank must be at least 1"))
+        'rank must be at least 1'
+    """
+    expected = expected_cause(error)
+    if expected is not None:
+        return " ".join(str(expected).split()) or type(expected).__name__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def with_rates_times(config: Config, factor: float) -> Config:
+    """A configuration with every learning rate multiplied: the optimizer's and each group's.
+
+    Args:
+        config: As from :func:`resolve`.
+        factor: The multiplier.
+
+    Raises:
+        LoPAError: If no learning rate is named.
+    """
+    if factor == 1:
+        return config
+    changed = copy.deepcopy(config)
+    model = changed["model"]["init_args"]
+    optimizer = model.get("optimizer")
+    if not isinstance(optimizer, dict) or optimizer.get("init_args", {}).get("lr") is None:
+        raise LoPAError(f"a rate factor of {factor:g} needs model.init_args.optimizer.init_args.lr, which is not given")
+    optimizer["init_args"]["lr"] *= factor
+    if model.get("learning_rates"):
+        model["learning_rates"] = {name: rate * factor for name, rate in model["learning_rates"].items()}
+    return changed
+
+
+def placed_in(config: Config, folder: Path) -> Config:
+    """A configuration whose logs and checkpoints go into a folder, and whose log file has no progress bars.
+
+    Args:
+        config: As from :func:`resolve`.
+        folder: The run's.
+    """
+    placed = copy.deepcopy(config)
+    trainer = placed["trainer"]
+    trainer["default_root_dir"] = str(folder)
+    if trainer["logger"]:
+        trainer["logger"] = {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": str(folder), "name": "logs", "version": "", "default_hp_metric": False},
+        }
+    if trainer["enable_progress_bar"] is None:
+        trainer["enable_progress_bar"] = False
+    for name in ("checkpoint", "last_checkpoint"):
+        placed[name]["dirpath"] = str(folder / "checkpoints")
+    placed["last_checkpoint"]["filename"] = "last"
+    return placed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a Trainer says of the devices it found."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
