@@ -43,10 +43,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "IDPG",
     "ClassificationModule",
     "DePT",
     "GLUEDataModule",
-    "IDPG",
     "InstanceEncoderSpec",
     "LoPA",
     "LoPALightningModule",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,9 +23,10 @@ def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_seed_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``seed_everything`` leaves a variable behind, which changes what later tests do."""
+def _seeded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test draws the same numbers alone and among others; ``seed_everything`` of an earlier one leaves nothing."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -263,7 +263,7 @@ def test_a_backbone_that_has_moved_is_named_anew(tiny: Tiny, tmp_path: Path) -> 
     moved = shutil.copytree(tiny("bert"), tmp_path / "moved")
     again = LoPALightningModule.load_from_checkpoint(path, backbone=PretrainedSpec(str(moved)))
     assert again.hparams["backbone"]["name"] == str(moved)
-    with pytest.raises(LoPAError, match="ClassificationModule takes no backbnoe; it takes backbone"):
+    with pytest.raises(LoPAError, match="ClassificationModule takes no backbnoe; it takes adapter, backbone, "):
         LoPALightningModule.load_from_checkpoint(path, backbnoe=PretrainedSpec(str(moved)))
 
 

@@ -22,7 +22,9 @@ METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 RTE = ROOT / "configs" / "glue_rte.yaml"
 CPU_SMALL = ROOT / "configs" / "cpu_small.yaml"
 LAYER = "net.backbone.model.roberta.encoder.layer"
-HEADS = [f"{head}.{layer}.{kind}" for head in ("row_head", "column_head") for layer in (1, 3) for kind in ("weight", "bias")]
+HEADS = [
+    f"{head}.{layer}.{kind}" for head in ("row_head", "column_head") for layer in (1, 3) for kind in ("weight", "bias")
+]
 PROMPT = "net.prompt_encoder."
 SAVED: dict[str, set[str] | None] = {
     "lopa": {f"{PROMPT}{name}" for name in ("shared_prompt.weight", *HEADS)},
@@ -111,7 +113,9 @@ def test_lora_adds_as_many_numbers_as_its_paper_says(tiny: Tiny, mini_glue: str)
 
 
 def test_nothing_to_train_is_refused(tiny: Tiny, mini_glue: str) -> None:
-    Path("none.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"prompt_encoder": "lopa_lightning.NoPrompt"}}}))
+    Path("none.yaml").write_text(
+        yaml.safe_dump({"model": {"init_args": {"prompt_encoder": "lopa_lightning.NoPrompt"}}})
+    )
     with pytest.raises(LoPAError, match="nothing is trained"):
         fitted(
             Path("none.yaml"),

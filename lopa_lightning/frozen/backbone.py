@@ -22,7 +22,7 @@ from lopa_lightning.frozen.injection import (
     prompt_layout,
     with_offset,
 )
-from lopa_lightning.frozen.layers import layer_prompts
+from lopa_lightning.frozen.layers import cache_input, layer_prompts
 from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size
 
 
@@ -172,7 +172,7 @@ class Backbone(nn.Module):
             cache = self._layers.cache(prompt, batch)
             mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
             places = position_ids(attention_mask, first_position(self.body) + m)
-            hidden = self._run(embedded, mask, places, token_type_ids, past_key_values=cache)
+            hidden = self._run(embedded, mask, places, token_type_ids, **{str(cache_input(self.body)): cache})
             return PromptedStates(hidden, attention_mask, input_ids)
         layout = prompt_layout(attention_mask, m, self.placement)
         mask = insert(layout, 1, attention_mask)

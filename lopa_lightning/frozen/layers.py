@@ -63,8 +63,18 @@ class LayerPrompts:
             ``[n, width]``.
         """
         cache = DynamicCache()
-        model(input_ids=token_ids[None], past_key_values=cache, use_cache=True)
+        model(input_ids=token_ids[None], use_cache=True, **{str(cache_input(model)): cache})
         return torch.cat([part[0].transpose(0, 1).flatten(1) for part in _states(cache)], dim=-1)
+
+
+def cache_input(model: PreTrainedModel) -> str | None:
+    """What a model's ``forward`` calls its cache; None if it takes none.
+
+    Args:
+        model: Without a head.
+    """
+    # transformers 5.24 renamed it.
+    return next((name for name in ("cache", "past_key_values") if name in accepted_inputs(model)), None)
 
 
 def layer_prompts(model: PreTrainedModel) -> LayerPrompts:
@@ -78,7 +88,8 @@ def layer_prompts(model: PreTrainedModel) -> LayerPrompts:
             outside of a window: a virtual token would not be seen by every token.
     """
     name = type(model).__name__
-    if not {"past_key_values", "use_cache"} <= accepted_inputs(model):
+    cache_name = cache_input(model)
+    if cache_name is None or "use_cache" not in accepted_inputs(model):
         raise _unfit(name, "takes no cache of keys and values")
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         raise _unfit(name, "has layers that do not attend to all tokens before")
@@ -90,10 +101,10 @@ def layer_prompts(model: PreTrainedModel) -> LayerPrompts:
         run = functools.partial(twin, inputs_embeds=embedded, use_cache=True)
         try:
             cache = DynamicCache()
-            run(past_key_values=cache)
+            run(**{cache_name: cache})
             found = LayerPrompts(tuple((int(part.shape[1]), int(part.shape[3])) for part in _states(cache)))
             filled = found.cache(torch.empty(1, 2, found.width), 1)
-            run(past_key_values=filled)
+            run(**{cache_name: filled})
             lengths = {int(part.shape[2]) for part in _states(filled)}
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise _unfit(name, f"does not run with a filled cache ({str(error).splitlines()[0]})") from error

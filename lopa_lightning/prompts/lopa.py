@@ -94,7 +94,7 @@ class LoPA(PromptEncoder):
         if combine not in _RULES:
             raise LoPAError(f"combine must be one of {', '.join(_RULES)}, got {combine!r}")
         rule = _RULES[combine]
-        super().__init__(positive("num_virtual_tokens", num_virtual_tokens) * rule.tokens)
+        super().__init__(num_virtual_tokens * rule.tokens)
         self.combine = combine
         self.rank = positive("rank", rank)
         shared = SharedPrompt(num_virtual_tokens, embedding_dim, init, init_text, init_std, rule.scale)

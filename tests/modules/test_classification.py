@@ -194,5 +194,6 @@ def test_lopa_tiny_is_a_partial_that_hyperparameters_describe(tiny: Tiny) -> Non
             "init": "vocabulary",
             "init_text": None,
             "init_std": 1.0,
+            "combine": "gate",
         },
     }
