@@ -1,4 +1,4 @@
-"""``lopa``: fit, validate, test, predict and compare from YAML."""
+"""``lopa``: fit, validate, test, predict, compare and sweep from YAML."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "bes
 _LAST: dict[str, Any] = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
 _LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")  # names that Lightning resolves to a checkpoint
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
+_EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "sweep")}
 _DESCRIPTION = (
     "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
-    "several methods on several tasks and seeds and tabulates them: see `lopa compare --help`."
+    "several methods on several tasks and seeds and tabulates them, and `lopa sweep` searches hyperparameters: see "
+    "`lopa compare --help` and `lopa sweep --help`."
 )
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
@@ -147,10 +149,9 @@ def main(args: ArgsType = None) -> None:
     ignore_expected_warnings()
     given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list) and given[:1] == ["compare"]:
-            from lopa_lightning.experiments.compare import main as compare
-
-            compare(given[1:])
+        if isinstance(given, list) and given[:1] and given[0] in _EXPERIMENTS:
+            # Imported when asked for: the modules run this command line.
+            importlib.import_module(_EXPERIMENTS[given[0]]).main(given[1:])
         else:
             LoPACLI(args=args)
     except Exception as error:
