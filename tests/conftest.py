@@ -10,8 +10,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-REAL_DATA = Path(os.environ.get("LOPA_REAL_DATA", "../shared/hub/datasets"))
-REAL_MODELS = Path(os.environ.get("LOPA_REAL_MODELS", "~/.cache/lopa-real-models")).expanduser()
+# Absolute: tests go into folders of their own.
+REAL_DATA = Path(os.environ.get("LOPA_REAL_DATA", "../shared/hub/datasets")).resolve()
+REAL_MODELS = Path(os.environ.get("LOPA_REAL_MODELS", "~/.cache/lopa-real-models")).expanduser().resolve()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,12 +25,39 @@ LAYER = "net.backbone.model.roberta.encoder.layer"
 HEADS = [
     f"{head}.{layer}.{kind}" for head in ("row_head", "column_head") for layer in (1, 3) for kind in ("weight", "bias")
 ]
-PROMPT = "net.prompt_encoder."
-SAVED: dict[str, set[str] | None] = {
-    "lopa": {f"{PROMPT}{name}" for name in ("shared_prompt.weight", *HEADS)},
-    "lopa_instance_only": {f"{PROMPT}{name}" for name in HEADS},
-    "prompt_tuning": {f"{PROMPT}shared_prompt.weight"},
-    "p_tuning_v2": {f"{PROMPT}shared_prompt.weight"},
+
+
+def in_prompt_encoder(*names: str) -> set[str]:
+    return {f"net.prompt_encoder.{name}" for name in names}
+
+
+def layers(part: str, *numbers: int) -> list[str]:
+    return [f"{part}.{number}.{kind}" for number in numbers for kind in ("weight", "bias")]
+
+
+HEADS = [*layers("row_head", 1, 3), *layers("column_head", 1, 3)]
+MLP = ["inputs", *layers("mlp", 0, 2, 4)]
+LSTM = [
+    f"lstm.{kind}_{gate}_l{layer}{way}"
+    for kind in ("weight", "bias")
+    for gate in ("ih", "hh")
+    for layer in (0, 1)
+    for way in ("", "_reverse")
+]
+SOFT = in_prompt_encoder("shared_prompt.weight")
+SAVED: dict[str, set[str]] = {
+    **dict.fromkeys(
+        ["lopa", "lopa_add", "lopa_concat", "lopa_max", "lopa_deep", "lopa_trained_encoder"],
+        SOFT | in_prompt_encoder(*HEADS),
+    ),
+    "lopa_instance_only": in_prompt_encoder(*HEADS),
+    **dict.fromkeys(["prompt_tuning", "p_tuning_v2"], SOFT),
+    "peft_prompt_tuning": in_prompt_encoder("prompt.embedding.weight"),
+    "idpg": SOFT | in_prompt_encoder(*layers("generator", 1), "generator.3.weight"),
+    "idpg_phm": SOFT | in_prompt_encoder(*(f"generator.{part}" for part in ("1.a", "1.b", "1.bias", "3.a", "3.b"))),
+    **dict.fromkeys(["p_tuning_mlp", "prefix_tuning"], in_prompt_encoder(*MLP)),
+    "p_tuning_lstm": in_prompt_encoder("inputs", *LSTM, *layers("mlp", 0, 2)),
+    "dept": SOFT | in_prompt_encoder("offset_a", "offset_b"),
     "lora": {
         f"{LAYER}.{layer}.attention.self.{part}.lora_{side}.default.weight"
         for layer in (0, 1)
@@ -43,7 +70,10 @@ SAVED: dict[str, set[str] | None] = {
         for part in ("attention.self.key", "attention.self.value", "attention.output.dense", "output.dense")
     },
     "head_only": {"net.readout.linear.weight", "net.readout.linear.bias"},
+    "full": set(),
 }
+# Of these parts, all is trained.
+WHOLE = {"lopa_trained_encoder": "instance_encoder", "full": "backbone"}
 
 
 @pytest.fixture(autouse=True)
@@ -68,20 +98,18 @@ def outputs(module: ClassificationModule, data: GLUEDataModule) -> torch.Tensor:
         return torch.cat([module(batch) for batch in data.val_dataloader()[0]])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
-def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tiny, mini_glue: str) -> None:
+def check_round_trip(method: Path, *arguments: str) -> None:
     cli = fitted(
         method,
-        f"--model.backbone.name={tiny('roberta')}",
-        f"--data.path={mini_glue}",
-        *("--data.max_length=40", "--data.batch_size=4", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"),
+        *arguments,
+        *("--data.batch_size=4", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"),
         *("--checkpoint.dirpath=kept", "--last_checkpoint.dirpath=kept"),
     )
-    trained = {name for name, parameter in cli.model.named_parameters() if parameter.requires_grad}
-    saved = torch.load("kept/last.ckpt", weights_only=True)
-    assert set(saved["state_dict"]) == trained
-    if (expected := SAVED.get(method.stem)) is not None:
-        assert trained == expected
+    whole = getattr(cli.model.net, WHOLE[method.stem]) if method.stem in WHOLE else None
+    names = set() if whole is None else {f"net.{WHOLE[method.stem]}.{name}" for name, _ in whole.named_parameters()}
+    trained = SAVED[method.stem] | names
+    assert {name for name, parameter in cli.model.named_parameters() if parameter.requires_grad} == trained
+    assert set(torch.load("kept/last.ckpt", weights_only=True)["state_dict"]) == trained
     groups = cli.model.net.parameter_groups()
     assert sum(len(group) for group in groups.values()) == len(trained)
 
@@ -91,15 +119,18 @@ def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tin
     assert len(moved) >= len(trained) / 2  # not zeros read from nowhere
 
 
-def test_full_fine_tuning_saves_everything(tiny: Tiny, mini_glue: str) -> None:
-    cli = fitted(
-        ROOT / "configs" / "methods" / "full.yaml",
-        f"--model.backbone.name={tiny('roberta')}",
-        *(f"--data.path={mini_glue}", "--data.max_length=40", "--trainer.max_steps=1"),
-        "--last_checkpoint.dirpath=kept",
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tiny, mini_glue: str) -> None:
+    check_round_trip(
+        method, f"--model.backbone.name={tiny('roberta')}", f"--data.path={mini_glue}", "--data.max_length=40"
     )
-    saved = torch.load("kept/last.ckpt", weights_only=True)["state_dict"]
-    assert set(saved) == {f"net.backbone.{name}" for name, _ in cli.model.net.backbone.named_parameters()}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+def test_a_method_does_so_on_real_data(method: Path, tiny: Tiny, real_data: Callable[[str], str]) -> None:
+    data = [f"--data.path={real_data('nyu-mll/glue')}", "--data.max_length=40", "--data.max_train_examples=8"]
+    check_round_trip(method, f"--model.backbone.name={tiny('roberta')}", *data, "--trainer.limit_val_batches=2")
 
 
 def test_lora_adds_as_many_numbers_as_its_paper_says(tiny: Tiny, mini_glue: str) -> None:

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 
 from lopa_lightning import LoPALightningModule, PretrainedSpec
 from lopa_lightning.cli import LoPACLI
+from lopa_lightning.experiments.command import parsed
+from lopa_lightning.experiments.compare import Comparison
+from lopa_lightning.experiments.sweep import Sweep
 from tests.modules.helpers import LoPATiny, trainer, write_reviews
 
 Tiny = Callable[[str], str]
@@ -83,6 +86,12 @@ def test_its_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(commands) >= 7
     for command in commands:
         arguments = shlex.split(command.split("lopa ", 1)[1])
+        if arguments[0] == "compare":
+            assert parsed(Comparison, "lopa compare", arguments[1:])[0].check() == []
+            continue
+        if arguments[0] == "sweep":
+            parsed(Sweep, "lopa sweep", arguments[1:])[0].check()
+            continue
         with pytest.raises(SystemExit) as stop:
             LoPACLI(args=[*arguments, "--print_config"])
         assert stop.value.code == 0, command

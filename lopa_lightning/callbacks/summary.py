@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+
+ADVICE = (
+    "Try a ten times higher learning rate for shared_prompt (learning_rates), more epochs, objective: head where it is "
+    "not so already, or another instance encoder."
+)
+
+
+def warn_if_blind(metrics: Mapping[str, float]) -> None:
+    """Warns where validation is no better than the majority class.
+
+    Args:
+        metrics: Of a validation, by full name.
+    """
+    accuracy, majority = metrics.get("val/accuracy"), metrics.get("val/majority_share")
+    if accuracy is not None and majority is not None and accuracy <= majority:
+        rank_zero_warn(
+            f"validation accuracy {accuracy:.4f} is not above the majority class's share {majority:.4f}: nothing was "
+            f"learned. {ADVICE}"
+        )
 
 
 class FitSummary(Callback):
@@ -36,7 +56,13 @@ class FitSummary(Callback):
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Prints the summary."""
         log_dir = trainer.log_dir  # broadcast from the first process: every one must ask for it
-        if trainer.fast_dev_run or not self._best or not trainer.is_global_zero:
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        if not self._best:
+            rank_zero_warn(
+                "nothing was validated: the run ended before its first validation. `lopa validate` does it with the "
+                "last checkpoint; trainer.val_check_interval brings it forward."
+            )
             return
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
@@ -52,7 +78,7 @@ class FitSummary(Callback):
             )
             lines += self._next_commands(log_dir if trainer.loggers else None, _relative(best))
         print("\n".join(lines))
-        self._warn_if_blind()
+        warn_if_blind(self._best)
 
     @staticmethod
     def _next_commands(log_dir: str | None, checkpoint: str) -> list[str]:
@@ -65,15 +91,6 @@ class FitSummary(Callback):
             f"  lopa predict {run}",
             f"  tensorboard --logdir {_relative(log_dir)}",
         ]
-
-    def _warn_if_blind(self) -> None:
-        accuracy, majority = self._best.get("val/accuracy"), self._best.get("val/majority_share")
-        if accuracy is not None and majority is not None and accuracy <= majority:
-            rank_zero_warn(
-                f"validation accuracy {accuracy:.4f} is not above the majority class's share {majority:.4f}: nothing "
-                "was learned. Try a ten times higher learning rate for shared_prompt (learning_rates), more epochs, "
-                "objective: head, or another instance encoder."
-            )
 
 
 def _relative(path: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.report import Cells
-from lopa_lightning.experiments.summary import Cell, majority_share, metric_names
+from lopa_lightning.experiments.summary import Cell, majority_share, metric_names, score_is_accuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ def _draw(panel: Axes, task: str, methods: dict[str, Cell]) -> None:
         panel.set_yticks([])
         return
     share = majority_share(methods.values())
-    floor = [] if share is None else [100 * share]
+    floor = [100 * share] if share is not None and score_is_accuracy(methods.values()) else []
     _set_limits(panel, points, floor)
     for line in floor:
         panel.axhline(line, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)))

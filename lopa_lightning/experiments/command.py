@@ -7,12 +7,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile
 
 from lopa_lightning.cli import Parser
+from lopa_lightning.errors import LoPAError
 
 T = TypeVar("T")
 
@@ -39,6 +42,28 @@ def parsed(options_class: Callable[..., T], program: str, args: Sequence[str]) -
     values = parser.parse_args(list(args[:at]))
     names: Any = inspect.signature(options_class).parameters
     return options_class(**{name: values[name] for name in names}), list(args[at + 1 :])
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a folder of runs, so that no second command works in it.
+
+    Args:
+        folder: Is made.
+
+    Raises:
+        LoPAError: If another process holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise LoPAError(f"output {str(folder)!r} is in use by another lopa command; give another output") from None
+    except OSError as error:
+        raise LoPAError(f"output {str(folder)!r} cannot be written to: {error.strerror}") from None
+    with lock:
+        yield
 
 
 @contextmanager

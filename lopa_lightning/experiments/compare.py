@@ -10,7 +10,7 @@ from typing import Any
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments import chart, report
-from lopa_lightning.experiments.command import interruptible, parsed
+from lopa_lightning.experiments.command import alone_in, interruptible, parsed
 from lopa_lightning.experiments.launch import launch
 from lopa_lightning.experiments.resolve import Config, resolve, with_rates_times
 from lopa_lightning.experiments.result import Result
@@ -228,7 +228,7 @@ class Comparing:
                 continue
             todo.append(run)
             if run.is_changed():
-                self.say(f"{row.name}: its configuration has changed, it is run anew")
+                self.say(f"{row.name}: its configuration has changed, it is run anew, and what was there put aside")
         if len(todo) < len(runs):
             self.say(f"{len(runs) - len(todo)} of {len(runs)} {runs[0].tags['phase']} runs have ended before")
         launch(todo, self._on_end, self.comparison.workers)
@@ -267,7 +267,8 @@ def main(args: Sequence[str]) -> None:
     chart.check_installed()
     with interruptible():
         comparing = Comparing(comparison, plan(comparison, options), lambda line: print(line, flush=True))
-        rows = comparing.run()
+        with alone_in(comparing.folder):
+            rows = comparing.run()
     print(f"Report in {comparing.folder / 'comparison.md'}, .csv and .svg")
     if failed := [row.name for row in rows if not row.done]:
         sys.stderr.write(f"{len(failed)} of {len(rows)} runs failed: {', '.join(failed)}\n")

@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lopa_lightning.callbacks.summary import ADVICE
 from lopa_lightning.experiments.summary import (
     Cell,
     Figure,
     Row,
+    blind_methods,
     cells_of,
     majority_share,
     metric_names,
@@ -96,6 +98,8 @@ def markdown_text(rows: Sequence[Row], cells: Cells, reach: float) -> str:
         share = majority_share(methods.values())
         if share is not None:
             parts.append(f"Always answering the most frequent label: accuracy {100 * share:.1f}.")
+        if blind := blind_methods(methods):
+            parts.append(f"No better than that, so nothing was learned: {', '.join(map(_escaped, blind))}. {ADVICE}")
         parts.append(_task_table(methods, reach))
         if any(cell.at_edge and cell.score for cell in methods.values()):
             parts.append(_EDGE_NOTE)
@@ -113,7 +117,8 @@ def _explained(rows: Sequence[Row], reach: float) -> str:
         "Score is that of the last validation, not of the best one; mean ± sample standard deviation over seeds, in "
         "points. Figures beside it are means over seeds.",
         f"Samples to {100 * reach:g} %: training samples seen when the validation score first was {100 * reach:g} % of "
-        "the best method's mean final score; – where a seed never gets there.",
+        "the best method's mean final score, as finely as there are validations; – where a seed never gets there.",
+        "Checkpoint MB: with the optimizer's state.",
     ]
     if missing:
         lines.append(f"{missing} of {len(rows)} runs have not ended yet.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -26,6 +28,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning import checkpoint
+from lopa_lightning.callbacks.summary import warn_if_blind
 from lopa_lightning.cli import LoPACLI, ignore_expected_warnings
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import Config, placed_in, reason
@@ -73,12 +76,14 @@ class Run:
     def is_changed(self) -> bool:
         """Whether the folder holds a run of another configuration."""
         written = self.folder / _CONFIG_FILE
-        return written.is_file() and written.read_text(encoding="utf-8") != self._config_text()
+        return written.is_file() and not written.read_text(encoding="utf-8").startswith(self._config_head())
 
     def prepare(self) -> None:
-        """Makes the folder ready: what belongs to another configuration, or to an attempt that failed, goes."""
+        """Makes the folder ready: a run of another configuration is put aside, the result of a failed attempt goes."""
         if self.is_changed():
-            shutil.rmtree(self.folder)
+            numbers = itertools.count(1)
+            aside = (self.folder.with_name(f"{self.folder.name}.replaced-{number}") for number in numbers)
+            self.folder.rename(next(path for path in aside if not path.exists()))
         (self.folder / RESULT_FILE).unlink(missing_ok=True)
         write_whole(self.folder / _CONFIG_FILE, self._config_text())
 
@@ -92,7 +97,10 @@ class Run:
 
     def _config_text(self) -> str:
         text: str = yaml.safe_dump(placed_in(self.config, self.folder), sort_keys=False, allow_unicode=True)
-        return text
+        return self._config_head() + text
+
+    def _config_head(self) -> str:
+        return f"# {self.config_hash}\n"
 
 
 class Recorder(Callback):
@@ -260,6 +268,11 @@ def _fit(run: Run, recorder: Recorder) -> None:
         cli.trainer.validate(cli.model, datamodule=cli.datamodule)
     if not recorder.history or "val/score" not in recorder.history[-1]["metrics"]:
         raise LoPAError("nothing was validated, so there is no val/score: see trainer.limit_val_batches and the data")
+    metrics = recorder.history[-1]["metrics"]
+    for name in ("val/loss", "val/score"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise LoPAError(f"{name} is {metrics[name]}: the run diverged, or predicts one number for all")
+    warn_if_blind(metrics)
 
 
 def _write_to(log: Path) -> None:

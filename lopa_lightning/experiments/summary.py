@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,6 +75,8 @@ class Figure:
         found = list(values)
         if not found:
             return None
+        if not all(map(math.isfinite, found)):
+            return cls(sum(found), math.nan)  # statistics.stdev takes finite numbers alone
         return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
 
 
@@ -234,3 +236,27 @@ def majority_share(cells: Iterable[Cell]) -> float | None:
     """
     results = (result for cell in cells for result in cell.done)
     return next((r.metrics["val/majority_share"] for r in results if "val/majority_share" in r.metrics), None)
+
+
+def score_is_accuracy(cells: Iterable[Cell]) -> bool:
+    """Whether a task's score is the accuracy, and so of one scale with the majority's share.
+
+    Args:
+        cells: Of the task.
+    """
+    metrics = [result.metrics for cell in cells for result in cell.done]
+    return all("val/accuracy" in m and math.isclose(m["val/accuracy"], m["val/score"]) for m in metrics)
+
+
+def blind_methods(cells: Mapping[str, Cell]) -> list[str]:
+    """The methods that are no better than always answering the most frequent label.
+
+    Args:
+        cells: Of a task, by method.
+    """
+    share = majority_share(cells.values())
+    if share is None:
+        return []
+    return [
+        name for name, cell in cells.items() if "accuracy" in cell.metrics and cell.metrics["accuracy"].mean <= share
+    ]

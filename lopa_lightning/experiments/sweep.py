@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import itertools
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,23 +16,28 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.command import interruptible, parsed
+from lopa_lightning.experiments.command import alone_in, interruptible, parsed
 from lopa_lightning.experiments.launch import launch
-from lopa_lightning.experiments.report import markdown_table
 from lopa_lightning.experiments.resolve import Config, resolve
 from lopa_lightning.experiments.result import Result
 from lopa_lightning.experiments.run import LOG_FILE, Run
-from lopa_lightning.experiments.summary import Figure
+from lopa_lightning.experiments.trials import (
+    Trial,
+    by_settings,
+    combinations,
+    nested,
+    settings_markdown,
+    short_name,
+    shown_value,
+    trials_csv,
+)
 from lopa_lightning.files import write_whole
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
 
 Sampler = Literal["grid", "tpe", "random"]
-Trial = tuple[dict[str, Any], Result]
-"""Option to value, and what came out."""
-
-_SEED = "seed_everything"
 
 
 @dataclass(frozen=True)
@@ -78,51 +79,46 @@ class Sweep:
             wrong.append(f"trials must be at least 1, got {self.trials}")
         if not 0 <= self.selection_share < 1:
             wrong.append(f"selection_share must be a share below 1, got {self.selection_share:g}")
-        for name, values in self.space.items():
-            if isinstance(values, list) and values:
-                continue
-            bounds = isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log", "step"}
-            if not bounds:
-                wrong.append(f"space: {name} must be a list of values or {{low, high}} with log or step, got {values}")
-            elif self.sampler == "grid":
-                wrong.append(f"space: a grid needs lists of values, got {values} for {name}")
-            elif not values["low"] < values["high"]:
-                wrong.append(f"space: {name} needs low < high, got {values}")
+        for name, choice in self.space.items():
+            try:
+                distribution(choice)
+            except (LoPAError, ValueError, TypeError) as error:
+                wrong.append(f"space: {name}: {error}")
+            else:
+                if self.sampler == "grid" and isinstance(choice, dict):
+                    wrong.append(f"space: {name}: a grid needs lists of values, got {choice}")
         if wrong:
             raise LoPAError("nothing was run, since\n  " + "\n  ".join(wrong))
 
 
-def combinations(space: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """All combinations of the values of a grid.
+def distribution(choice: Any) -> BaseDistribution:
+    """What Optuna draws an option's value from.
 
     Args:
-        space: Option to values.
+        choice: A list of values, or ``{low, high}`` with ``log: true`` or ``step``; whole numbers where both ends are.
 
-    Example:
-        >>> combinations({"rank": [1, 2], "seed": [0]})
-        [{'rank': 1, 'seed': 0}, {'rank': 2, 'seed': 0}]
+    Raises:
+        LoPAError: If it is neither, or Optuna is not installed.
+        ValueError: If Optuna has no such distribution.
     """
-    return [dict(zip(space, values)) for values in itertools.product(*space.values())]
-
-
-def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
-    """Asks Optuna for a value of each option.
-
-    Args:
-        trial: Optuna's.
-        space: As in :class:`Sweep`.
-    """
-    values: dict[str, Any] = {}
-    for name, choice in space.items():
-        if isinstance(choice, list):
-            values[name] = trial.suggest_categorical(name, choice)
-        elif isinstance(choice["low"], int) and isinstance(choice["high"], int):
-            options = {"step": choice.get("step", 1), "log": choice.get("log", False)}
-            values[name] = trial.suggest_int(name, choice["low"], choice["high"], **options)
-        else:
-            options = {"step": choice.get("step"), "log": choice.get("log", False)}
-            values[name] = trial.suggest_float(name, float(choice["low"]), float(choice["high"]), **options)
-    return values
+    try:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    except ImportError:
+        raise LoPAError('sweeps run on Optuna: pip install "lopa-lightning[sweep]"') from None
+    if isinstance(choice, list):
+        if odd := [value for value in choice if not isinstance(value, (bool, int, float, str, type(None)))]:
+            raise LoPAError(f"values must be numbers, texts, true, false or null, got {odd[0]}")
+        if repeated := [value for value in choice if choice.count(value) > 1]:
+            raise LoPAError(f"{repeated[0]!r} is given twice")
+        return CategoricalDistribution(choice)
+    if not isinstance(choice, dict) or not {"low", "high"} <= set(choice) <= {"low", "high", "log", "step"}:
+        raise LoPAError(f"must be a list of values or {{low, high}} with log or step, got {choice}")
+    low, high, log = choice["low"], choice["high"], choice.get("log", False)
+    if any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in (low, high)) or not low < high:
+        raise LoPAError(f"needs numbers low < high, got {choice}")
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log, step=choice.get("step", 1))
+    return FloatDistribution(float(low), float(high), log=log, step=choice.get("step"))
 
 
 class Sweeping:
@@ -159,10 +155,12 @@ class Sweeping:
 
     def _check_space(self) -> None:
         """Refuses options that are not there, and values that the ends of a range or a list cannot have."""
-        config = self.config({})
+        self.plain = self.config({})
         for name, choice in self.sweep.space.items():
-            here: Any = config
-            for part in name.split("."):
+            *path, last = name.split(".")
+            here: Any = self.plain
+            # A group of parameters has an entry there only where the configs give it a rate of its own.
+            for part in path if path[-1:] == ["learning_rates"] else [*path, last]:
                 if not isinstance(here, dict) or part not in here:
                     raise LoPAError(f"space: the configs have no option {name!r}; name it as --print_config shows it")
                 here = here[part]
@@ -170,10 +168,8 @@ class Sweeping:
                 self.config({name: value})
 
     def _open(self) -> optuna.Study:
-        try:
-            import optuna
-        except ImportError:
-            raise LoPAError('sweeps run on Optuna: pip install "lopa-lightning[sweep]"') from None
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         study = optuna.create_study(
@@ -187,10 +183,11 @@ class Sweeping:
         # A grid's values are all in the study's queue, so that nothing is drawn.
         tpe = self.sweep.sampler == "tpe"
         study.sampler = optuna.samplers.TPESampler(seed=seed) if tpe else optuna.samplers.RandomSampler(seed=seed)
-        space = json.dumps(self.sweep.space, sort_keys=True)
-        if study.user_attrs.setdefault("space", space) != space:
-            raise LoPAError(f"{self.folder} holds a sweep of another space; give another output")
-        study.set_user_attr("space", space)
+        for what, given in {"space": self.sweep.space, "configuration": self.plain}.items():
+            written = json.dumps(given, sort_keys=True, default=str)
+            if study.user_attrs.get(what, written) != written:
+                raise LoPAError(f"{self.folder} holds a sweep of another {what}; give another output")
+            study.set_user_attr(what, written)
         return study
 
     def run(self) -> list[Trial]:
@@ -199,44 +196,56 @@ class Sweeping:
         Returns:
             Values and result of every trial.
         """
-        done = self._prepare()
-        self.results = [(values, result) for values in done if (result := self._run(values).finished())]
+        self.results = self._prepare()
+        done = len(self.results)
         grid = self.sweep.sampler == "grid"
-        total = len(combinations(self.sweep.space)) if grid else max(self.sweep.trials, len(done))
+        total = len(combinations(self.sweep.space)) if grid else max(self.sweep.trials, done)
         if done:
-            self.say(f"{len(done)} of {total} trials have ended before")
+            self.say(f"{done} of {total} trials have ended before")
         at_once = self.sweep.workers or max(1, torch.cuda.device_count())
-        for start in range(len(done), total, at_once):
+        for start in range(done, total, at_once):
             self._run_trials(min(at_once, total - start), total)
         self.write_report()
         return self.results
 
-    def _prepare(self) -> list[dict[str, Any]]:
-        """Puts what was interrupted, or is left of a grid, in the study's queue; returns the values of what is done."""
+    def _prepare(self) -> list[Trial]:
+        """Puts what was interrupted, or is left of a grid, in the study's queue.
+
+        Returns:
+            Values and result of what is done.
+        """
         from optuna.trial import TrialState
 
         def values_of(*states: TrialState) -> list[dict[str, Any]]:
             trials = self.study.get_trials(states=states)
             return [trial.params or trial.system_attrs.get("fixed_params", {}) for trial in trials]
 
+        left = values_of(TrialState.RUNNING)
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             self.study.tell(trial.number, state=TrialState.FAIL)
-            if set(trial.params) == set(self.sweep.space):
-                self.study.enqueue_trial(trial.params)
-        done = values_of(TrialState.COMPLETE)
+        done: list[Trial] = []
+        for values in values_of(TrialState.COMPLETE):
+            result = self._run(values).finished()
+            if result is not None:
+                done.append((values, result))
+            else:  # somebody has deleted its folder
+                left.append(values)
         if self.sweep.sampler == "grid":
-            known = [*done, *values_of(TrialState.WAITING)]
-            for values in combinations(self.sweep.space):
-                if values not in known:
-                    self.study.enqueue_trial(values)
+            left = combinations(self.sweep.space)
+        known = [*(values for values, _ in done), *values_of(TrialState.WAITING)]
+        for values in left:
+            if set(values) == set(self.sweep.space) and values not in known:
+                self.study.enqueue_trial(values)
+                known.append(values)
         return done
 
     def _run(self, values: dict[str, Any]) -> Run:
         return Run(self.folder / "runs" / _name(values), self.config(values), tags=values)
 
     def _run_trials(self, count: int, total: int) -> None:
-        asked = [self.study.ask() for _ in range(count)]
-        trials = {(run := self._run(suggest(trial, self.sweep.space))).folder: (trial, run) for trial in asked}
+        drawn_from = {name: distribution(choice) for name, choice in self.sweep.space.items()}
+        asked = [self.study.ask(drawn_from) for _ in range(count)]
+        trials = {(run := self._run(trial.params)).folder: (trial, run) for trial in asked}
 
         def on_end(run: Run, result: Result) -> None:
             self._tell(trials[run.folder][0], result)
@@ -259,12 +268,12 @@ class Sweeping:
         """Tells the study, and TensorBoard's HParams."""
         from optuna.trial import TrialState
 
-        if not result.done or math.isnan(result.score):
+        if not result.done:
             self.study.tell(trial, state=TrialState.FAIL)
             return
         self.study.tell(trial, result.score)
         logger = TensorBoardLogger(self.folder, name="hparams", version=_name(trial.params), default_hp_metric=False)
-        shown = {_short(name): value for name, value in trial.params.items()}
+        shown = {short_name(name): value for name, value in trial.params.items()}
         logger.log_hyperparams(shown, {"val/score": result.score, "val/best_score": result.best_score})
         logger.finalize("success")
 
@@ -277,85 +286,9 @@ class Sweeping:
             write_whole(self.folder / "best.yaml", yaml.safe_dump(nested(groups[0][0]), sort_keys=False))
 
 
-def by_settings(trials: Sequence[Trial]) -> list[tuple[dict[str, Any], Figure, int]]:
-    """Scores by what is not the seed, the best first.
-
-    Args:
-        trials: Of a sweep; those that failed are left out.
-
-    Returns:
-        Settings, mean and spread of their scores over the seeds, and how many.
-    """
-    groups: dict[str, tuple[dict[str, Any], list[float]]] = {}
-    for values, result in trials:
-        settings = {name: value for name, value in values.items() if name != _SEED}
-        if result.done and not math.isnan(result.score):
-            groups.setdefault(json.dumps(settings), (settings, []))[1].append(result.score)
-    found = [(settings, figure, len(s)) for settings, s in groups.values() if (figure := Figure.of(s)) is not None]
-    return sorted(found, key=lambda group: -group[1].mean)
-
-
-def settings_markdown(groups: Sequence[tuple[dict[str, Any], Figure, int]]) -> str:
-    """A table of settings and scores.
-
-    Args:
-        groups: As from :func:`by_settings`.
-    """
-    header = [*map(_short, groups[0][0]), "score", "sd", "runs"]
-    body = []
-    for settings, score, count in groups:
-        sd = "–" if score.sd is None else f"{score.sd:.4f}"
-        body.append([*map(_shown, settings.values()), f"{score.mean:.4f}", sd, str(count)])
-    return markdown_table(header, body) + "\n"
-
-
-def trials_csv(trials: Sequence[Trial]) -> str:
-    """A line for each trial.
-
-    Args:
-        trials: Of a sweep.
-    """
-    names = list(dict.fromkeys(name for values, _ in trials for name in values))
-    measured = ["status", "reason", "score", "best_score", "trained", "seconds_per_step", "seconds", "peak_mb"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, *measured])
-    for values, result in trials:
-        writer.writerow([*(values[name] for name in names), *(getattr(result, name) for name in measured)])
-    return out.getvalue()
-
-
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Options by dotted names as a YAML file has them.
-
-    Args:
-        values: Dotted name to value.
-
-    Example:
-        >>> nested({"trainer.max_epochs": 3, "model.init_args.warmup": 0.1})
-        {'trainer': {'max_epochs': 3}, 'model': {'init_args': {'warmup': 0.1}}}
-    """
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        *path, last = name.split(".")
-        here = tree
-        for part in path:
-            here = here.setdefault(part, {})
-        here[last] = value
-    return tree
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _name(values: dict[str, Any]) -> str:
     """A folder's name: readable, and different where values differ."""
-    shown = ",".join(f"{_short(name)}={_shown(value)}" for name, value in values.items())
+    shown = ",".join(f"{short_name(name)}={shown_value(value)}" for name, value in values.items())
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
     return re.sub(r"[^\w=,.+-]+", "_", shown)[:100] + f"-{digest}"
 
@@ -372,8 +305,8 @@ def main(args: Sequence[str]) -> None:
     """
     sweep, options = parsed(Sweep, "lopa sweep", args)
     sweep.check()
-    sweeping = Sweeping(sweep, options, lambda line: print(line, flush=True))
-    with interruptible():
+    with interruptible(), alone_in(Path(sweep.output)):
+        sweeping = Sweeping(sweep, options, lambda line: print(line, flush=True))
         trials = sweeping.run()
     print(f"Report in {sweeping.folder / 'sweep.md'} and .csv; the best settings in best.yaml")
     print(f"  tensorboard --logdir {sweeping.folder / 'hparams'}")

@@ -136,9 +136,11 @@ def test_what_fails_is_named_and_tried_again(
     marker = tmp_path / "killed"
     killed = {"class_path": "tests.experiments.killer.KilledOnce", "init_args": {"marker": str(marker)}}
     soft = yaml.safe_load(Path(configs["soft"]).read_text())
+    far = {"shared_prompt": 1e30, "head": 1e30}
     methods = [
         write_yaml(tmp_path / "killed.yaml", {**soft, "trainer": {"callbacks": [killed]}}),
         write_yaml(tmp_path / "nodata.yaml", {**soft, "data": {"init_args": {"data_files": {"train": "no.csv"}}}}),
+        write_yaml(tmp_path / "diverging.yaml", {"model": {"init_args": {"learning_rates": far}}}),
         configs["soft"],
     ]
     arguments = (tmp_path / "out", configs, methods, "--seeds=[1]", "--max_epochs=3")
@@ -146,9 +148,10 @@ def test_what_fails_is_named_and_tried_again(
         compare(*arguments)
     assert stop.value.code == 1
     said = capsys.readouterr()
-    assert "2 of 3 runs failed: reviews killed seed 1, reviews nodata seed 1" in said.err
+    assert "3 of 4 runs failed: reviews killed seed 1, reviews nodata seed 1, reviews diverging seed 1" in said.err
     first = results(tmp_path / "out")
-    assert [run["status"] for run in first.values()] == ["failed", "failed", "done"]
+    assert [run["status"] for run in first.values()] == ["failed"] * 3 + ["done"]
+    assert first["diverging seed-1"]["reason"] == "val/loss is nan: the run diverged, or predicts one number for all"
     assert "no.csv" in first["nodata seed-1"]["reason"]
     assert "Traceback" in (tmp_path / "out/runs/reviews/nodata/seed-1/log.txt").read_text()
     assert "ended by SIGKILL" in first["killed seed-1"]["reason"]
@@ -165,7 +168,7 @@ def test_what_fails_is_named_and_tried_again(
     assert again["killed seed-1"]["history"] == again["soft seed-1"]["history"]
     assert len(again["soft seed-1"]["history"]) == 3
     assert again["killed seed-1"]["trained"] == again["soft seed-1"]["trained"]
-    assert "1 of 3 seed runs have ended before" in capsys.readouterr().out
+    assert "1 of 4 seed runs have ended before" in capsys.readouterr().out
 
 
 def test_rates_are_chosen_on_training_data_alone(
@@ -245,13 +248,16 @@ def test_without_tasks_methods_are_complete(configs: Configs) -> None:
     assert [pair.task for pair in plan(Comparison(methods=[rte, other]))] == ["task", "task"]
 
 
-def test_the_shipped_comparison_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_comparison_can_be_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    shipped, options = parsed(Comparison, "lopa compare", ["--config=configs/compare/glue_cpu.yaml", "--", "--a=1"])
+    shipped, options = parsed(Comparison, "lopa compare", [f"--config={path}", "--", "--a=1"])
     assert options == ["--a=1"]
     pairs = plan(shipped)
-    assert len(pairs) == len(shipped.tasks) * len(shipped.methods) == 18
-    assert {pair.selection["data"]["init_args"]["validation_from_train"] for pair in pairs if pair.selection} == {0.2}
+    assert len(pairs) == len(shipped.tasks) * len(shipped.methods)
+    assert len({pair.method for pair in pairs}) == 6
+    shares = {pair.selection["data"]["init_args"]["validation_from_train"] for pair in pairs if pair.selection}
+    assert shares == {shipped.selection_share}
     assert {pair.config["data"]["init_args"]["validation_from_train"] for pair in pairs} == {0.0}
 
 

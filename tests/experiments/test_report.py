@@ -13,7 +13,7 @@ import pytest
 from lopa_lightning.experiments import chart
 from lopa_lightning.experiments.report import Cells, csv_text, markdown_text, table
 from lopa_lightning.experiments.result import Result
-from lopa_lightning.experiments.summary import Row, choose_factor, samples_to_reach
+from lopa_lightning.experiments.summary import Figure, Row, choose_factor, samples_to_reach
 
 METHODS = ["lopa", "lora", "broken", "waiting"]
 
@@ -103,6 +103,25 @@ Always answering the most frequent label: accuracy 62.5.
 ## b
 """
     assert expected in text
+
+
+def test_methods_no_better_than_the_most_frequent_label_are_named() -> None:
+    rows = [*seeds("a", "lopa", [result(0.9), result(0.7)]), *seeds("a", "lora", [result(0.625), result(0.625)])]
+    text = markdown_text(rows, table(rows, ["a"], ["lopa", "lora"], 0.95, [1.0]), 0.95)
+    assert "No better than that, so nothing was learned: lora. Try a ten times higher learning rate" in text
+
+
+def test_the_majoritys_share_is_drawn_where_the_score_is_an_accuracy() -> None:
+    other = result(0.5)
+    other.history[-1]["metrics"]["val/accuracy"] = 0.7  # as MRPC's, whose score is the mean of accuracy and F1
+    for found, drawn in ((result(0.5), True), (other, False)):
+        rows = seeds("a", "lopa", [found])
+        assert ("most frequent label" in chart.svg(table(rows, ["a"], ["lopa"], 0.95, [1.0]))) == drawn
+
+
+def test_figures_without_a_number_are_no_error() -> None:
+    assert math.isnan(Figure.of([math.nan, 0.5]).sd)  # type: ignore[union-attr, arg-type]
+    assert Figure.of([-math.inf, 0.5]).mean == -math.inf  # type: ignore[union-attr]
 
 
 def test_a_factor_within_the_grid_has_no_mark() -> None:

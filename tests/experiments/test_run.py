@@ -75,6 +75,7 @@ def test_what_is_finished_is_so_for_its_own_config_alone(tmp_path: Path, configs
     assert run.finished() is None
     other.prepare()
     assert not run.last_checkpoint.exists()
+    assert (tmp_path / "run.replaced-1" / run.last_checkpoint.relative_to(run.folder)).exists()
 
     Result("failed", other.config_hash, "why").write(other.folder)
     assert other.finished() is None

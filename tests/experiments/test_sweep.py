@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.experiments.command import alone_in
 from lopa_lightning.experiments.resolve import resolve
 from lopa_lightning.experiments.result import Result
-from lopa_lightning.experiments.sweep import Sweep, Sweeping, by_settings, combinations
+from lopa_lightning.experiments.sweep import Sweep, Sweeping
+from lopa_lightning.experiments.trials import by_settings, combinations
 from tests.experiments.conftest import write_yaml
 
 Configs = dict[str, str]
@@ -151,7 +153,13 @@ def test_a_failed_trial_is_told_and_the_others_go_on(
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"selection_share": 1.0}, "selection_share must be a share below 1, got 1"),
         ({"space": {LR: 0.1}}, "must be a list of values or {low, high}"),
-        ({"space": {LR: {"low": 1, "high": 0}}}, "needs low < high"),
+        ({"space": {LR: {"low": 1, "high": 0}}}, "needs numbers low < high"),
+        ({"space": {LR: {"low": "a", "high": "b"}}}, "needs numbers low < high"),
+        ({"space": {LR: {"low": 0, "high": 1.0, "log": True}}}, "lr: .*low"),
+        ({"space": {RANK: {"low": 1, "high": 8, "log": True, "step": 2}}}, "rank: .*step"),
+        ({"space": {LR: [1e-3, 1e-3]}}, "lr: 0.001 is given twice"),
+        ({"space": {LR: [{"a": 1}]}}, "lr: values must be numbers, texts, true, false or null"),
+        ({"space": {LR: []}}, "lr: "),
         ({"space": {LR: {"low": 0, "high": 1}}, "sampler": "grid"}, "a grid needs lists"),
         ({"space": {LR: {"low": 0, "high": 1, "logs": True}}}, "with log or step"),
     ],
@@ -176,11 +184,35 @@ def test_options_and_values_are_checked_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_space_needs_another_folder(tmp_path: Path, configs: Configs) -> None:
-    files = [configs["reviews"], configs["lopa"]]
-    Sweeping(Sweep(files, {RANK: [1, 2]}, output=str(tmp_path / "out")))
-    with pytest.raises(LoPAError, match="holds a sweep of another space"):
-        Sweeping(Sweep(files, {RANK: [1, 4]}, output=str(tmp_path / "out")))
+@pytest.mark.parametrize(
+    ("space", "options", "what"),
+    [({RANK: [1, 4]}, [], "space"), ({RANK: [1, 2]}, ["--data.init_args.batch_size=2"], "configuration")],
+)
+def test_another_sweep_needs_another_folder(
+    tmp_path: Path, configs: Configs, space: dict[str, Any], options: list[str], what: str
+) -> None:
+    files, output = [configs["reviews"], configs["lopa"]], str(tmp_path / "out")
+    Sweeping(Sweep(files, {RANK: [1, 2]}, output=output))
+    with pytest.raises(LoPAError, match=f"holds a sweep of another {what}"):
+        Sweeping(Sweep(files, space, output=output), options)
+
+
+def test_a_group_without_a_rate_of_its_own_can_be_given_one(tmp_path: Path, configs: Configs) -> None:
+    name = "model.init_args.learning_rates.low_rank"
+    sweeping = Sweeping(Sweep([configs["reviews"], configs["lopa"]], {name: [0.5]}, output=str(tmp_path / "out")))
+    rates = sweeping.config({name: 0.5})["model"]["init_args"]["learning_rates"]
+    assert rates == {"head": 0.02, "low_rank": 0.5}
+
+
+def test_two_commands_in_one_folder_are_refused(tmp_path: Path) -> None:
+    in_use = pytest.raises(LoPAError, match=r"out' is in use by another lopa command")
+    with alone_in(tmp_path / "out"), in_use, alone_in(tmp_path / "out"):
+        pass
+    with alone_in(tmp_path / "out"):  # free again
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(LoPAError, match=r"file' cannot be written to"), alone_in(tmp_path / "file"):
+        pass
 
 
 def test_failed_trials_have_no_part_in_a_mean() -> None:

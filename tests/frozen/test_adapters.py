@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 
 from lopa_lightning.errors import LoPAError
@@ -13,6 +15,7 @@ from lopa_lightning.frozen.adapters import adapt, adapter_layers
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.loading import freeze
 from tests.frozen.test_architectures import SIZES
+from tests.prompts.checks import assert_follows, randomized
 
 
 def roberta() -> RobertaModel:
@@ -34,16 +37,41 @@ def test_an_adapter_starts_without_effect_and_alone_has_a_gradient() -> None:
     }
 
 
-def test_lora_computes_its_papers_sum() -> None:
+def lora(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     """h = W x + (alpha / r) B A x, with alpha 16 and r 2 (Hu et al. 2022, section 4.1)."""
+    a, b = parameters["lora_A.default.weight"], parameters["lora_B.default.weight"]
+    return x @ parameters["base_layer.weight"].T + parameters["base_layer.bias"] + 16 / 2 * x @ a.T @ b.T
+
+
+def ia3(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """h = l * (W x + b): learned factors on keys and values (Liu et al. 2022, section 3.3)."""
+    return parameters["ia3_l.default"].T * (x @ parameters["base_layer.weight"].T + parameters["base_layer.bias"])
+
+
+@pytest.mark.parametrize(
+    ("config", "formula"),
+    [({"peft_type": "lora", "r": 2, "lora_alpha": 16}, lora), ({"peft_type": "IA3"}, ia3)],
+    ids=["lora", "ia3"],
+)
+def test_an_adapted_layer_computes_its_papers_formula(
+    config: dict[str, Any], formula: Callable[[dict[str, Tensor], Tensor], Tensor]
+) -> None:
     model = roberta()
-    query = model.encoder.layer[0].attention.self.query
-    adapt(model, {"peft_type": "lora", "r": 2, "lora_alpha": 16})
-    adapted = model.encoder.layer[0].attention.self.query
-    a, b = torch.randn(2, 32), torch.randn(32, 2)
-    adapted.lora_A["default"].weight.data, adapted.lora_B["default"].weight.data = a, b
-    x = torch.randn(3, 32)
-    torch.testing.assert_close(adapted(x), x @ query.weight.T + query.bias + 16 / 2 * x @ a.T @ b.T)
+    adapt(model, config)
+    attention = model.encoder.layer[0].attention.self
+    layer = randomized(attention.query if formula is lora else attention.value, seed=0).requires_grad_()
+    x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    assert_follows(layer, lambda parameters: formula(parameters, x), lambda: layer(x), x=x)
+
+
+def test_lora_has_the_published_count() -> None:
+    """2.36 M on RoBERTa-large, which rank 24 on query and value gives."""
+    with torch.device("meta"):
+        model = freeze(
+            RobertaModel(RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, vocab_size=9))
+        )
+        adapt(model, {"peft_type": "LORA", "r": 24})
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2_359_296
 
 
 def test_an_adapters_dropout_is_active_in_training_while_the_backbones_own_is_not() -> None:

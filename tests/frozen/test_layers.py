@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
 
 from lopa_lightning.errors import LoPAError
@@ -47,6 +48,49 @@ def test_real_tokens_keys_and_values_stand_for_the_tokens(name: str) -> None:
     states = backbone(backbone.virtual_tokens(before)[None], text[None], mask)
     whole = model.base_model(input_ids=torch.cat([before, text])[None]).last_hidden_state
     torch.testing.assert_close(states.hidden[0], whole[0, len(before) :], **EXACT)
+
+
+def bert_with_prefixes(model: BertModel, prompt: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """BERT's equations with learned keys and values before each layer's own (Li & Liang 2021, section 4.2)."""
+    (batch, length), heads, width = ids.shape, 4, 8
+    real = torch.cat([mask.new_ones(batch, M), mask], dim=1).bool()
+
+    def by_head(states: Tensor) -> Tensor:
+        return states.reshape(batch, -1, heads, width).transpose(1, 2)
+
+    parts = iter(prompt.expand(batch, -1, -1).split(heads * width, dim=-1))
+    embeddings = model.embeddings
+    places = (mask.cumsum(1) - 1).clamp(min=0) + M
+    x = embeddings.word_embeddings(ids) + embeddings.position_embeddings(places)
+    x = embeddings.LayerNorm(x + embeddings.token_type_embeddings(torch.zeros_like(ids)))
+    for layer in model.encoder.layer:
+        own = layer.attention.self
+        keys = torch.cat([by_head(next(parts)), by_head(own.key(x))], dim=2)
+        values = torch.cat([by_head(next(parts)), by_head(own.value(x))], dim=2)
+        scores = by_head(own.query(x)) @ keys.mT / width**0.5
+        weights = scores.masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
+        attended = (weights @ values).transpose(1, 2).reshape(batch, length, -1)
+        x = layer.attention.output.LayerNorm(layer.attention.output.dense(attended) + x)
+        inner = torch.nn.functional.gelu(layer.intermediate.dense(x))
+        x = layer.output.LayerNorm(layer.output.dense(inner) + x)
+    return x
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_states_and_gradients_are_those_of_berts_equations_with_prefixes(left: bool) -> None:
+    torch.manual_seed(0)
+    model = shaken(freeze(BertModel(BertConfig(**SIZES)))).double()
+    backbone, (ids, mask) = Backbone(model, placement="every_layer"), padded(left)
+    upstream = torch.randn(*ids.shape, 32, dtype=torch.float64) * mask[..., None]
+    ours, theirs = (torch.ones(1, M, backbone.prompt_dim, dtype=torch.float64).cumsum(-1).sin() for _ in range(2))
+    outputs = (
+        backbone(ours.requires_grad_(), ids, mask).hidden,
+        bert_with_prefixes(model, theirs.requires_grad_(), ids, mask),
+    )
+    torch.testing.assert_close(*(output * mask[..., None] for output in outputs), rtol=1e-10, atol=1e-10)
+    for output in outputs:
+        (output * upstream).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
