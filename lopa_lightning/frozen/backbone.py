@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.adapters import adapter_layers
+from lopa_lightning.frozen.head import LabelWordHead, VocabularyHead, chunked_cross_entropy
 from lopa_lightning.frozen.injection import (
     Placement,
     check_placement,
@@ -77,7 +75,7 @@ class Backbone(nn.Module):
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
         self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
-        self._head = [] if self.body is model else [_LabelWordHead(model)]
+        self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
 
     @property
     def body(self) -> PreTrainedModel:
@@ -211,74 +209,26 @@ class Backbone(nn.Module):
         Raises:
             LoPAError: If the backbone was loaded without a language model head.
         """
-        if not self._head:
-            raise LoPAError(f"{type(self.model).__name__} has no language model head")
-        logits: Tensor = self._head[0](hidden, token_ids)
+        logits: Tensor = self._required_heads()[0](hidden, token_ids)
         return logits
 
+    def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+        """Cross entropy of tokens over the whole vocabulary, of which only a chunk's logits exist at a time.
 
-class _LabelWordHead:
-    """A language model's own head, as the model's class defines it, on chosen hidden states and tokens.
+        Args:
+            hidden: Hidden states at the places that predict a token, ``[N, h]``.
+            targets: The tokens, ``[N]``.
+            chunk: Places at a time; by default as many as keep a chunk's logits at 64 MB.
 
-    It runs the model's ``forward`` on a copy that shares every weight, in which two parts are
-    replaced: the layers by the hidden states at hand, the projection to the vocabulary by its rows
-    for the wanted tokens. Transforms before the projection, scales and caps after it stay the model's.
-    """
+        Returns:
+            Losses in float32 and whether the token was the likeliest, each ``[N]``.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        projection = cast(Any, model).get_output_embeddings()
-        self.rows = _ProjectionRows(projection)
-        self.model = _with_replaced(model, {id(model.base_model): _GivenStates(), id(projection): self.rows})
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+        return chunked_cross_entropy(self._required_heads()[1], hidden, targets, chunk)
 
-    def __call__(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        self.rows.token_ids = token_ids
-        logits: Tensor = self.model(inputs_embeds=hidden.unsqueeze(1)).logits
-        return logits.squeeze(1)
-
-
-class _GivenStates(nn.Module):
-    """Stands in for the layers: what comes in as embeddings goes out as hidden states."""
-
-    @property
-    def decoder(self) -> _GivenStates:
-        """OPT's language model calls its layers by this name."""
-        return self
-
-    def forward(
-        self, input_ids: None = None, *, inputs_embeds: Tensor, **_: object
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=inputs_embeds)
-
-
-class _ProjectionRows(nn.Module):
-    """Stands in for the projection to the vocabulary: only its rows for ``token_ids``.
-
-    The rows are read at every call, not copied once: the weights may be moved or sharded meanwhile.
-    """
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self._projection = [projection]
-        self.token_ids = torch.tensor([])
-
-    @property
-    def weight(self) -> Tensor:
-        """The projection's: Mamba's language model asks for its dtype."""
-        return cast(Tensor, self._projection[0].weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        projection, ids = cast(Any, self._projection[0]), self.token_ids
-        bias = projection.bias[ids] if getattr(projection, "bias", None) is not None else None
-        return F.linear(hidden, self.weight[ids], bias)
-
-
-def _with_replaced(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
-    """A copy of ``module`` with some submodules (by ``id``) exchanged, sharing all the others and every weight."""
-    if id(module) in replacements:
-        return replacements[id(module)]
-    parts = {name: child and _with_replaced(child, replacements) for name, child in module._modules.items()}
-    if all(parts[name] is child for name, child in module._modules.items()):
-        return module
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = parts
-    return twin
+    def _required_heads(self) -> tuple[LabelWordHead, VocabularyHead]:
+        if not self._heads:
+            raise LoPAError(f"{type(self.model).__name__} has no language model head")
+        return self._heads[0]
