@@ -29,6 +29,7 @@ class LabelWordHead:
         self.model = _with_replaced(model, {id(model.base_model): _GivenStates(), id(projection): self.rows})
 
     def __call__(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """From hidden states ``[B, h]`` to the logits of ``token_ids [n]``, ``[B, n]``."""
         self.rows.token_ids = token_ids
         logits: Tensor = self.model(inputs_embeds=hidden.unsqueeze(1)).logits
         return logits.squeeze(1)
@@ -74,7 +75,7 @@ def chunked_cross_entropy(
         Losses in float32, and whether the target had the largest logit, each ``[N]``.
     """
     step = chunk or max(1, _CHUNK_BYTES // (4 * len(head.projection.weight)))
-    parts = list(zip(hidden.split(step), targets.split(step)))
+    parts = list(zip(torch.split(hidden, step), torch.split(targets, step)))
     if torch.is_grad_enabled() and head.is_trained:
         results = [checkpoint(_losses, head, *part, use_reentrant=False) for part in parts]
         losses, hits = (torch.cat(values) for values in zip(*results))
@@ -95,7 +96,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: VocabularyHead, parts: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        losses, hits, gradients = [], [], []
+        losses: list[Tensor] = []
+        hits: list[Tensor] = []
+        gradients: list[Tensor] = []
         for states, targets in parts:
             with torch.set_grad_enabled(hidden.requires_grad):
                 states = states.detach().requires_grad_(hidden.requires_grad)
@@ -111,7 +114,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (of_hidden,) = ctx.saved_tensors
         return of_hidden * gradients[0].unsqueeze(-1).to(of_hidden.dtype), None, None
 

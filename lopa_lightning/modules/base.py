@@ -133,6 +133,15 @@ class LoPALightningModule(LightningModule, ABC):
             A scalar, the mean over the batch.
         """
 
+    def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
+        """Of how many things a batch's loss is the mean: its share in an evaluation set's loss.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+            batch: The batch.
+        """
+        return len(batch["index"])
+
     def configure_metrics(self) -> MetricCollection | None:
         """Builds the metrics of one evaluation set; None to report the loss alone."""
         return None
@@ -285,7 +294,8 @@ class LoPALightningModule(LightningModule, ABC):
     def _evaluate(self, stage: str, batch: Batch, dataloader_idx: int) -> dict[str, Tensor | None]:
         outputs, instance = self._net()(batch)
         scores = cast(Scores, self.scores[f"{stage}{self.eval_suffixes[dataloader_idx]}"])
-        scores.update(self.loss(outputs, batch), self.predictions(outputs), batch.get("labels"))
+        loss, weight = self.loss(outputs, batch), self.loss_weight(outputs, batch)
+        scores.update(loss, weight, self.predictions(outputs), batch.get("labels"))
         return {"instance": instance}
 
     def _log_metrics(self, stage: str) -> None:

@@ -18,8 +18,8 @@ class Scores(nn.Module):
 
     Example:
         >>> scores = Scores(None, [])
-        >>> scores.update(torch.tensor(0.5), torch.tensor([1, 0]), None)
-        >>> scores.update(torch.tensor(2.0), torch.tensor([1]), None)
+        >>> scores.update(torch.tensor(0.5), 2, torch.tensor([1, 0]), None)
+        >>> scores.update(torch.tensor(2.0), 1, torch.tensor([1]), None)
         >>> scores.compute()
         {'loss': tensor(1.), 'score': tensor(-1.)}
     """
@@ -31,15 +31,16 @@ class Scores(nn.Module):
         self.metrics = metrics
         self.official = official
 
-    def update(self, loss: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+    def update(self, loss: Tensor, weight: Tensor | int, predictions: Tensor, labels: Tensor | None) -> None:
         """Adds a batch.
 
         Args:
             loss: Mean over the batch, a scalar.
+            weight: Number of things that it is the mean of.
             predictions: What the metrics compare with the labels, ``[B, ...]``.
             labels: ``[B, ...]``; not needed without metrics.
         """
-        self.loss.update(loss, len(predictions))
+        self.loss.update(loss, weight)
         if self.metrics is not None:
             self.metrics.update(predictions, labels)
 
