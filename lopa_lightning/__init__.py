@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lopa_lightning.data import GLUEDataModule, TextClassificationDataModule
+    from lopa_lightning.data import CompletionDataModule, GLUEDataModule, TextClassificationDataModule
     from lopa_lightning.frozen.instance import InstanceEncoderSpec
     from lopa_lightning.frozen.loading import PretrainedSpec
-    from lopa_lightning.modules import ClassificationModule, LoPALightningModule
+    from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
     from lopa_lightning.prompts import (
         IDPG,
         DePT,
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CausalLMModule": "modules",
     "ClassificationModule": "modules",
+    "CompletionDataModule": "data",
     "DePT": "prompts",
     "GLUEDataModule": "data",
     "IDPG": "prompts",
@@ -44,7 +46,9 @@ _HOMES = {
 
 __all__ = [
     "IDPG",
+    "CausalLMModule",
     "ClassificationModule",
+    "CompletionDataModule",
     "DePT",
     "GLUEDataModule",
     "InstanceEncoderSpec",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -142,7 +142,7 @@ class EncodeCompletions:
         self.max_tokens = max_tokens
         self.instance = instance
         self.role = role
-        self.columns = layout.columns
+        self.columns: Sequence[str] = layout.columns
         self.is_chat = isinstance(layout, Messages)
         self.start = [] if self.is_chat else start_ids(tokenizer)
         if tokenizer.eos_token_id is None:

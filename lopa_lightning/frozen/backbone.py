@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.adapters import adapter_layers
@@ -162,10 +163,7 @@ class Backbone(nn.Module):
                 f"{m} virtual tokens and {input_ids.shape[1]} tokens of text are more than the "
                 f"{self.max_positions} positions of the backbone; truncate the text"
             )
-        embedded = self.model.get_input_embeddings()(input_ids)
-        if offset is not None:
-            embedded = with_offset(embedded, offset, attention_mask)
-        prompt = prompt.to(embedded.dtype)
+        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
         if self._layers is not None:
             cache = self._layers.cache(prompt, batch)
             mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
@@ -181,6 +179,40 @@ class Backbone(nn.Module):
             None if token_type_ids is None else insert(layout, 0, token_type_ids),
         )
         return PromptedStates(hidden, insert(layout, 0, attention_mask), insert(layout, -1, input_ids))
+
+    def _embedded(
+        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Virtual tokens in the backbone's number format, and the text's embeddings."""
+        embedded = self.model.get_input_embeddings()(input_ids)
+        if offset is not None:
+            embedded = with_offset(embedded, offset, attention_mask)
+        return prompt.to(embedded.dtype), embedded
+
+    def to_continue(
+        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Cache | None]:
+        """What a model's ``generate`` is given to continue ``[Z; x]``.
+
+        Args:
+            prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
+            input_ids: Token ids of the text, ``[B, T]``; padded on the left.
+            attention_mask: 1 at the text's tokens, ``[B, T]``.
+            offset: See :meth:`forward`.
+
+        Returns:
+            Embeddings ``[B, m + T, d]`` and their mask ``[B, m + T]``. With virtual tokens in every layer,
+            the filled cache as well: of the embeddings, the virtual tokens' are then never read.
+        """
+        batch, m = len(input_ids), prompt.shape[1]
+        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
+        if self._layers is not None:
+            mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
+            unread = embedded.new_zeros(batch, m, embedded.shape[-1])
+            return torch.cat([unread, embedded], dim=1), mask, self._layers.cache(prompt, batch) if m else None
+        layout = prompt_layout(attention_mask, m, self.placement)
+        embeddings = insert(layout, prompt.expand(batch, -1, -1), embedded)
+        return embeddings, insert(layout, 1, attention_mask), None
 
     def _run(
         self, embedded: Tensor, mask: Tensor, places: Tensor, token_type_ids: Tensor | None, **options: Any
