@@ -6,7 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lopa_lightning.data import CompletionDataModule, GLUEDataModule, TextClassificationDataModule
+    from lopa_lightning.data import (
+        CompletionDataModule,
+        CRUXEvalDataModule,
+        GLUEDataModule,
+        MBPPDataModule,
+        TextClassificationDataModule,
+    )
     from lopa_lightning.frozen.instance import InstanceEncoderSpec
     from lopa_lightning.frozen.loading import PretrainedSpec
     from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CRUXEvalDataModule": "data",
     "CausalLMModule": "modules",
     "ClassificationModule": "modules",
     "CompletionDataModule": "data",
@@ -34,6 +41,7 @@ _HOMES = {
     "InstanceEncoderSpec": "frozen.instance",
     "LoPA": "prompts",
     "LoPALightningModule": "modules",
+    "MBPPDataModule": "data",
     "NoPrompt": "prompts",
     "PTuning": "prompts",
     "PeftPromptTuning": "prompts",
@@ -46,6 +54,7 @@ _HOMES = {
 
 __all__ = [
     "IDPG",
+    "CRUXEvalDataModule",
     "CausalLMModule",
     "ClassificationModule",
     "CompletionDataModule",
@@ -54,6 +63,7 @@ __all__ = [
     "InstanceEncoderSpec",
     "LoPA",
     "LoPALightningModule",
+    "MBPPDataModule",
     "NoPrompt",
     "PTuning",
     "PeftPromptTuning",

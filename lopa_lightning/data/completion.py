@@ -268,3 +268,27 @@ class CompletionDataModule(SourceDataModule):
         (split,) = self.splits_of(role)
         row: dict[str, Any] = self.load_split(split, role)[index]
         return self.layout(role)(row)
+
+    # Scoring what was written
+
+    def check_scoring(self) -> None:
+        """Refuses what could not be scored, before anything is generated."""
+
+    def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Says of every completion whether it is right: here, whether it is the row's own.
+
+        Args:
+            indices: Rows of the test split.
+            completions: Completions of each.
+
+        Returns:
+            One record for each completion, with ``index``, ``sample``, ``completion`` and ``passed`` at least.
+        """
+        records = []
+        for index, texts in zip(indices, completions):
+            wanted = self.example("test", index).completion
+            records += [
+                {"index": index, "sample": sample, "completion": text, "passed": text.strip() == (wanted or "").strip()}
+                for sample, text in enumerate(texts)
+            ]
+        return records

@@ -81,6 +81,9 @@ class SourceDataModule(TextDataModule):
 
     @functools.cached_property
     def _raw(self) -> DatasetDict:
+        return self._stored()
+
+    def _stored(self) -> DatasetDict:
         if self.data_files is None:
             what: Any = self.path
             arguments: dict[str, Any] = {"path": self.path, "name": self.config_name, "revision": self.revision}

@@ -63,6 +63,17 @@ def generation_config(
     return cast(GenerationConfig, config)
 
 
+def check_samples(config: GenerationConfig, num_samples: int) -> None:
+    """Checks that a text can have that many continuations.
+
+    Raises:
+        LoPAError: If there is only the likeliest one, or there are fewer beams.
+    """
+    beams = config.num_beams or 1
+    if num_samples > 1 and not (config.do_sample and beams == 1) and beams < num_samples:
+        raise LoPAError(f"{num_samples} samples need do_sample: true, or num_beams of at least as many; got {beams}")
+
+
 @torch.no_grad()
 def generate(
     backbone: Backbone,
@@ -98,9 +109,8 @@ def generate(
     Raises:
         LoPAError: If more than one continuation is asked for where there is only one, or of too few beams.
     """
+    check_samples(config, num_samples)
     beams = config.num_beams or 1
-    if num_samples > 1 and beams < num_samples and not config.do_sample:
-        raise LoPAError(f"{num_samples} samples need do_sample: true, or num_beams of at least as many; got {beams}")
     embeddings, mask, cache = backbone.to_continue(prompt, *text, offset)
     options: dict[str, Any] = {"num_return_sequences": num_samples} if beams > 1 else {}
     repeats = 1 if beams > 1 else num_samples

@@ -169,6 +169,14 @@ class LoPALightningModule(LightningModule, ABC):
         """
         return [dict(zip(predicted, values)) for values in zip(*(value.tolist() for value in predicted.values()))]
 
+    def prediction_identity(self) -> dict[str, Any] | None:
+        """What the predictions depend on, as plain data, where they are worth writing one batch at a time.
+
+        A run that was interrupted then goes on where it stopped: the rows that are there are put into the
+        module's ``written``. None to write them all at the end.
+        """
+        return None
+
     def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
         """What ``predict`` returns for a batch, beside ``index``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from torchmetrics import MetricCollection
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
+from lopa_lightning.evaluation.pass_at_k import PassAtK
 from lopa_lightning.frozen.backbone import Backbone
-from lopa_lightning.frozen.generation import generate, generation_config
+from lopa_lightning.frozen.generation import check_samples, generate, generation_config
 from lopa_lightning.frozen.text import end_of, running_ids, start_ids
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, CompletionReadout, Readout
@@ -35,6 +37,7 @@ class CausalLMModule(LoPALightningModule):
         num_samples: Completions that ``predict`` and ``test`` write for each prompt.
         stop: Strings that end a completion, which does not contain them.
         generation_seed: Of samples; a prompt's samples depend on it and on the row, not on the batch.
+        score_completions: Whether ``test`` also writes completions and lets the data module score them, as pass@k.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
@@ -49,6 +52,7 @@ class CausalLMModule(LoPALightningModule):
         num_samples: int = 1,
         stop: Sequence[str] = (),
         generation_seed: int = 0,
+        score_completions: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -58,6 +62,9 @@ class CausalLMModule(LoPALightningModule):
         self.num_samples = num_samples
         self.stop = list(stop)
         self.generation_seed = generation_seed
+        self.score_completions = score_completions
+        self.solved = PassAtK(sorted({1, num_samples}))
+        self.written: frozenset[int] = frozenset()
 
     # Learning
 
@@ -208,9 +215,56 @@ class CausalLMModule(LoPALightningModule):
         ones = [torch.ones_like(row) for row in tensors]
         return ids, pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
 
+    # In a Trainer
+
+    def setup(self, stage: str) -> None:
+        """Checks the settings of generation, and that what it writes may be scored, before weights are loaded.
+
+        Raises:
+            LoPAError: If a setting is wrong, or scoring needs a permission that was not given.
+        """
+        super().setup(stage)
+        config = generation_config(self.generation, self.tokenizer, None)
+        check_samples(config, self.num_samples)
+        if stage == "test" and self._scorer() is not None:
+            self._scorer().check_scoring()
+
+    def _scorer(self) -> Any:
+        """The data module, if it can score completions and is to do so."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if self.score_completions and hasattr(data, "score") else None
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Loss and metrics of a batch, and its completions, scored: ``results``, one record for each."""
+        found: dict[str, Any] = {**super().test_step(batch, batch_idx, dataloader_idx)}
+        if (scorer := self._scorer()) is None:
+            return found
+        results = scorer.score(batch["index"].tolist(), self.complete(batch))
+        problems, passed = (torch.tensor([record[key] for record in results]) for key in ("index", "passed"))
+        self.solved.update(problems.to(self.device), passed.to(self.device))
+        return {**found, "results": results}
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics, and pass@k with its confidence interval."""
+        super().on_test_epoch_end()
+        if self._scorer() is not None:
+            for name, value in self.solved.compute().items():
+                self.log(f"test/{name}", value)
+            self.solved.reset()
+
+    def prediction_identity(self) -> dict[str, Any]:
+        """All that the completions of a row depend on: what was trained, and how is generated."""
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
+        return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
+
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Completions of a batch, with ``index`` that ties each to its row."""
-        return {"index": batch["index"], "completions": self.complete(batch)}
+        """Completions of a batch, with ``index`` that ties each to its row; rows in ``written`` are passed over."""
+        kept = [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written]
+        batch = {key: values[kept] for key, values in batch.items()}
+        return {"index": batch["index"], "completions": self.complete(batch) if kept else []}
 
     def prediction_rows(self, predicted: dict[str, Any]) -> list[dict[str, Any]]:
         """Records with ``index`` and ``completions``, a list of texts."""
