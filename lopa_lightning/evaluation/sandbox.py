@@ -62,7 +62,7 @@ class Limits:
         LoPAError: If a limit is not above 0.
     """
 
-    seconds: float = 10.0
+    seconds: float = 30.0
     cpu_seconds: int = 10
     memory_mb: int = 1024
     processes: int = 32

@@ -97,9 +97,7 @@ def _say(descriptor: int, what: dict[str, object]) -> None:
     os.write(descriptor, json.dumps(what).encode() + b"\n")
 
 
-def _become_program(
-    plan: Plan, bounds: Bounds, user: int | None, folder: str, descriptors: Descriptors
-) -> None:
+def _become_program(plan: Plan, bounds: Bounds, user: int | None, folder: str, descriptors: Descriptors) -> None:
     try:
         home = folder
         if plan.root:

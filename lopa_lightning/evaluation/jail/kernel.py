@@ -50,7 +50,7 @@ def unshare(*namespaces: str) -> None:
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
-    """Mounts ``source`` at ``target``; see mount(2)."""
+    """Shows ``source`` at ``target``, as mount(2) does."""
     _check(
         _libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), data.encode()),
         f"mount {target}",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import posix
 import sys
-from _functools import partial
+from _functools import partial  # type: ignore[import-not-found]
 from _operator import is_
 from itertools import compress, repeat
 

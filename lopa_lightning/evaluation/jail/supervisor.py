@@ -25,6 +25,7 @@ from lopa_lightning.evaluation.jail.plan import Bounds, Plan
 from lopa_lightning.evaluation.jail.runner import SENTINEL_BYTES
 
 _TAIL = 4096  # bytes of standard error that are kept
+_LOST = b'{"signal": 9, "cpu": 0}'  # the process that waited for the program was killed itself
 _LOOK = 0.1  # seconds between two looks at the memory of all processes
 _CLEANING = 10.0  # seconds until a process that cannot be killed is an error
 _USERS = range(60578, 61184)  # ids that no distribution gives to anybody
@@ -54,7 +55,9 @@ class Supervisor:
 
     def __init__(self, plan: Plan, bounds: Bounds) -> None:
         self.plan, self.bounds = plan, bounds
-        self._reserved, self.user = _reserve_user() if plan.unprivileged else (None, None)
+        self.user: int | None = None
+        if plan.unprivileged:
+            self._reservation, self.user = _reserve_user()
 
     def run(self, program: str) -> dict[str, Any]:
         """Runs one program.
@@ -109,28 +112,29 @@ class Supervisor:
                 selector.register(descriptor, selectors.EVENT_READ)
             while True:
                 now = time.monotonic()
-                if now >= deadline:
-                    seen.stopped = f"still running after {self.bounds.seconds:g} s"
-                    return seen
                 if now >= look:
                     look = now + _LOOK
                     if _memory(_descendants(os.getpid())) > self.bounds.memory:
                         seen.stopped = f"its processes hold more than {self.bounds.memory >> 20} MB"
-                        return seen
-                for key, _ in selector.select(min(deadline, look) - now):
-                    part = os.read(key.fd, 1 << 16)
+                if now >= deadline:
+                    seen.stopped = f"still running after {self.bounds.seconds:g} s"
+                for key, _ in [] if seen.stopped else selector.select(min(deadline, look) - now):
                     if key.fd == statuses:
-                        seen.status = json.loads(part.split(b"\n")[0] or b'{"signal": 9, "cpu": 0}')
-                        return seen
-                    if key.fd != errors:
+                        seen.status = json.loads(os.read(statuses, 4096).split(b"\n")[0] or _LOST)
+                    elif key.fd == errors:
+                        self._listen(seen, errors, selector)
+                    else:  # the host is gone
                         _clear()
-                        os._exit(0)  # the host is gone
-                    if not part:
-                        selector.unregister(errors)
-                    seen.add(part)
-                    if seen.written > self.bounds.output:
-                        seen.stopped = f"wrote more than {self.bounds.output >> 10} kB"
-                        return seen
+                        os._exit(0)
+                if seen.stopped or seen.status:
+                    return seen
+
+    def _listen(self, seen: _Seen, errors: int, selector: selectors.BaseSelector) -> None:
+        if not (part := os.read(errors, 1 << 16)):
+            selector.unregister(errors)
+        seen.add(part)
+        if seen.written > self.bounds.output:
+            seen.stopped = f"wrote more than {self.bounds.output >> 10} kB"
 
     def _judge(self, seen: _Seen, returned: bool) -> tuple[str, str]:
         """The outcome's name, and what there is to say beside the program's own words."""
