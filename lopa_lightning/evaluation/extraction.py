@@ -60,10 +60,10 @@ def first_function(completion: str) -> str:
 
 
 def code_block(text: str) -> str:
-    r"""The program in an answer to a prompt in words: MBPP's ``[BEGIN]`` and ``[DONE]``, a Markdown fence, or all of it.
+    r"""The program in an answer to a prompt in words.
 
-    What stands after ``[DONE]`` is dropped, and what stands before ``[BEGIN]``; of what is left, the first
-    fenced block, if there is one. A fence that was never closed reaches to the end.
+    What stands after MBPP's ``[DONE]`` is dropped, and what stands before ``[BEGIN]``; of what is left, the first
+    fenced block of Markdown, if there is one. A fence that was never closed reaches to the end.
 
     Example:
         >>> code_block("Here it is:\n```python\ndef f():\n    return 1\n```\nThat is all.\n[DONE]")

@@ -50,7 +50,7 @@ def unshare(*namespaces: str) -> None:
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
-    """Shows ``source`` at ``target``, as mount(2) does."""
+    """Shows one place of the file system at another, or a file system of a kind."""
     _check(
         _libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), data.encode()),
         f"mount {target}",
