@@ -28,7 +28,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def small(config: str, tiny: Tiny, overlay: bool = False) -> list[str]:
     """Arguments that put tiny models and tiny data in a shipped config's place."""
-    path = write_mini_mbpp(Path("mbpp")) if config == "mbpp" else write_mini_cruxeval(Path("cruxeval"))
+    path = write_mini_mbpp(Path("mini_mbpp")) if config == "mbpp" else write_mini_cruxeval(Path("mini_cruxeval"))
     return [
         *("--config", str(ROOT / "configs" / f"{config}.yaml"), *(("--config", str(OVERLAY)) if overlay else ())),
         *(f"--model.backbone.name={tiny('llama')}", f"--model.instance_encoder.name={tiny('bert_base')}"),

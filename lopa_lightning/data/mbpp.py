@@ -30,7 +30,7 @@ class DocstringLayout:
 
     The function is the one that the tests call. Code is written anew from its syntax tree: one style for
     problems of many authors. What stands beside the function (helpers, constants) moves into it, so that it is
-    whole without the rest; imports stand before it.
+    whole without the rest; imports, and classes, which tests may need, stand before it.
     """
 
     @property
@@ -43,13 +43,14 @@ class DocstringLayout:
         tree = ast.parse(row["code"].replace("\r\n", "\n"))
         tests = [_test(line) for line in row["test_list"]]
         function = _tested(tree, tests)
-        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        helpers = [node for node in tree.body if node is not function and node not in imports]
+        before = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef)]
+        helpers = [node for node in tree.body if node is not function and node not in before]
+        helpers = [node for node in helpers if not _sets_argument(node, function)]
         body = (
             function.body[1:] if ast.get_docstring(function) is not None and len(function.body) > 1 else function.body
         )
         document = [row["text"].strip().replace("\r\n", "\n"), *(line for test in tests for line in _doctest(test))]
-        head = "".join(f"{ast.unparse(node)}\n" for node in imports)
+        head = "".join(f"{ast.unparse(node)}\n" for node in before)
         indented = "\n    ".join("\n".join(document).split("\n")).replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
         signature = f"def {function.name}({ast.unparse(function.args)}):"
         prompt = f'{head}{signature}\n    """{indented}\n    """\n'
@@ -72,6 +73,13 @@ def _tested(tree: ast.Module, tests: list[ast.Compare]) -> ast.FunctionDef:
     if found is None:
         raise LoPAError(f"the tests call none of the functions {', '.join(functions)}")
     return found
+
+
+def _sets_argument(node: ast.stmt, function: ast.FunctionDef) -> bool:
+    """Whether a statement of a module would, within a function, overwrite one of its arguments."""
+    arguments = {argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)}
+    stored = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    return isinstance(node, ast.Assign) and bool(stored & arguments)
 
 
 def _doctest(test: ast.Compare) -> list[str]:

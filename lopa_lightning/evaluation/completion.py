@@ -22,8 +22,8 @@ class _OverTokens(Metric):
 
     def update(self, predictions: Tensor, labels: Tensor | None = None) -> None:
         """Adds a batch ``[B, 3]``; labels were counted where the losses were computed."""
-        self.total = self.total + predictions[:, self.column].double().sum()
-        self.tokens = self.tokens + predictions[:, 1].double().sum()
+        self.total += predictions[:, self.column].double().sum()
+        self.tokens += predictions[:, 1].double().sum()
 
     def compute(self) -> Tensor:
         """The mean over all tokens."""

@@ -47,9 +47,10 @@ class Scores(nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """All values by name, with ``loss`` and ``score``; starts anew."""
         values = {"loss": self.loss.compute(), **(self.metrics.compute() if self.metrics is not None else {})}
-        self.loss.reset()
-        if self.metrics is not None:
-            self.metrics.reset()
+        with torch.inference_mode(False):  # states made in inference mode could not be updated in a fit that follows
+            self.loss.reset()
+            if self.metrics is not None:
+                self.metrics.reset()
         values = {name: value.float() for name, value in values.items()}
         official = [values[name] for name in self.official]
         return {**values, "score": torch.stack(official or [-values["loss"]]).mean()}
