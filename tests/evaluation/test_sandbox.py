@@ -5,7 +5,6 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from tests.evaluation.hostile import HOSTILE
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = Limits(seconds=6, cpu_seconds=2, memory_mb=256, processes=24, file_mb=16, output_kb=256)
+LIMITS = Limits(seconds=4, cpu_seconds=1, memory_mb=256, processes=24, file_mb=16, output_kb=256)
 
 
 def survivors() -> list[int]:
@@ -53,13 +52,13 @@ def contents(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def hostile() -> Iterator[dict[str, Outcome]]:
+def hostile() -> dict[str, Outcome]:
     """All of them in one run, each followed by a program that must not notice."""
     programs = [source for program in HOSTILE.values() for source in (program.source, "assert 1 + 1 == 2")]
     outcomes = run_programs(programs, LIMITS)
     assert survivors() == []
     assert {outcome.status for outcome in outcomes[1::2]} == {"passed"}
-    yield dict(zip(HOSTILE, outcomes[::2]))
+    return dict(zip(HOSTILE, outcomes[::2]))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -110,7 +109,9 @@ def test_nothing_is_written_to_the_host(tmp_path: Path) -> None:
         ]
     )
     assert outcome.passed
-    assert set(outcome.stderr.split("\n")) - {""} == {"wrote /tmp", "wrote ."}
+    written = [line.removeprefix("wrote ") for line in outcome.stderr.splitlines()]
+    assert "." in written  # so a program has somewhere to write
+    assert all(place == "." or place.startswith("/tmp") for place in written)
     assert not [place for place in places if (place / "lopa-was-here").exists()]
 
 
