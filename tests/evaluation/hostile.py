@@ -75,7 +75,8 @@ HOSTILE = {
         "failed",
     ),
     "all_that_frames_reach": Hostile(
-        _FORGE + "import sys\nseen, todo, found = set(), [], []\nframe = sys._getframe()\n"
+        _FORGE + "import sys\nhidden = iter([[b'decoydecoydecoydecoydecoydecoy!!'].pop, None])\n"
+        "seen, todo, found = set(), [], []\nframe = sys._getframe()\n"
         "while frame:\n    todo += [frame.f_locals, frame.f_globals, frame.f_builtins]\n    frame = frame.f_back\n"
         "frames = len(todo) // 3\n"
         "while todo and len(seen) < 200000:\n"
@@ -86,10 +87,11 @@ HOSTILE = {
         "    else:\n"
         "        for name in ('__dict__', '__closure__', '__self__', '__func__', '__defaults__', 'cell_contents'):\n"
         "            todo.append(getattr(thing, name, None))\n"
-        "        if hasattr(thing, '__next__'):\n            todo.append(thing.__reduce__())\n"
-        "print('looked through', frames, 'frames', file=sys.stderr)\nsend(found)",
+        "        try:\n            todo.append(thing.__reduce__() if hasattr(thing, '__next__') else None)\n"
+        "        except TypeError:\n            pass\n"
+        "print('looked through', frames, 'frames, found', found, file=sys.stderr)\nsend(found)",
         "failed",
-        "looked through 3 frames",
+        "looked through 3 frames, found [b'decoydecoydecoydecoydecoydecoy!!']",
     ),
     "all_that_gc_knows": Hostile(
         _FORGE + "import gc\nsend(x for o in gc.get_objects() for x in gc.get_referents(o)\n"

@@ -137,10 +137,8 @@ def test_solutions_are_cut_where_the_parser_ends_them(real_data: Callable[[str],
 def test_cruxeval_references_survive_their_own_prompt(real_data: Callable[[str], str]) -> None:
     path = Path(real_data("cruxeval-org/cruxeval")) / "test.jsonl"
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    lost = []
     for row in rows:
         reply = f"assert f({row['input']}) == {row['output']}\n[/ANSWER]\n"
-        if cruxeval_answer(reply, "output") != row["output"] or cruxeval_answer(reply, "input") != f"f({row['input']})":
-            lost.append(row["id"])
-    # Their strings contain "==" or "assert", where the benchmark's own harness splits too.
-    assert lost == []
+        assert cruxeval_answer(reply, "output") == row["output"]
+        assert cruxeval_answer(reply, "input") == f"f({row['input']})"
+    assert len(rows) == 800
