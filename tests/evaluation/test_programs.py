@@ -67,19 +67,19 @@ def test_mbpps_own_solutions_pass_in_the_sandbox(real_data: Callable[[str], str]
     rows = datasets.concatenate_datasets(
         list(datasets.load_dataset(real_data("google-research-datasets/mbpp"), "full").values())
     )
-    some = [row for row in rows if row["task_id"] % 12 == 7 or row["test_setup_code"]]
+    some = [row for row in rows if row["task_id"] % 20 == 7 or row["test_setup_code"]]
     programs = [
         mbpp_program(row["code"], row["test_list"] + row["challenge_test_list"], row["test_setup_code"]) for row in some
     ]
     outcomes = run_programs(programs)
     assert [(row["task_id"], outcome) for row, outcome in zip(some, outcomes) if not outcome.passed] == []
-    assert len(outcomes) > 80
+    assert len(outcomes) > 45
 
 
 @pytest.mark.real
 def test_cruxevals_references_pass_and_others_answers_fail(real_data: Callable[[str], str]) -> None:
     path = Path(real_data("cruxeval-org/cruxeval")) / "test.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()][::20]
+    rows = [json.loads(line) for line in path.read_text().splitlines()][::40]
     right = [cruxeval_program(row["code"], row["input"], row["output"]) for row in rows]
     wrong = [
         cruxeval_program(row["code"], row["input"], other["output"])
