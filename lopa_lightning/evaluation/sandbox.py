@@ -52,8 +52,9 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: Wall-clock seconds until the program and all its processes are killed.
-        cpu_seconds: CPU seconds of each process.
+        seconds: Wall-clock seconds until the program and all its processes are killed; far above what the
+            program needs, so that a busy machine does not change the result.
+        cpu_seconds: CPU seconds of each process: what ends an endless loop.
         memory_mb: Address space of each process, and resident memory of all of them, in MiB.
         processes: Processes and threads at a time.
         file_mb: Size of a file; with a file system of its own, also of all its files, in MiB.
@@ -64,7 +65,7 @@ class Limits:
         LoPAError: If a limit is not above 0.
     """
 
-    seconds: float = 30.0
+    seconds: float = 60.0
     cpu_seconds: int = 10
     memory_mb: int = 1024
     processes: int = 32
