@@ -13,8 +13,8 @@ Mode = Literal["input", "output"]
 _TOKEN = re.compile(
     r"""
     (?P<skip> \#[^\n]* | \\\n
-      | \"{3} (?: \\. | [^\\] )*? (?: \"{3} | \Z )
-      | '{3} (?: \\. | [^\\] )*? (?: '{3} | \Z )
+      | \"{3} (?: \\. | [^\\] | \\\Z )*? (?: \"{3} | \Z )
+      | '{3} (?: \\. | [^\\] | \\\Z )*? (?: '{3} | \Z )
       | " (?: \\. | [^"\\\n] )* "?
       | ' (?: \\. | [^'\\\n] )* '? )
     | (?P<open> [(\[{] ) | (?P<close> [)\]}] ) | (?P<newline> \n )
@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_COMMENT_OR_BLANK = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*")
+_INDENT = re.compile(r"[ \t]*")
 
 
 def first_function(completion: str) -> str:
@@ -43,18 +43,22 @@ def first_function(completion: str) -> str:
         '\n    return a + b\n'
     """
     text = completion.replace("\r\n", "\n").replace("\r", "\n")
-    depth, end = 0, len(text)
+    depth, end, last = 0, len(text), -1  # last: where the last line of code ended, while none has followed
     for token in _TOKEN.finditer(text):
         if token["open"]:
             depth += 1
         elif token["close"]:
             depth = max(depth - 1, 0)
         elif token["newline"] and depth == 0:
-            comments = _COMMENT_OR_BLANK.match(text, token.end())
-            following = comments.end() if comments else token.end()
-            if following < len(text) and text[following] not in " \t#":
-                end = token.end()
+            last = token.end() if last < 0 else last
+            indent = _INDENT.match(text, token.end())
+            start = indent.end() if indent else token.end()
+            if start == len(text) or text[start] in "#\n":
+                continue
+            if start == token.end():
+                end = last
                 break
+            last = -1
     body = text[:end].rstrip()
     return body + "\n" if body else ""
 

@@ -98,8 +98,9 @@ class PassAtK(Metric):
         Raises:
             LoPAError: If a problem has fewer samples than a ``k``.
         """
-        problems = dim_zero_cat(self.problems or [torch.zeros(0, dtype=torch.long, device=self.device)])
-        passed = dim_zero_cat(self.passed or [torch.zeros(0, dtype=torch.long, device=self.device)])
+        # Lists of tensors here, one tensor where the processes' were put together.
+        nothing = torch.zeros(0, dtype=torch.long, device=self.device)
+        problems, passed = (dim_zero_cat(state) if len(state) else nothing for state in (self.problems, self.passed))
         _, which = torch.unique(problems, return_inverse=True)
         samples = torch.bincount(which).tolist()
         correct = torch.bincount(which[passed > 0], minlength=len(samples)).tolist()

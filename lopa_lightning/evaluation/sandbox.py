@@ -13,9 +13,10 @@ has been executed, see ``jail/runner.py``. Ending the process before that, by wh
 
 What this does not promise. The tests are lines of the program, so a program can satisfy them with values that claim
 to equal everything, or by giving a name that the tests use another meaning; no harness of this kind can tell. Code
-that corrupts the interpreter's memory can find the sentinel. Without namespaces (``isolation()`` then lacks them) a
-program can read what the user running it can read, and use the network. A hole in the kernel is a hole here:
-a virtual machine or a machine of its own is a stronger wall.
+that corrupts the interpreter's memory can find the sentinel. Where :func:`isolation` names no namespaces, a program
+can read what the user running it can read, use the network, and kill that user's processes: this one, or its
+supervisor, after which what it left running may stay. A hole in the kernel is a hole here: a virtual machine or a
+machine of its own is a stronger wall. Sets of strings are ordered anew in each run, as Python does without a hash seed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import queue
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,8 +52,9 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: Wall-clock seconds until the program and all its processes are killed.
-        cpu_seconds: CPU seconds of each process.
+        seconds: Wall-clock seconds until the program and all its processes are killed; far above what the
+            program needs, so that a busy machine does not change the result.
+        cpu_seconds: CPU seconds of each process: what ends an endless loop.
         memory_mb: Address space of each process, and resident memory of all of them, in MiB.
         processes: Processes and threads at a time.
         file_mb: Size of a file; with a file system of its own, also of all its files, in MiB.
@@ -62,7 +65,7 @@ class Limits:
         LoPAError: If a limit is not above 0.
     """
 
-    seconds: float = 30.0
+    seconds: float = 60.0
     cpu_seconds: int = 10
     memory_mb: int = 1024
     processes: int = 32
@@ -254,7 +257,7 @@ class _Supervisor:
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START.format(_ROOT), config],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": tempfile.gettempdir()},
             cwd="/",
             start_new_session=True,
         )

@@ -1,4 +1,4 @@
-"""Programs that try to cheat, to harm or to hang; each bounded, so that a broken sandbox costs a test and no machine."""
+"""Programs that cheat, harm or hang; each bounded, so that a broken sandbox costs a test and not the machine."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ HOSTILE = {
         "failed",
     ),
     "all_that_frames_reach": Hostile(
-        _FORGE + "import sys\nseen, todo, found = set(), [], []\nframe = sys._getframe()\n"
+        _FORGE + "import sys\nhidden = iter([[b'decoydecoydecoydecoydecoydecoy!!'].pop, None])\n"
+        "seen, todo, found = set(), [], []\nframe = sys._getframe()\n"
         "while frame:\n    todo += [frame.f_locals, frame.f_globals, frame.f_builtins]\n    frame = frame.f_back\n"
         "frames = len(todo) // 3\n"
         "while todo and len(seen) < 200000:\n"
@@ -86,10 +87,11 @@ HOSTILE = {
         "    else:\n"
         "        for name in ('__dict__', '__closure__', '__self__', '__func__', '__defaults__', 'cell_contents'):\n"
         "            todo.append(getattr(thing, name, None))\n"
-        "        if hasattr(thing, '__next__'):\n            todo.append(thing.__reduce__())\n"
-        "print('looked through', frames, 'frames', file=sys.stderr)\nsend(found)",
+        "        try:\n            todo.append(thing.__reduce__() if hasattr(thing, '__next__') else None)\n"
+        "        except TypeError:\n            pass\n"
+        "print('looked through', frames, 'frames, found', found, file=sys.stderr)\nsend(found)",
         "failed",
-        "looked through 2 frames",
+        "looked through 3 frames, found [b'decoydecoydecoydecoydecoydecoy!!']",
     ),
     "all_that_gc_knows": Hostile(
         _FORGE + "import gc\nsend(x for o in gc.get_objects() for x in gc.get_referents(o)\n"
@@ -148,7 +150,8 @@ HOSTILE = {
         "BlockingIOError",
     ),
     "daemon": Hostile(
-        "import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork():\n        time.sleep(60)\n    os._exit(0)",
+        "import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork():\n        time.sleep(60)\n"
+        "    os._exit(0)",
         "passed",
     ),
     "kill_the_parent": Hostile("import os\nos.kill(os.getppid(), 9)\nassert False", "failed|killed"),
@@ -164,7 +167,7 @@ HOSTILE = {
     "exception_that_exits_when_shown": Hostile(
         "import os\nclass E(Exception):\n    def __str__(self): os._exit(0)\nraise E", "failed"
     ),
-    "not_utf8": Hostile("import sys\nsys.stderr.buffer.write(b'caf\\xe9\\n')", "passed", "caf\ufffd"),
+    "not_utf8": Hostile("import os\nos.write(2, b'caf\\xe9\\n')", "passed", "caf\ufffd"),
     "not_a_program": Hostile("def f(:", "failed", "SyntaxError"),
     "null_byte": Hostile("x = 1\0", "failed"),
     "lone_surrogate": Hostile("x = '\ud800'", "failed"),

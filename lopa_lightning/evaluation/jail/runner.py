@@ -63,7 +63,8 @@ def _read_all(descriptor: int) -> bytes:
 
 def main() -> None:
     """Runs the program that descriptor 3 holds after the sentinel; never returns."""
-    show, end = sys.__excepthook__, posix._exit
+    # By names of its own: the program can change those of builtins.
+    show, end, kind, any_error = sys.__excepthook__, posix._exit, type, BaseException
     try:
         next(
             map(
@@ -74,9 +75,9 @@ def main() -> None:
                 ),
             )
         )
-    except BaseException as error:
+    except any_error as error:
         trace = error.__traceback__
-        show(type(error), error, trace and trace.tb_next)
+        show(kind(error), error, trace and trace.tb_next)
         end(1)
     end(0)
 
