@@ -28,6 +28,7 @@ from lopa_lightning.frozen.loading import accepted_inputs
 # Said in full, so that a model's own defaults do not decide what nobody wrote down.
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": 256}
 _SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_OF_SAMPLING = {*_SAMPLED, "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 _OURS = ("num_return_sequences", "stop_strings", "max_length", "use_cache", "return_dict_in_generate")
 
 
@@ -51,6 +52,8 @@ def generation_config(
     if ours := sorted(set(given) & set(_OURS)):
         raise LoPAError(f"generation cannot set {', '.join(ours)}: use max_new_tokens, num_samples and stop")
     sampled = _SAMPLED if given.get("do_sample") else {}
+    if not sampled:  # so that do_sample: false alone, put over settings of sampling, is greedy
+        given = {name: value for name, value in given.items() if name not in _OF_SAMPLING}
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else ends or []
     ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None and end < len(tokenizer)})

@@ -38,9 +38,7 @@ def test_the_docstring_prompt_is_built_from_the_problems_code_and_tests(tmp_path
         "    3\n"
         '    """\n'
     )
-    assert example.completion == (
-        "    LIMIT = 3\n    def helper(a):\n        return a\n    return helper(x) + LIMIT"
-    )
+    assert example.completion == ("    LIMIT = 3\n    def helper(a):\n        return a\n    return helper(x) + LIMIT")
     assert example.instance == example.prompt
     space: dict[str, Any] = {}
     exec(example.prompt + example.completion, space)

@@ -172,6 +172,16 @@ def test_settings_that_are_wrong_are_named(
         generation_config(options, tokenizer, load("llama"))
 
 
+def test_do_sample_false_alone_makes_settings_of_sampling_greedy(
+    load: Load, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, sampled = load("llama"), {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    greedy = generation_config({**sampled, "do_sample": False}, tokenizer, model)
+    assert greedy.to_dict() == generation_config({}, tokenizer, model).to_dict()
+    config = generation_config(sampled, tokenizer, model)
+    assert (config.temperature, config.top_p, config.top_k) == (0.6, 0.95, 0)  # not a model's or transformers' own 50
+
+
 def test_several_samples_of_a_greedy_text_are_refused(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
     backbone = Backbone(load("llama"))
     with pytest.raises(LoPAError, match="2 samples need do_sample: true"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,36 +19,13 @@ from lopa_lightning import (
     InstanceEncoderSpec,
     LoPALightningModule,
     NoPrompt,
-    PretrainedSpec,
     PromptTuning,
 )
-from lopa_lightning.data import CompletionDataModule
 from lopa_lightning.modules import CausalLMModule
-from tests.modules.helpers import LoPATiny, trainer
+from tests.modules.helpers import COMPLETIONS as ROWS
+from tests.modules.helpers import causal, completions, trainer
 
 Tiny = Callable[[str], str]
-
-ROWS = [
-    {"prompt": f"the film {'was ' * (i % 4)}", "completion": ("great", "terrible , badly told", "it was")[i % 3]}
-    for i in range(21)
-]
-
-
-def completions(folder: Path, rows: list[dict[str, Any]] = ROWS, **kwargs: Any) -> CompletionDataModule:
-    files: Any = {}
-    for split in ("train", "validation", "test"):
-        files[split] = str(folder / f"{split}.jsonl")
-        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return CompletionDataModule(data_files=files, **{"batch_size": 4, **kwargs})
-
-
-def causal(model: str, **kwargs: Any) -> CausalLMModule:
-    options: dict[str, Any] = {
-        "prompt_encoder": LoPATiny,
-        "optimizer": functools.partial(torch.optim.AdamW, lr=1e-2),
-        **kwargs,
-    }
-    return CausalLMModule(backbone=PretrainedSpec(model), **options)
 
 
 def losses_by_hand(model: CausalLMModule, row: dict[str, str], folder: str) -> tuple[Tensor, Tensor]:
