@@ -256,7 +256,7 @@ class CausalLMModule(LoPALightningModule):
         """All that the completions of a row depend on: what was trained, and how is generated."""
         digest = hashlib.sha256()
         for name, value in self.state_dict().items():
-            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
         return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
 
