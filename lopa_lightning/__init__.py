@@ -6,10 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lopa_lightning.data import GLUEDataModule, TextClassificationDataModule
+    from lopa_lightning.data import (
+        CompletionDataModule,
+        CRUXEvalDataModule,
+        GLUEDataModule,
+        MBPPDataModule,
+        TextClassificationDataModule,
+    )
     from lopa_lightning.frozen.instance import InstanceEncoderSpec
     from lopa_lightning.frozen.loading import PretrainedSpec
-    from lopa_lightning.modules import ClassificationModule, LoPALightningModule
+    from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
     from lopa_lightning.prompts import (
         IDPG,
         DePT,
@@ -25,13 +31,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CRUXEvalDataModule": "data",
+    "CausalLMModule": "modules",
     "ClassificationModule": "modules",
+    "CompletionDataModule": "data",
     "DePT": "prompts",
     "GLUEDataModule": "data",
     "IDPG": "prompts",
     "InstanceEncoderSpec": "frozen.instance",
     "LoPA": "prompts",
     "LoPALightningModule": "modules",
+    "MBPPDataModule": "data",
     "NoPrompt": "prompts",
     "PTuning": "prompts",
     "PeftPromptTuning": "prompts",
@@ -44,12 +54,16 @@ _HOMES = {
 
 __all__ = [
     "IDPG",
+    "CRUXEvalDataModule",
+    "CausalLMModule",
     "ClassificationModule",
+    "CompletionDataModule",
     "DePT",
     "GLUEDataModule",
     "InstanceEncoderSpec",
     "LoPA",
     "LoPALightningModule",
+    "MBPPDataModule",
     "NoPrompt",
     "PTuning",
     "PeftPromptTuning",

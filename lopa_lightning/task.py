@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from lopa_lightning.errors import LoPAError
 
+IGNORED = -100
+"""Label of a token that is not to be foretold."""
+
 
 @dataclass(frozen=True)
 class TextTask:

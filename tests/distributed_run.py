@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
-from tests.modules.helpers import module, reviews, trainer
+from lopa_lightning import NoPrompt
+from tests.modules.helpers import causal, completions, module, reviews, trainer
 
 
-def main(backbone: str, folder: Path) -> None:
+def main(backbone: str, causal_backbone: str, folder: Path) -> None:
     seed_everything(3)
     model, data = module(backbone, objective="head"), reviews(folder, rows=21)
     run = trainer(folder, epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
@@ -23,11 +24,13 @@ def main(backbone: str, folder: Path) -> None:
     seen = [int(i) for batch in run.predict_loop.predictions for i in batch["index"]]
     ignored = set(run.model.parameters_to_ignore) if hasattr(run.model, "parameters_to_ignore") else set()
     ignored |= set(model._ddp_params_and_buffers_to_ignore)
+    plain = causal(causal_backbone, prompt_encoder=NoPrompt, train_backbone=True)  # as loaded: nothing is drawn
+    (completed,) = run.validate(plain, completions(folder / "completions"), verbose=False)
     torch.save(
-        {"state": model.state_dict(), "validated": validated, "seen": seen, "ignored": ignored},
+        {"completed": completed, "state": model.state_dict(), "validated": validated, "seen": seen, "ignored": ignored},
         folder / f"rank{run.global_rank}.pt",
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

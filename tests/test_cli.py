@@ -21,9 +21,13 @@ from tests.modules.helpers import write_reviews
 Tiny = Callable[[str], str]
 
 ROOT = Path(__file__).parent.parent
-# The ones of lopa compare and lopa sweep are no configs of lopa fit; tests/test_methods.py runs the methods.
+# The ones of lopa compare and lopa sweep are no configs of lopa fit; tests/test_methods.py runs the methods, and
+# tests/test_code_configs.py the code tasks.
+CODE = ("mbpp", "cruxeval_input", "cruxeval_output", "cpu_smollm2_code")
 CONFIGS = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("compare", "methods", "sweeps")
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name not in ("compare", "methods", "sweeps") and path.stem not in CODE
 )
 IN_FULL = [path for path in CONFIGS if "class_path" in yaml.safe_load(path.read_text()).get("model", {})]
 OVERLAYS = [path for path in CONFIGS if path not in IN_FULL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import datasets
 import pytest
 import torch
 
-from lopa_lightning import LoPALightningModule
-from tests.modules.helpers import reviews, trainer
+from lopa_lightning import LoPALightningModule, NoPrompt
+from tests.modules.helpers import causal, completions, reviews, trainer
 
 Tiny = Callable[[str], str]
 Ranks = tuple[Path, list[dict[str, Any]]]
@@ -40,7 +41,8 @@ def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[st
 def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ddp")
     reviews(folder, rows=21)  # written once, before two processes would write it
-    done = launch([str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), str(folder)], ROOT)
+    completions(folder / "completions")
+    done = launch([str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), tiny("llama"), str(folder)], ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
@@ -84,3 +86,13 @@ def test_metrics_are_those_of_one_process(ranks: Ranks) -> None:
     (alone,) = trainer(folder).validate(model, reviews(folder, rows=21), verbose=False)
     for result in results:
         assert result["validated"] == pytest.approx(alone, abs=1e-5)
+
+
+def test_every_token_of_a_completion_counts_once_over_the_processes(ranks: Ranks, tiny: Tiny) -> None:
+    """The untrained module of the same seed, on one process: its batches hold other numbers of tokens."""
+    folder, results = ranks
+    assert results[0]["completed"] == results[1]["completed"]
+    assert results[0]["completed"]["val/perplexity"] == pytest.approx(math.exp(results[0]["completed"]["val/loss"]))
+    model = causal(tiny("llama"), prompt_encoder=NoPrompt, train_backbone=True)
+    (alone,) = trainer(folder).validate(model, completions(folder / "completions"), verbose=False)
+    assert results[0]["completed"] == pytest.approx(alone, abs=1e-5)

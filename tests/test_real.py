@@ -13,7 +13,14 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lopa_lightning import ClassificationModule, GLUEDataModule, InstanceEncoderSpec, LoPA, PretrainedSpec
+from lopa_lightning import (
+    CausalLMModule,
+    ClassificationModule,
+    GLUEDataModule,
+    InstanceEncoderSpec,
+    LoPA,
+    PretrainedSpec,
+)
 from lopa_lightning.cli import main
 
 Find = Callable[[str], str]
@@ -93,3 +100,30 @@ def test_smollm2_reads_the_words_that_transformers_reads(tmp_path: Path, real_da
             embedded = torch.cat([prompts[row : row + 1], plain.get_input_embeddings()(ids)], 1)
             logits = plain(inputs_embeds=embedded).logits[0, -1, words]
         torch.testing.assert_close(got[row], logits, rtol=0, atol=1e-3)
+
+
+def test_smollm2_writes_with_its_soft_prompt_what_plain_generate_writes(real_model: Find) -> None:
+    folder = real_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    module = CausalLMModule(
+        backbone=PretrainedSpec(folder, dtype="float32"),
+        instance_encoder=InstanceEncoderSpec(MINILM),
+        prompt_encoder=functools.partial(LoPA, num_virtual_tokens=5, rank=1, hidden_dim=16),
+        generation={"max_new_tokens": 8},
+    )
+    texts = ["def add(a, b):\n", "The capital of France is", "import math\n\ndef area(radius):\n    return"]
+    together = module.generate(texts, batch_size=3)
+    assert together == module.generate(texts, batch_size=1)
+
+    sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    samples = module.generate(texts, sampled, num_samples=2, seed=4, batch_size=3)
+    assert samples == module.generate(texts, sampled, num_samples=2, seed=4, batch_size=2)
+
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), module.net.instance_encoder
+    reads = module.text_spec.instance_tokenizer(texts[1], return_tensors="pt")
+    with torch.no_grad():
+        soft = module.net.prompt_encoder(encoder(reads["input_ids"], reads["attention_mask"]))
+        plain = module.net.backbone.model
+        ids = tokenizer(texts[1], return_tensors="pt")["input_ids"]
+        embedded = torch.cat([soft, plain.get_input_embeddings()(ids)], 1)
+        (written,) = plain.generate(inputs_embeds=embedded, max_new_tokens=8, do_sample=False)
+    assert together[1] == [tokenizer.decode(written, skip_special_tokens=True)]

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch.distributed
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lopa_lightning.callbacks.stream import PredictionStream
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import write_whole
 
@@ -20,7 +21,10 @@ Format = Literal["jsonl", "csv"]
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what ``predict`` found, and GLUE's submission files where the data is GLUE's.
+    """Writes what ``predict`` found, GLUE's submission files where the data is GLUE's, and what ``test`` scored.
+
+    Predictions that take long, of modules with a ``prediction_identity``, are written as they come, and an
+    interrupted run into the same folder goes on. A test's scored completions go to ``results.jsonl``.
 
     Args:
         folder: Where to; by default the run's log folder.
@@ -31,11 +35,13 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self, folder: str | None = None, format: Format = "jsonl") -> None:
-        super().__init__(write_interval="epoch")
+        super().__init__(write_interval="batch_and_epoch")
         if format not in get_args(Format):
             raise LoPAError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
         self.folder = folder
         self.format: Format = format
+        self._stream: PredictionStream | None = None
+        self._results: list[dict[str, Any]] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that predictions can be written, before they are made.
@@ -45,7 +51,7 @@ class PredictionWriter(BasePredictionWriter):
         """
         log_dir = trainer.log_dir  # broadcast from the first process: every one must ask for it
         self._folder = Path(self.folder or log_dir or trainer.default_root_dir)
-        if stage != "predict" or not trainer.is_global_zero:
+        if stage not in ("predict", "test") or not trainer.is_global_zero:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +60,49 @@ class PredictionWriter(BasePredictionWriter):
             writable = False
         if not writable:
             raise LoPAError(f"predictions.folder {str(self._folder)!r} cannot be written to")
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Looks for what an interrupted run has left."""
+        identity = pl_module.prediction_identity()
+        self._stream = None
+        if identity is None or trainer.fast_dev_run:
+            return
+        data = getattr(trainer.datamodule, "datasets", {}).get("predict", [])
+        identity = {**identity, "rows": [rows._fingerprint for rows in data]}
+        self._stream = PredictionStream(self._folder, identity, trainer.global_rank)
+        self._stream.open()
+        pl_module.written = frozenset(row["index"] for row in self._stream.found)
+        trainer.strategy.barrier()
+        self._stream.start()
+        trainer.strategy.barrier()
+
+    def write_on_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Writes a batch's predictions, where they are written as they come."""
+        if self._stream is not None:
+            self._stream.add(pl_module.prediction_rows(prediction))
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keeps what a test scored."""
+        self._results += outputs.get("results", []) if isinstance(outputs, dict) else []
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes what a test scored, one line for each completion."""
+        rows, self._results = _gathered(self._results), []
+        if rows and trainer.is_global_zero and not trainer.fast_dev_run:
+            rows.sort(key=lambda row: (row["index"], row["sample"]))
+            write_whole(self._folder / "results.jsonl", _formatted(rows, "jsonl"))
+            print(f"{len(rows)} scored completions in {self._folder / 'results.jsonl'}")
 
     def write_on_epoch_end(
         self,
@@ -69,6 +118,7 @@ class PredictionWriter(BasePredictionWriter):
             rows = _gathered([row for batch in batches for row in pl_module.prediction_rows(batch)])
             if not trainer.is_global_zero:
                 continue
+            rows += self._stream.found if self._stream is not None else []
             rows = list({row["index"]: row for row in sorted(rows, key=lambda row: row["index"])}.values())
             files = {f"predictions{suffix}.{self.format}": _formatted(rows, self.format)}
             submission = getattr(trainer.datamodule, "submission", lambda *_: None)(set_index, rows)
@@ -76,6 +126,10 @@ class PredictionWriter(BasePredictionWriter):
             for name, content in files.items():
                 write_whole(self._folder / name, content)
                 print(f"{len(rows)} predictions in {self._folder / name}")
+            if self._stream is not None:
+                self._stream.close()
+                if self.format != "jsonl":
+                    self._stream.path.unlink()
 
 
 def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

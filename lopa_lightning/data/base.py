@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -152,56 +152,79 @@ class TextDataModule(LightningDataModule, ABC):
             self.connect(spec)
         return spec
 
-    def _tokenise(self, data: Dataset, split: str, role: Role) -> Dataset:
-        what, columns = f"{role} ({split})", self.template.columns
-        if len(data) == 0:
-            raise LoPAError(f"{what}: the split has no rows")
-        if missing := [name for name in columns if name not in data.column_names]:
-            raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
+    def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
+        """What turns a split's rows into token ids.
+
+        Args:
+            data: The split.
+            what: Its name, for messages.
+            role: What it serves.
+
+        Raises:
+            LoPAError: If the rows are not what they must be.
+        """
         labels = None if role == "predict" else self.label_lookup(data, what)
-        spec = self._spec()
-        limits = [n for n in (spec.max_tokens, self.max_length) if n is not None]
+        spec, columns = self._spec(), self.template.columns
         template = backbone_template(self.template, self.causal_template, spec)
-        to_backbone = Tokenize(spec.tokenizer, template, min(limits, default=None), self.truncation_side)
+        to_backbone = Tokenize(spec.tokenizer, template, self._max_tokens(), self.truncation_side)
         to_instance = None
         if spec.instance_tokenizer is not None:
             to_instance = Tokenize(
                 spec.instance_tokenizer, plain_template(columns), spec.instance_max_tokens, self.truncation_side
             )
+        return _EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text)
+
+    def _max_tokens(self) -> int | None:
+        return min((n for n in (self._spec().max_tokens, self.max_length) if n is not None), default=None)
+
+    def _tokenise(self, data: Dataset, split: str, role: Role) -> Dataset:
+        what = f"{role} ({split})"
+        if len(data) == 0:
+            raise LoPAError(f"{what}: the split has no rows")
+        encoder = self.row_encoder(data, what, role)
+        if missing := [name for name in encoder.columns if name not in data.column_names]:
+            raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
         # Named by what it depends on: datasets' own hash of a tokenizer changes when the tokenizer is used.
-        parts = [_tokenize_key(part) for part in (to_backbone, to_instance) if part is not None]
-        key = Hasher.hash([_FORMAT, data._fingerprint, self.allow_empty_text, labels, *parts])
+        key = Hasher.hash([_FORMAT, data._fingerprint, *encoder.key()])
         try:
             tokenised = data.map(
-                _EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text),
+                encoder,
                 batched=True,
                 with_indices=True,
                 remove_columns=data.column_names,
                 new_fingerprint=key,
                 desc=f"Tokenising {what}",
             )
-        except _EmptyTextError as error:
+        except EmptyTextError as error:
             # Counted in the whole split: of the rows at hand some may have been left out before.
             texts = self.load_split(split, "test")[error.column]
-            empty = [row for row, text in enumerate(texts) if _is_empty(text)]
+            empty = [row for row, text in enumerate(texts) if is_empty(text)]
             shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
             raise LoPAError(f"{what}: column {error.column!r} is empty in row {shown} (counted from 0)") from None
-        return self._without_counts(tokenised, what, to_backbone.max_tokens, spec.instance_max_tokens)
+        for column, message in self.warnings_of(encoder).items():
+            if column in tokenised.column_names:
+                if count := int(np.sum(tokenised.with_format("numpy")[column][:])):
+                    rank_zero_warn(f"{what}: {count} of {len(tokenised)} {message}")
+                if column == "left_out":
+                    tokenised = self._without_left_out(tokenised, what)
+                tokenised = tokenised.remove_columns(column)
+        return tokenised
 
     @staticmethod
-    def _without_counts(data: Dataset, what: str, max_tokens: int | None, instance_max_tokens: int | None) -> Dataset:
-        """Warns once of what was cut, with counts."""
-        limits = {
-            "truncated": ("", max_tokens),
-            "instance_truncated": (" for the instance encoder", instance_max_tokens),
+    def _without_left_out(data: Dataset, what: str) -> Dataset:
+        kept = np.flatnonzero(~data.with_format("numpy")["left_out"][:])
+        if len(kept) == 0:
+            raise LoPAError(f"{what}: none of the {len(data)} rows fits; raise max_length")
+        chosen: Dataset = data.select(kept)
+        return chosen
+
+    def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
+        """What is said, once, of the rows for which a column of the encoder's is true."""
+        spec = self._spec()
+        return {
+            "truncated": f"texts were cut to {encoder.max_tokens} tokens",
+            "instance_truncated": f"texts were cut to {spec.instance_max_tokens} tokens for the instance encoder",
         }
-        for column, (reader, limit) in limits.items():
-            if column not in data.column_names:
-                continue
-            if cut := int(np.sum(data.with_format("numpy")[column][:])):
-                rank_zero_warn(f"{what}: {cut} of {len(data)} texts were cut to {limit} tokens{reader}")
-            data = data.remove_columns(column)
-        return data
 
     # Loading
 
@@ -250,18 +273,36 @@ class TextDataModule(LightningDataModule, ABC):
         )
 
 
-class _EmptyTextError(Exception):
+class RowEncoder(Protocol):
+    """What ``datasets.map`` applies to a batch of rows."""
+
+    columns: Sequence[str]
+    """The columns that it reads."""
+    max_tokens: int | None
+    """Tokens of a row at most."""
+
+    def key(self) -> list[Any]:
+        """All that its result depends on beside the rows."""
+
+    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Encodes rows: ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
+
+
+class EmptyTextError(Exception):
+    """A row has no text in a column."""
+
     def __init__(self, column: str) -> None:
         super().__init__(column)
         self.column = column
 
 
-def _is_empty(text: Any) -> bool:
+def is_empty(text: Any) -> bool:
+    """Whether a row's text is missing or blank."""
     return text is None or not str(text).strip()
 
 
 class _EncodeRows:
-    """What ``datasets.map`` applies to a batch of rows."""
+    """Rows of text, with a label where there is one."""
 
     def __init__(
         self,
@@ -276,11 +317,16 @@ class _EncodeRows:
         self.columns = columns
         self.labels = labels
         self.allow_empty_text = allow_empty_text
+        self.max_tokens = to_backbone.max_tokens
+
+    def key(self) -> list[Any]:
+        parts = [tokenize_key(part) for part in (self.to_backbone, self.to_instance) if part is not None]
+        return [self.allow_empty_text, self.labels, *parts]
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         for name in self.columns:
-            if not self.allow_empty_text and any(map(_is_empty, rows[name])):
-                raise _EmptyTextError(name)
+            if not self.allow_empty_text and any(map(is_empty, rows[name])):
+                raise EmptyTextError(name)
         texts = {name: ["" if value is None else str(value) for value in rows[name]] for name in self.columns}
         encoded = self.to_backbone(texts)
         if self.to_instance is not None:
@@ -291,15 +337,14 @@ class _EncodeRows:
         return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
 
 
-def _tokenize_key(tokenize: Tokenize) -> list[Any]:
-    tokenizer: Any = tokenize.tokenizer
-    return [
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.special_tokens_map,
-        tokenize.template.pieces,
-        tokenize.max_tokens,
-        tokenize.side,
-    ]
+def tokenize_key(tokenize: Tokenize) -> list[Any]:
+    """All that a tokenisation depends on."""
+    return [*tokenizer_key(tokenize.tokenizer), tokenize.template.pieces, tokenize.max_tokens, tokenize.side]
+
+
+def tokenizer_key(tokenizer: Any) -> list[Any]:
+    """What a tokenizer is, whatever it was used for before."""
+    return [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lopa_lightning.task import IGNORED
+
 
 class Collate:
     """Pads a batch to its longest row.
@@ -40,7 +42,8 @@ class Collate:
         Returns:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``) ``[B, T]``;
             ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``;
-            ``index``, ``labels`` ``[B]``.
+            ``index``, ``labels`` ``[B]``; where rows have a label for each token, ``labels [B, T]`` with
+            :data:`~lopa_lightning.task.IGNORED` at padding.
         """
         batch = {"index": torch.tensor([row["index"] for row in rows])}
         batch |= self._padded(rows, "input_ids", "attention_mask", self.pad_id, self.side)
@@ -50,7 +53,10 @@ class Collate:
             if key in rows[0]:
                 batch[key] = self._padded(rows, key, "", 0, side)[key]
         if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+            if isinstance(rows[0]["labels"], list):
+                batch["labels"] = self._padded(rows, "labels", "", IGNORED, self.side)["labels"]
+            else:
+                batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
 
     @staticmethod

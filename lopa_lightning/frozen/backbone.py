@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.cache_utils import Cache
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.adapters import adapter_layers
+from lopa_lightning.frozen.head import LabelWordHead, VocabularyHead, chunked_cross_entropy
 from lopa_lightning.frozen.injection import (
     Placement,
     check_placement,
@@ -77,7 +76,7 @@ class Backbone(nn.Module):
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
         self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
-        self._head = [] if self.body is model else [_LabelWordHead(model)]
+        self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
 
     @property
     def body(self) -> PreTrainedModel:
@@ -164,10 +163,7 @@ class Backbone(nn.Module):
                 f"{m} virtual tokens and {input_ids.shape[1]} tokens of text are more than the "
                 f"{self.max_positions} positions of the backbone; truncate the text"
             )
-        embedded = self.model.get_input_embeddings()(input_ids)
-        if offset is not None:
-            embedded = with_offset(embedded, offset, attention_mask)
-        prompt = prompt.to(embedded.dtype)
+        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
         if self._layers is not None:
             cache = self._layers.cache(prompt, batch)
             mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
@@ -183,6 +179,40 @@ class Backbone(nn.Module):
             None if token_type_ids is None else insert(layout, 0, token_type_ids),
         )
         return PromptedStates(hidden, insert(layout, 0, attention_mask), insert(layout, -1, input_ids))
+
+    def _embedded(
+        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Virtual tokens in the backbone's number format, and the text's embeddings."""
+        embedded = self.model.get_input_embeddings()(input_ids)
+        if offset is not None:
+            embedded = with_offset(embedded, offset, attention_mask)
+        return prompt.to(embedded.dtype), embedded
+
+    def to_continue(
+        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Cache | None]:
+        """What a model's ``generate`` is given to continue ``[Z; x]``.
+
+        Args:
+            prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
+            input_ids: Token ids of the text, ``[B, T]``; padded on the left.
+            attention_mask: 1 at the text's tokens, ``[B, T]``.
+            offset: See :meth:`forward`.
+
+        Returns:
+            Embeddings ``[B, m + T, d]`` and their mask ``[B, m + T]``. With virtual tokens in every layer,
+            the filled cache as well: of the embeddings, the virtual tokens' are then never read.
+        """
+        batch, m = len(input_ids), prompt.shape[1]
+        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
+        if self._layers is not None:
+            mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
+            unread = embedded.new_zeros(batch, m, embedded.shape[-1])
+            return torch.cat([unread, embedded], dim=1), mask, self._layers.cache(prompt, batch) if m else None
+        layout = prompt_layout(attention_mask, m, self.placement)
+        embeddings = insert(layout, prompt.expand(batch, -1, -1), embedded)
+        return embeddings, insert(layout, 1, attention_mask), None
 
     def _run(
         self, embedded: Tensor, mask: Tensor, places: Tensor, token_type_ids: Tensor | None, **options: Any
@@ -211,74 +241,26 @@ class Backbone(nn.Module):
         Raises:
             LoPAError: If the backbone was loaded without a language model head.
         """
-        if not self._head:
-            raise LoPAError(f"{type(self.model).__name__} has no language model head")
-        logits: Tensor = self._head[0](hidden, token_ids)
+        logits: Tensor = self._required_heads()[0](hidden, token_ids)
         return logits
 
+    def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+        """Cross entropy of tokens over the whole vocabulary, of which only a chunk's logits exist at a time.
 
-class _LabelWordHead:
-    """A language model's own head, as the model's class defines it, on chosen hidden states and tokens.
+        Args:
+            hidden: Hidden states at the places that predict a token, ``[N, h]``.
+            targets: The tokens, ``[N]``.
+            chunk: Places at a time; by default as many as keep a chunk's logits at 64 MB.
 
-    It runs the model's ``forward`` on a copy that shares every weight, in which two parts are
-    replaced: the layers by the hidden states at hand, the projection to the vocabulary by its rows
-    for the wanted tokens. Transforms before the projection, scales and caps after it stay the model's.
-    """
+        Returns:
+            Losses in float32 and whether the token was the likeliest, each ``[N]``.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        projection = cast(Any, model).get_output_embeddings()
-        self.rows = _ProjectionRows(projection)
-        self.model = _with_replaced(model, {id(model.base_model): _GivenStates(), id(projection): self.rows})
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+        return chunked_cross_entropy(self._required_heads()[1], hidden, targets, chunk)
 
-    def __call__(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        self.rows.token_ids = token_ids
-        logits: Tensor = self.model(inputs_embeds=hidden.unsqueeze(1)).logits
-        return logits.squeeze(1)
-
-
-class _GivenStates(nn.Module):
-    """Stands in for the layers: what comes in as embeddings goes out as hidden states."""
-
-    @property
-    def decoder(self) -> _GivenStates:
-        """OPT's language model calls its layers by this name."""
-        return self
-
-    def forward(
-        self, input_ids: None = None, *, inputs_embeds: Tensor, **_: object
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=inputs_embeds)
-
-
-class _ProjectionRows(nn.Module):
-    """Stands in for the projection to the vocabulary: only its rows for ``token_ids``.
-
-    The rows are read at every call, not copied once: the weights may be moved or sharded meanwhile.
-    """
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self._projection = [projection]
-        self.token_ids = torch.tensor([])
-
-    @property
-    def weight(self) -> Tensor:
-        """The projection's: Mamba's language model asks for its dtype."""
-        return cast(Tensor, self._projection[0].weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        projection, ids = cast(Any, self._projection[0]), self.token_ids
-        bias = projection.bias[ids] if getattr(projection, "bias", None) is not None else None
-        return F.linear(hidden, self.weight[ids], bias)
-
-
-def _with_replaced(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
-    """A copy of ``module`` with some submodules (by ``id``) exchanged, sharing all the others and every weight."""
-    if id(module) in replacements:
-        return replacements[id(module)]
-    parts = {name: child and _with_replaced(child, replacements) for name, child in module._modules.items()}
-    if all(parts[name] is child for name, child in module._modules.items()):
-        return module
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = parts
-    return twin
+    def _required_heads(self) -> tuple[LabelWordHead, VocabularyHead]:
+        if not self._heads:
+            raise LoPAError(f"{type(self.model).__name__} has no language model head")
+        return self._heads[0]

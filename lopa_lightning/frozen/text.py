@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -77,3 +77,65 @@ def vocabulary(
         if index < size and index not in special and not token.startswith("[unused")
     ]
     return Vocabulary(embed, ordinary, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before a text that is to be continued: its first token where it has one, or nothing."""
+    bare: list[int] = tokenizer("")["input_ids"]
+    return bare[:1] if bare and bare[0] == tokenizer.bos_token_id else []
+
+
+def running_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], with_special: bool = False
+) -> list[list[int]]:
+    """Token ids of texts that stand within a longer one.
+
+    Args:
+        tokenizer: A fast one.
+        texts: The texts.
+        with_special: Whether what looks like a special token is one, as in a chat that a template wrote.
+
+    Returns:
+        Ids without special tokens around them.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        split_special_tokens=not with_special,
+        verbose=False,  # the warning on long texts would come before they are cut
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def end_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None) -> dict[str, list[Any]]:
+    """Encodes texts with special tokens around them; of what is too long, the end.
+
+    Args:
+        tokenizer: A fast one.
+        texts: The texts.
+        max_tokens: Tokens of one at most, special ones included; None for no limit.
+
+    Returns:
+        ``input_ids``, ``token_type_ids`` where the tokenizer has them, and ``truncated``, a list of bools.
+    """
+    options: dict[str, Any] = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(list(texts), **options)
+    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    found: dict[str, list[Any]] = {key: list(encoded[key]) for key in keys}
+    too_long = [max_tokens is not None and len(ids) > max_tokens for ids in found["input_ids"]]
+    side = tokenizer.truncation_side
+    tokenizer.truncation_side = "left"
+    try:
+        for row, is_long in enumerate(too_long):
+            if is_long:
+                cut = tokenizer(texts[row], truncation=True, max_length=max_tokens, **options)
+                for key in keys:
+                    found[key][row] = cut[key]
+    finally:
+        tokenizer.truncation_side = side
+        tokenizer.backend_tokenizer.no_truncation()  # it is part of what a tokenizer is told apart by
+    return {**found, "truncated": too_long}

@@ -1,11 +1,14 @@
 """LightningModules: one for each kind of task, on one base."""
 
 from lopa_lightning.modules.base import LoPALightningModule
+from lopa_lightning.modules.causal_lm import CausalLMModule
 from lopa_lightning.modules.classification import ClassificationModule
-from lopa_lightning.modules.net import HeadReadout, LabelWordReadout, PromptedModel, Readout
+from lopa_lightning.modules.net import CompletionReadout, HeadReadout, LabelWordReadout, PromptedModel, Readout
 
 __all__ = [
+    "CausalLMModule",
     "ClassificationModule",
+    "CompletionReadout",
     "HeadReadout",
     "LabelWordReadout",
     "LoPALightningModule",

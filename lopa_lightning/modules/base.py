@@ -133,6 +133,15 @@ class LoPALightningModule(LightningModule, ABC):
             A scalar, the mean over the batch.
         """
 
+    def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
+        """Of how many things a batch's loss is the mean: its share in an evaluation set's loss.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+            batch: The batch.
+        """
+        return len(batch["index"])
+
     def configure_metrics(self) -> MetricCollection | None:
         """Builds the metrics of one evaluation set; None to report the loss alone."""
         return None
@@ -159,6 +168,14 @@ class LoPALightningModule(LightningModule, ABC):
             predicted: ``index`` and what :meth:`predict_outputs` gave.
         """
         return [dict(zip(predicted, values)) for values in zip(*(value.tolist() for value in predicted.values()))]
+
+    def prediction_identity(self) -> dict[str, Any] | None:
+        """What the predictions depend on, as plain data, where they are worth writing one batch at a time.
+
+        A run that was interrupted then goes on where it stopped: the rows that are there are put into the
+        module's ``written``. None to write them all at the end.
+        """
+        return None
 
     def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
         """What ``predict`` returns for a batch, beside ``index``.
@@ -285,7 +302,8 @@ class LoPALightningModule(LightningModule, ABC):
     def _evaluate(self, stage: str, batch: Batch, dataloader_idx: int) -> dict[str, Tensor | None]:
         outputs, instance = self._net()(batch)
         scores = cast(Scores, self.scores[f"{stage}{self.eval_suffixes[dataloader_idx]}"])
-        scores.update(self.loss(outputs, batch), self.predictions(outputs), batch.get("labels"))
+        loss, weight = self.loss(outputs, batch), self.loss_weight(outputs, batch)
+        scores.update(loss, weight, self.predictions(outputs), batch.get("labels"))
         return {"instance": instance}
 
     def _log_metrics(self, stage: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lopa_lightning.frozen.backbone import Backbone, PromptedStates
 from lopa_lightning.frozen.instance import InstanceEncoder, Pooling, pool
 from lopa_lightning.prompts.base import PromptEncoder
+from lopa_lightning.task import IGNORED
 
 Batch = Mapping[str, Tensor]
 
@@ -19,12 +20,13 @@ class Readout(nn.Module, ABC):
     """Reads an answer from the backbone's hidden states. Its parameters, if any, are trained."""
 
     @abstractmethod
-    def forward(self, states: PromptedStates, backbone: Backbone) -> Tensor:
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
         """Makes outputs of hidden states.
 
         Args:
             states: What the backbone computed.
             backbone: The backbone, for its language model head.
+            batch: What was read, for read-outs that need to know where the answer lies.
 
         Returns:
             Outputs, ``[B, ...]``.
@@ -46,7 +48,7 @@ class LabelWordReadout(Readout):
         self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
         self.mask_id = mask_id
 
-    def forward(self, states: PromptedStates, backbone: Backbone) -> Tensor:
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
         """Logits ``[B, labels]``."""
         place = states.text_mask if self.mask_id is None else (states.input_ids == self.mask_id).long()
         return backbone.label_logits(pool(states.hidden, place, "last"), self.word_ids)
@@ -68,11 +70,28 @@ class HeadReadout(Readout):
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, states: PromptedStates, backbone: Backbone) -> Tensor:
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
         """Outputs ``[B, num_outputs]``."""
         pooled = pool(states.hidden, states.text_mask, self.pooling)
         outputs: Tensor = self.linear(pooled.to(self.linear.weight.dtype))
         return outputs
+
+
+class CompletionReadout(Readout):
+    """How well each labelled token was foretold. No other place's logits are computed."""
+
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+        """For each text, its labels' losses in sum, their number, and how many were the likeliest token: ``[B, 3]``.
+
+        ``labels [B, T]`` stand at the tokens themselves, :data:`IGNORED` at all that is not to be foretold.
+        """
+        labels = torch.full_like(states.text_mask, IGNORED)
+        labels[states.text_mask == 1] = batch["labels"][batch["attention_mask"] == 1]
+        # A token is foretold at the place before it; the first has none.
+        rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        losses, hits = backbone.token_losses(states.hidden[rows, places], labels[rows, places + 1])
+        counted = torch.stack([losses, torch.ones_like(losses), hits.to(losses.dtype)], dim=1)
+        return counted.new_zeros(len(labels), 3).index_add(0, rows, counted)
 
 
 class PromptedModel(nn.Module):
@@ -122,13 +141,17 @@ class PromptedModel(nn.Module):
         Returns:
             The read-out's outputs, and the instance vectors (None without an instance encoder).
         """
+        prompt, instance = self.soft_prompt(batch)
+        offset = self.prompt_encoder.token_offset()
+        text = batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
+        return self.readout(self.backbone(prompt, *text, offset), self.backbone, batch), instance
+
+    def soft_prompt(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Soft prompts ``[B, m, d]`` (or ``[1, m, d]`` for all) and the instance vectors that they were made of."""
         instance = self.encode_instance(batch)
         if instance is not None:  # a backbone in bfloat16 goes with a prompt encoder in float32
             instance = instance.to(next(self.prompt_encoder.parameters()).dtype)
-        prompt = self.prompt_encoder(instance)
-        offset = self.prompt_encoder.token_offset()
-        text = batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
-        return self.readout(self.backbone(prompt, *text, offset), self.backbone), instance
+        return self.prompt_encoder(instance), instance
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All trained parameters by group: the prompt encoder's own, ``head``, ``instance_encoder``, ``backbone``."""

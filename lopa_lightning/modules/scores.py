@@ -18,8 +18,8 @@ class Scores(nn.Module):
 
     Example:
         >>> scores = Scores(None, [])
-        >>> scores.update(torch.tensor(0.5), torch.tensor([1, 0]), None)
-        >>> scores.update(torch.tensor(2.0), torch.tensor([1]), None)
+        >>> scores.update(torch.tensor(0.5), 2, torch.tensor([1, 0]), None)
+        >>> scores.update(torch.tensor(2.0), 1, torch.tensor([1]), None)
         >>> scores.compute()
         {'loss': tensor(1.), 'score': tensor(-1.)}
     """
@@ -31,24 +31,26 @@ class Scores(nn.Module):
         self.metrics = metrics
         self.official = official
 
-    def update(self, loss: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+    def update(self, loss: Tensor, weight: Tensor | int, predictions: Tensor, labels: Tensor | None) -> None:
         """Adds a batch.
 
         Args:
             loss: Mean over the batch, a scalar.
+            weight: Number of things that it is the mean of.
             predictions: What the metrics compare with the labels, ``[B, ...]``.
             labels: ``[B, ...]``; not needed without metrics.
         """
-        self.loss.update(loss, len(predictions))
+        self.loss.update(loss, weight)
         if self.metrics is not None:
             self.metrics.update(predictions, labels)
 
     def compute(self) -> dict[str, Tensor]:
         """All values by name, with ``loss`` and ``score``; starts anew."""
         values = {"loss": self.loss.compute(), **(self.metrics.compute() if self.metrics is not None else {})}
-        self.loss.reset()
-        if self.metrics is not None:
-            self.metrics.reset()
+        with torch.inference_mode(False):  # states made in inference mode could not be updated in a fit that follows
+            self.loss.reset()
+            if self.metrics is not None:
+                self.metrics.reset()
         values = {name: value.float() for name, value in values.items()}
         official = [values[name] for name in self.official]
         return {**values, "score": torch.stack(official or [-values["loss"]]).mean()}

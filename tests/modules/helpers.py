@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,24 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lopa_lightning import (
+    CausalLMModule,
     ClassificationModule,
+    CompletionDataModule,
     InstanceEncoderSpec,
     LoPA,
     PretrainedSpec,
     TextClassificationDataModule,
 )
+from lopa_lightning.files import write_whole
 
 WORDS = {"good": ["great", "good", "better"], "bad": ["terrible", "bad", "badly"]}
 TEMPLATE = ("{text} . It was {mask} .",)
 LoPATiny = functools.partial(LoPA, num_virtual_tokens=3, rank=2, hidden_dim=8)
+
+COMPLETIONS = [
+    {"prompt": f"the film {'was ' * (i % 4)}", "completion": ("great", "terrible , badly told", "it was")[i % 3]}
+    for i in range(21)
+]
 
 
 def write_reviews(path: Path, rows: int) -> str:
@@ -69,3 +78,21 @@ def trainer(folder: Path, epochs: int = 1, **kwargs: Any) -> Trainer:
         **kwargs,
     }
     return Trainer(**options)
+
+
+def completions(folder: Path, rows: list[dict[str, Any]] = COMPLETIONS, **kwargs: Any) -> CompletionDataModule:
+    folder.mkdir(exist_ok=True)
+    files: Any = {}
+    for split in ("train", "validation", "test"):
+        files[split] = str(folder / f"{split}.jsonl")
+        write_whole(Path(files[split]), "".join(json.dumps(row) + "\n" for row in rows))
+    return CompletionDataModule(data_files=files, **{"batch_size": 4, **kwargs})
+
+
+def causal(model: str, **kwargs: Any) -> CausalLMModule:
+    options: dict[str, Any] = {
+        "prompt_encoder": LoPATiny,
+        "optimizer": functools.partial(torch.optim.AdamW, lr=1e-2),
+        **kwargs,
+    }
+    return CausalLMModule(backbone=PretrainedSpec(model), **options)

@@ -1,0 +1,78 @@
+"""Predictions that are on disk as soon as they are made, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lopa_lightning.files import write_whole
+
+_STATE = ".predictions.unfinished.json"
+
+
+class PredictionStream:
+    """A file that grows by a line for each prediction, one for each process, while a run goes on.
+
+    Beside it lies, until the run is done, what the predictions depend on. Another run in the same folder
+    goes on where the last one stopped if it depends on the same, and starts anew if not.
+
+    Args:
+        folder: Where predictions go.
+        identity: What they depend on, as plain data.
+        rank: Of this process; the first one's file is ``predictions.jsonl`` itself.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int) -> None:
+        self.folder, self.rank = folder, rank
+        self.identity = json.loads(json.dumps(identity, sort_keys=True))
+        self.path = folder / ("predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl")
+        self.found: list[dict[str, Any]] = []
+
+    def open(self) -> None:
+        """Reads what an interrupted run left, on every process."""
+        state = self.folder / _STATE
+        if state.is_file():
+            if json.loads(state.read_text(encoding="utf-8")) == self.identity:
+                self.found = [row for path in self._files() for row in _whole_lines(path)]
+            else:
+                rank_zero_warn(f"{self.folder} holds predictions of another checkpoint or setting: starting anew")
+
+    def start(self) -> None:
+        """Puts the files in order; to be called once every process has read them."""
+        if self.rank == 0:
+            for path in self._files():
+                path.unlink()
+            write_whole(self.path, _lines(self.found))
+            write_whole(self.folder / _STATE, json.dumps(self.identity))
+        if self.found:
+            rank_zero_info(f"{len(self.found)} predictions are in {self.path} already; going on after them")
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Appends rows to this process's file."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_lines(rows))
+
+    def close(self) -> None:
+        """Removes what is only there while a run goes on; to be called by the first process at the end."""
+        for path in self._files():
+            if path != self.path:
+                path.unlink()
+        (self.folder / _STATE).unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        first = self.folder / "predictions.jsonl"
+        return [path for path in (first, *sorted(self.folder.glob("predictions.rank*.jsonl"))) if path.is_file()]
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file whose last line may have been cut off."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [json.loads(line) for line in text.split("\n")[:-1]]

@@ -1,0 +1,80 @@
+"""Prompts whose completion is judged by running a program."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from lopa_lightning.data.base import Role
+from lopa_lightning.data.completion import CompletionDataModule, Layout
+from lopa_lightning.evaluation.sandbox import Limits, require_permission, run_programs
+
+
+class CodeDataModule(CompletionDataModule):
+    """A benchmark of code: a subclass gives the layout of its prompts, and the program that judges a completion.
+
+    Args:
+        allow_code_execution: Whether code that the model wrote may be run on this machine, in a sandbox.
+        limits: What one program may use.
+        workers: Programs that run at once; by default one for each core.
+        **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
+    """
+
+    def __init__(
+        self,
+        allow_code_execution: bool = False,
+        limits: Limits = Limits(),
+        workers: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.allow_code_execution, self.limits, self.workers = allow_code_execution, limits, workers
+
+    @abstractmethod
+    def layout(self, role: Role) -> Layout:
+        """How a row becomes an example."""
+
+    @abstractmethod
+    def program(self, row: dict[str, Any], completion: str) -> str:
+        """The program that passes if a completion is right.
+
+        Args:
+            row: The problem, as it is stored.
+            completion: What the model wrote.
+        """
+
+    def check_scoring(self) -> None:
+        """Refuses to run code without the user's permission."""
+        require_permission(self.allow_code_execution)
+
+    def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Runs every completion's program in the sandbox."""
+        self.check_scoring()
+        (split,) = self.splits_of("test")
+        rows = self.load_split(split, "test")
+        written: list[dict[str, Any]] = [
+            {"index": index, "sample": sample, "completion": text, "program": self.program(rows[index], text)}
+            for index, texts in zip(indices, completions)
+            for sample, text in enumerate(texts)
+        ]
+        outcomes = run_programs([record["program"] for record in written], self.limits, self.workers)
+        return [
+            {
+                **record,
+                "passed": outcome.passed,
+                "status": outcome.status,
+                "stderr": outcome.stderr,
+                "seconds": outcome.seconds,
+                "isolation": list(outcome.isolation),
+            }
+            for record, outcome in zip(written, outcomes)
+        ]
+
+
+def halves(data: Dataset) -> DatasetDict:
+    """The first half of the rows to train on, the second to test, as the paper does."""
+    middle = len(data) // 2
+    return DatasetDict({"train": data.select(range(middle)), "test": data.select(range(middle, len(data)))})

@@ -1,0 +1,294 @@
+"""Texts to be continued: a prompt and its completion, from columns or from chats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning.data.base import EmptyTextError, Role, RowEncoder, is_empty, tokenizer_key
+from lopa_lightning.data.source import SourceDataModule
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.text import end_of, running_ids, start_ids
+from lopa_lightning.task import IGNORED
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what follows it.
+
+    Attributes:
+        prompt: What the backbone reads.
+        completion: What it is to write; None where that is not known.
+        instance: What the instance encoder reads.
+    """
+
+    prompt: str
+    completion: str | None
+    instance: str
+
+
+class Layout(Protocol):
+    """How a row becomes an example. Its ``repr`` must say all that it depends on."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads."""
+
+    def __call__(self, row: Mapping[str, Any]) -> Example:
+        """Makes an example of a row."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Prompt and completion as they stand in two columns.
+
+    Attributes:
+        prompt: Column of the prompt.
+        completion: Column of the completion.
+        instance: Column of what the instance encoder reads; None for the prompt.
+        answered: Whether there must be a completion.
+    """
+
+    prompt: str
+    completion: str
+    instance: str | None
+    answered: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """Without the completion where it may be missing."""
+        return [self.prompt, *([self.completion] if self.answered else []), *([self.instance] if self.instance else [])]
+
+    def __call__(self, row: Mapping[str, Any]) -> Example:
+        """Makes an example of a row."""
+        texts = {name: row[name] for name in {self.prompt, self.instance or self.prompt}}
+        for name, text in texts.items():
+            if is_empty(text):
+                raise EmptyTextError(name)
+        completion = row.get(self.completion)
+        return Example(
+            str(texts[self.prompt]),
+            None if completion is None else str(completion),
+            str(texts[self.instance or self.prompt]),
+        )
+
+
+@dataclass(frozen=True)
+class Messages:
+    """A chat in a column, written by the tokenizer's template; its last answer is the completion.
+
+    Attributes:
+        column: Column of the chat: a list of ``{"role": ..., "content": ...}``.
+        tokenizer: Of the backbone.
+    """
+
+    column: str
+    tokenizer: PreTrainedTokenizerBase
+
+    def __repr__(self) -> str:
+        return f"Messages({self.column!r}, {self.tokenizer.chat_template!r})"
+
+    @property
+    def columns(self) -> list[str]:
+        """The chat's."""
+        return [self.column]
+
+    def __call__(self, row: Mapping[str, Any]) -> Example:
+        """Makes an example of a chat. What the instance encoder reads is the last question."""
+        messages = row[self.column]
+        if not messages:
+            raise EmptyTextError(self.column)
+        answered = messages[-1]["role"] == "assistant"
+        asked = messages[:-1] if answered else messages
+        if not asked or asked[-1]["role"] == "assistant":
+            raise LoPAError(
+                f"column {self.column!r}: a chat must have a question before its last answer, got {messages}"
+            )
+        prompt = str(self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        if not answered:
+            return Example(prompt, None, asked[-1]["content"])
+        whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        if not whole.startswith(prompt):
+            raise LoPAError("the tokenizer's chat template writes a question otherwise once it is answered")
+        return Example(prompt, whole[len(prompt) :], asked[-1]["content"])
+
+
+class EncodeCompletions:
+    """What ``datasets.map`` applies to rows: ids of prompt, completion and end, and which of them are labels.
+
+    Args:
+        layout: Makes examples of rows.
+        tokenizer: The backbone's.
+        max_tokens: Tokens of prompt and completion at most; None for no limit. Prompts are cut from the left.
+        instance: The instance encoder's tokenizer and length; None if no instance is read.
+        role: What the rows serve. To train and to validate, what has no room for its completion is left
+            out; to test, it is kept without one, and for ``predict`` completions are not read.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int | None,
+        instance: tuple[PreTrainedTokenizerBase, int | None] | None,
+        role: Role,
+    ) -> None:
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.instance = instance
+        self.role = role
+        self.columns: Sequence[str] = layout.columns
+        self.is_chat = isinstance(layout, Messages)
+        self.start = [] if self.is_chat else start_ids(tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise LoPAError("the backbone's tokenizer has no end token, which a completion must learn to end with")
+
+    def key(self) -> list[Any]:
+        """All that the ids depend on."""
+        readers = [self.tokenizer, *(self.instance[:1] if self.instance is not None else ())]
+        limits = [self.max_tokens, self.instance[1] if self.instance is not None else None]
+        return ["completions", repr(self.layout), self.role, limits, *map(tokenizer_key, readers)]
+
+    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Encodes rows."""
+        examples = [self.layout(dict(zip(rows, values))) for values in zip(*rows.values())]
+        unanswered = [index for index, example in zip(indices, examples) if example.completion is None]
+        if unanswered and self.role in ("train", "val"):
+            raise LoPAError(f"{self.role}: row {unanswered[0]} (counted from 0) has no completion to learn")
+        prompts = running_ids(self.tokenizer, [example.prompt for example in examples], self.is_chat)
+        answers = running_ids(self.tokenizer, [example.completion or "" for example in examples], self.is_chat)
+        encoded = [
+            self._fitted(prompt, None if example.completion is None or self.role == "predict" else self._ended(answer))
+            for prompt, answer, example in zip(prompts, answers, examples)
+        ]
+        columns: dict[str, list[Any]] = {key: [row[key] for row in encoded] for key in encoded[0]}
+        if self.role == "predict":
+            del columns["labels"]
+        if self.instance is not None:
+            read = end_of(self.instance[0], [example.instance for example in examples], self.instance[1])
+            columns |= {f"instance_{key}": values for key, values in read.items()}
+        return {**columns, "index": indices, "length": [len(ids) for ids in columns["input_ids"]]}
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """A completion with its end token; what a chat's template writes after it is no part of the answer."""
+        end = self.tokenizer.eos_token_id
+        if self.is_chat and end in ids:
+            return ids[: len(ids) - ids[::-1].index(end)]
+        return [*ids, end]
+
+    def _fitted(self, prompt: list[int], completion: list[int] | None) -> dict[str, Any]:
+        whole, answer = [*self.start, *prompt], completion or []
+        limit = self.max_tokens if self.max_tokens is not None else len(whole) + len(answer)
+        least = len(self.start) + 1  # a completion's first token is foretold at the prompt's last
+        has_room = limit - len(answer) >= least
+        if not has_room:
+            answer = []
+        room = max(limit - len(answer), least)
+        kept = whole if len(whole) <= room else [*self.start, *prompt[len(self.start) - room :]]
+        return {
+            "input_ids": [*kept, *answer],
+            "labels": [IGNORED] * len(kept) + answer,
+            "truncated": len(kept) < len(whole),
+            "left_out": not has_room and self.role in ("train", "val"),
+            "unlabelled": not has_room and self.role == "test",
+        }
+
+
+class CompletionDataModule(SourceDataModule):
+    """Prompts with the completions that a causal language model is to learn.
+
+    Every completion ends with the tokenizer's end token, which is learned as well. A prompt too long
+    is cut from the left; a completion never: a row without room for it is left out in training and
+    validation, and in a test its loss. All of that is counted and said.
+
+    Args:
+        prompt_column: Column of the prompt.
+        completion_column: Column of the completion; for ``predict`` it need not be there.
+        messages_column: Column of chats, lists of ``{"role": ..., "content": ...}``, in place of the two.
+        instance_column: Column of what the instance encoder reads; by default the prompt, or of a chat the
+            last question. Where too long, it is cut from the left.
+        **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
+    """
+
+    def __init__(
+        self,
+        prompt_column: str = "prompt",
+        completion_column: str = "completion",
+        messages_column: str | None = None,
+        instance_column: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(truncation_side="left", **kwargs)
+        self.prompt_column, self.completion_column = prompt_column, completion_column
+        self.messages_column, self.instance_column = messages_column, instance_column
+
+    def layout(self, role: Role) -> Layout:
+        """How a row becomes an example.
+
+        Args:
+            role: What the rows serve.
+        """
+        if self.messages_column is not None:
+            tokenizer = self._spec().tokenizer
+            if tokenizer.chat_template is None:
+                raise LoPAError("the backbone's tokenizer has no chat template; give prompt and completion columns")
+            return Messages(self.messages_column, tokenizer)
+        return Columns(self.prompt_column, self.completion_column, self.instance_column, role in ("train", "val"))
+
+    def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
+        """Ids and labels of prompt and completion."""
+        spec = self._spec()
+        instance = None
+        if spec.instance_tokenizer is not None:
+            instance = spec.instance_tokenizer, spec.instance_max_tokens
+        return EncodeCompletions(self.layout(role), spec.tokenizer, self._max_tokens(), instance, role)
+
+    def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
+        """What was cut, and what was left out."""
+        limit = encoder.max_tokens
+        return {
+            **super().warnings_of(encoder),
+            "truncated": f"prompts were cut from the left to fit {limit} tokens with their completion",
+            "unlabelled": f"rows have no loss: their completion alone is longer than {limit} tokens",
+            "left_out": f"rows were left out: their completion alone is longer than {limit} tokens",
+        }
+
+    def example(self, role: Role, index: int) -> Example:
+        """The example of a row, by the ``index`` that its batch has.
+
+        Args:
+            role: What the row serves.
+            index: Its place in the split.
+        """
+        (split,) = self.splits_of(role)
+        row: dict[str, Any] = self.load_split(split, role)[index]
+        return self.layout(role)(row)
+
+    # Scoring what was written
+
+    def check_scoring(self) -> None:
+        """Refuses what could not be scored, before anything is generated."""
+
+    def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Says of every completion whether it is right: here, whether it is the row's own.
+
+        Args:
+            indices: Rows of the test split.
+            completions: Completions of each.
+
+        Returns:
+            One record for each completion, with ``index``, ``sample``, ``completion`` and ``passed`` at least.
+        """
+        records = []
+        for index, texts in zip(indices, completions):
+            wanted = self.example("test", index).completion
+            records += [
+                {"index": index, "sample": sample, "completion": text, "passed": text.strip() == (wanted or "").strip()}
+                for sample, text in enumerate(texts)
+            ]
+        return records

@@ -1,0 +1,133 @@
+"""The chance that one of k samples is right (Chen et al. 2021, https://arxiv.org/abs/2107.03374)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lopa_lightning.errors import LoPAError
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Share of the sets of ``k`` among the samples of a problem that have a correct one.
+
+    That is ``1 - C(n - c, k) / C(n, k)``, the unbiased estimate of Chen et al. (2021), equation 1.
+
+    Args:
+        samples: n, how many were drawn.
+        correct: c, how many of them pass.
+        k: How many one may submit.
+
+    Raises:
+        LoPAError: If not ``0 <= correct <= samples`` and ``1 <= k <= samples``.
+
+    Example:
+        >>> pass_at_k(5, 2, 1), pass_at_k(5, 2, 4)
+        (0.4, 1.0)
+    """
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise LoPAError(
+            f"pass@k needs 1 <= k <= samples and 0 <= correct <= samples, got k={k}, samples={samples}, "
+            f"correct={correct}"
+        )
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+class PassAtK(Metric):
+    """Mean of :func:`pass_at_k` over the problems, with a confidence interval.
+
+    The samples of a problem may come in any order, in several batches, and on several processes. The
+    interval is Wilson's, for the problems as a sample of those that could have been asked. Each problem's value v
+    is a share and not only 0 or 1, so it varies less than Wilson supposes; the number of problems n is replaced by the
+    effective one, ``n p (1 - p) / var(v)``, at most the number of samples. With one sample for each problem this is
+    Wilson's own interval, and it has a width where none or all are solved.
+
+    Args:
+        k: Which to report.
+        confidence: Coverage of the interval.
+        kwargs: torchmetrics' own.
+
+    Raises:
+        LoPAError: If a ``k`` is less than 1, there is none, or ``confidence`` is not between 0 and 1.
+
+    Example:
+        >>> metric = PassAtK(k=[1, 2])
+        >>> metric.update(torch.tensor([7, 7, 8, 8]), torch.tensor([True, False, False, False]))
+        >>> {name: round(float(value), 3) for name, value in metric.compute().items()}
+        {'pass@1': 0.25, 'pass@1_low': 0.046, 'pass@1_high': 0.699,
+         'pass@2': 0.5, 'pass@2_low': 0.095, 'pass@2_high': 0.905}
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    problems: list[Tensor]
+    passed: list[Tensor]
+
+    def __init__(self, k: Sequence[int] = (1,), confidence: float = 0.95, **kwargs: Any) -> None:
+        super().__init__(**{"dist_sync_fn": _gather_integers, **kwargs})
+        if not k or min(k) < 1:
+            raise LoPAError(f"k must be numbers from 1 on, got {list(k)}")
+        if not 0 < confidence < 1:
+            raise LoPAError(f"confidence must be between 0 and 1, got {confidence}")
+        self.k, self.confidence = tuple(dict.fromkeys(k)), confidence
+        self.add_state("problems", [], dist_reduce_fx="cat")
+        self.add_state("passed", [], dist_reduce_fx="cat")
+
+    def update(self, problems: Tensor, passed: Tensor) -> None:
+        """Adds samples.
+
+        Args:
+            problems: Which problem each sample answers, any integers ``[N]``.
+            passed: Whether it is right ``[N]``.
+        """
+        self.problems.append(problems.long())
+        self.passed.append(passed.long())
+
+    def compute(self) -> dict[str, Tensor]:
+        """``pass@k``, ``pass@k_low`` and ``pass@k_high`` for each k; not a number before any sample.
+
+        Raises:
+            LoPAError: If a problem has fewer samples than a ``k``.
+        """
+        # Lists of tensors here, one tensor where the processes' were put together.
+        nothing = torch.zeros(0, dtype=torch.long, device=self.device)
+        problems, passed = (dim_zero_cat(state) if len(state) else nothing for state in (self.problems, self.passed))
+        _, which = torch.unique(problems, return_inverse=True)
+        samples = torch.bincount(which).tolist()
+        correct = torch.bincount(which[passed > 0], minlength=len(samples)).tolist()
+        values: dict[str, float] = {}
+        for k in self.k:
+            shares = [pass_at_k(n, c, k) for n, c in zip(samples, correct)]
+            mean = math.fsum(shares) / len(shares) if shares else math.nan
+            low, high = _interval(shares, sum(samples), self.confidence)
+            values |= {f"pass@{k}": mean, f"pass@{k}_low": low, f"pass@{k}_high": high}
+        return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
+
+
+def _gather_integers(state: Tensor, group: Any = None) -> list[Tensor]:
+    """Gathers a state; that of a process without samples has become an empty tensor of floats."""
+    return gather_all_tensors(state.long(), group)
+
+
+def _interval(shares: Sequence[float], samples: int, confidence: float) -> tuple[float, float]:
+    if not shares:
+        return math.nan, math.nan
+    n, z = float(len(shares)), NormalDist().inv_cdf((1 + confidence) / 2)
+    mean = math.fsum(shares) / n
+    variance = math.fsum((share - mean) ** 2 for share in shares) / n
+    spread = mean * (1 - mean)
+    if spread > 0:
+        n = min(n * spread / variance, samples) if variance > 0 else samples
+    centre, weight = mean + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(spread / n + z * z / (4 * n * n))
+    # At the ends rounding alone would leave the interval without the mean.
+    return min(max((centre - half) / weight, 0.0), mean), max(min((centre + half) / weight, 1.0), mean)

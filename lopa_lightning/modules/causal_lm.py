@@ -1,0 +1,274 @@
+"""Completions by a causal language model: learned token by token, written by generation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics import MetricCollection
+
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
+from lopa_lightning.evaluation.pass_at_k import PassAtK
+from lopa_lightning.frozen.backbone import Backbone
+from lopa_lightning.frozen.generation import check_samples, generate, generation_config
+from lopa_lightning.frozen.text import end_of, running_ids, start_ids
+from lopa_lightning.modules.base import LoPALightningModule
+from lopa_lightning.modules.net import Batch, CompletionReadout, Readout
+from lopa_lightning.task import IGNORED
+
+_ENCODER_INPUTS = ("instance", "instance_input_ids", "instance_attention_mask", "instance_token_type_ids")
+
+
+class CausalLMModule(LoPALightningModule):
+    """Learns to complete prompts, and completes them.
+
+    The loss is the mean over a batch's labelled tokens: completions and their end tokens. Processes
+    average their gradients as ever. In evaluation every token counts once, however batches were cut.
+
+    Args:
+        generation: Fields of transformers' ``GenerationConfig``, such as ``{max_new_tokens: 256, do_sample: true,
+            temperature: 0.2, top_p: 0.95}``; greedy by default. The model's own defaults are not used.
+        num_samples: Completions that ``predict`` and ``test`` write for each prompt.
+        stop: Strings that end a completion, which does not contain them.
+        generation_seed: Of samples; a prompt's samples depend on it and on the row, not on the batch.
+        score_completions: Whether ``test`` also writes completions and lets the data module score them, as pass@k.
+        **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
+
+    Raises:
+        LoPAError: If ``num_samples`` is less than 1.
+    """
+
+    objective = "causal_lm"
+
+    def __init__(
+        self,
+        generation: dict[str, Any] | None = None,
+        num_samples: int = 1,
+        stop: Sequence[str] = (),
+        generation_seed: int = 0,
+        score_completions: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if num_samples < 1:
+            raise LoPAError(f"num_samples must be at least 1, got {num_samples}")
+        self.generation = dict(generation or {})
+        self.num_samples = num_samples
+        self.stop = list(stop)
+        self.generation_seed = generation_seed
+        self.score_completions = score_completions
+        self.solved = PassAtK(sorted({1, num_samples}))
+        self.written: frozenset[int] = frozenset()
+
+    # Learning
+
+    def configure_readout(self, backbone: Backbone) -> Readout:
+        """Losses of the labelled tokens."""
+        return CompletionReadout()
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Mean over the batch's labelled tokens."""
+        return outputs[:, 0].sum() / outputs[:, 1].sum().clamp(min=1)
+
+    def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The number of labelled tokens."""
+        return outputs[:, 1].sum()
+
+    def configure_metrics(self) -> MetricCollection:
+        """Perplexity and token accuracy."""
+        return MetricCollection({"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()})
+
+    def task_identity(self) -> dict[str, Any]:
+        """Placement and kind of task."""
+        return {**super().task_identity(), "objective": "completion"}
+
+    # Writing
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        generation: Mapping[str, Any] | None = None,
+        num_samples: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] | None = None,
+        instance_texts: Sequence[str] | None = None,
+        batch_size: int = 8,
+    ) -> list[list[str]]:
+        """Completes texts: instance vector, soft prompt, text.
+
+        A text too long for the backbone is cut from the left. The samples of a text depend on the seed and
+        on its place in ``texts``, not on ``batch_size``.
+
+        Args:
+            texts: Prompts.
+            generation: Fields of transformers' ``GenerationConfig``, over the module's own.
+            num_samples: Completions of each text; by default the module's.
+            seed: Of sampling; by default the module's.
+            stop: Strings that end a completion; by default the module's.
+            instance_texts: What the instance encoder reads; by default the prompts. Cut from the left.
+            batch_size: Texts at a time.
+
+        Returns:
+            ``num_samples`` completions of each text.
+
+        Raises:
+            LoPAError: If a text is empty, or there are not as many instance texts as texts.
+        """
+        instances = texts if instance_texts is None else instance_texts
+        if len(instances) != len(texts):
+            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(texts)}")
+        if empty := [place for place, text in enumerate(texts) if not text]:
+            raise LoPAError(f"a text to complete must not be empty; text {empty[0]} is")
+        self.configure_model()
+        start = start_ids(self.tokenizer)
+        written: list[list[str]] = []
+        for first in range(0, len(texts), batch_size):
+            part = slice(first, first + batch_size)
+            prompts = [[*start, *ids] for ids in running_ids(self.tokenizer, texts[part])]
+            seeds = range(first, first + len(prompts))
+            encoder = self._encoder_inputs(instances[part])
+            written += self._complete(prompts, encoder, seeds, generation, num_samples, seed, stop)
+        return written
+
+    def complete(self, batch: Batch) -> list[list[str]]:
+        """Completes a batch's prompts: what of its texts is not labelled.
+
+        Args:
+            batch: As in training; without labels where the texts are prompts alone.
+
+        Returns:
+            ``num_samples`` completions of each row.
+        """
+        is_prompt = batch["attention_mask"] == 1
+        if "labels" in batch:
+            is_prompt &= batch["labels"] == IGNORED
+        prompts = [ids[own].tolist() for ids, own in zip(batch["input_ids"], is_prompt)]
+        encoder = {key: batch[key] for key in _ENCODER_INPUTS if key in batch}
+        return self._complete(prompts, encoder, batch["index"].tolist())
+
+    def _encoder_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        spec = self.text_spec
+        if spec.instance_tokenizer is None:
+            return {}
+        encoded = end_of(spec.instance_tokenizer, texts, spec.instance_max_tokens)
+        pad = spec.instance_tokenizer.pad_token_id or 0
+        ids, mask = self._padded(encoded["input_ids"], pad, "right")
+        inputs = {"instance_input_ids": ids, "instance_attention_mask": mask}
+        if "token_type_ids" in encoded:
+            inputs["instance_token_type_ids"] = self._padded(encoded["token_type_ids"], 0, "right")[0]
+        return inputs
+
+    def _complete(
+        self,
+        prompts: list[list[int]],
+        encoder: Mapping[str, Tensor],
+        rows: Sequence[int],
+        generation: Mapping[str, Any] | None = None,
+        num_samples: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> list[list[str]]:
+        net, spec = self._net(), self.text_spec
+        config = generation_config({**self.generation, **(generation or {})}, self.tokenizer, net.backbone.model)
+        if spec.max_tokens is not None:
+            prompts = self._cut(prompts, spec.max_tokens - int(config.max_new_tokens))
+        text = self._padded(prompts, int(config.pad_token_id), "left")
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                prompt, _ = net.soft_prompt(encoder)
+            seed = self.generation_seed if seed is None else seed
+            return generate(
+                net.backbone,
+                prompt,
+                text,
+                config,
+                self.tokenizer,
+                self.num_samples if num_samples is None else num_samples,
+                [(seed, row) for row in rows],
+                self.stop if stop is None else stop,
+                net.prompt_encoder.token_offset(),
+            )
+        finally:
+            self.train(was_training)
+
+    def _cut(self, prompts: list[list[int]], room: int) -> list[list[int]]:
+        """Cuts prompts from the left, behind the token that every text starts with."""
+        start = start_ids(self.tokenizer)
+        if room <= len(start):
+            raise LoPAError("max_new_tokens leaves no room for a prompt in the positions of the backbone")
+        if long := sum(len(ids) > room for ids in prompts):
+            rank_zero_warn(f"{long} of {len(prompts)} prompts were cut to their last {room} tokens")
+        kept = [ids if len(ids) <= room else [*ids[: len(start)], *ids[len(start) - room :]] for ids in prompts]
+        return kept
+
+    def _padded(self, rows: list[list[int]], pad: int, side: str) -> tuple[Tensor, Tensor]:
+        tensors = [torch.tensor(row, device=self.device) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
+        ones = [torch.ones_like(row) for row in tensors]
+        return ids, pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
+
+    # In a Trainer
+
+    def setup(self, stage: str) -> None:
+        """Checks the settings of generation, and that what it writes may be scored, before weights are loaded.
+
+        Raises:
+            LoPAError: If a setting is wrong, or scoring needs a permission that was not given.
+        """
+        super().setup(stage)
+        config = generation_config(self.generation, self.tokenizer, None)
+        check_samples(config, self.num_samples)
+        if stage == "test" and self._scorer() is not None:
+            self._scorer().check_scoring()
+
+    def _scorer(self) -> Any:
+        """The data module, if it can score completions and is to do so."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if self.score_completions and hasattr(data, "score") else None
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Loss and metrics of a batch, and its completions, scored: ``results``, one record for each."""
+        found: dict[str, Any] = {**super().test_step(batch, batch_idx, dataloader_idx)}
+        if (scorer := self._scorer()) is None:
+            return found
+        results = scorer.score(batch["index"].tolist(), self.complete(batch))
+        problems, passed = (torch.tensor([record[key] for record in results]) for key in ("index", "passed"))
+        self.solved.update(problems.to(self.device), passed.to(self.device))
+        return {**found, "results": results}
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics, and pass@k with its confidence interval."""
+        super().on_test_epoch_end()
+        if self._scorer() is not None:
+            for name, value in self.solved.compute().items():
+                self.log(f"test/{name}", value)
+            self.solved.reset()
+
+    def prediction_identity(self) -> dict[str, Any]:
+        """All that the completions of a row depend on: what was trained, and how is generated."""
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
+        return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Completions of a batch, with ``index`` that ties each to its row; rows in ``written`` are passed over."""
+        kept = [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written]
+        batch = {key: values[kept] for key, values in batch.items()}
+        return {"index": batch["index"], "completions": self.complete(batch) if kept else []}
+
+    def prediction_rows(self, predicted: dict[str, Any]) -> list[dict[str, Any]]:
+        """Records with ``index`` and ``completions``, a list of texts."""
+        return [
+            {"index": index, "completions": texts}
+            for index, texts in zip(predicted["index"].tolist(), predicted["completions"])
+        ]

@@ -1,0 +1,128 @@
+"""MBPP's and CRUXEval's prompts, splits and programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lopa_lightning.data import CRUXEvalDataModule, MBPPDataModule
+from lopa_lightning.errors import LoPAError
+from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
+
+Find = Callable[[str], str]
+
+PROBLEM = {
+    "text": 'Write a function with """quotes""" and a \\n.',
+    "code": "import math\r\nLIMIT = 3\r\nx = 5\r\ndef helper(a):\r\n  return a\r\n"
+    "def f(x, k = 2):\r\n  '''old'''\r\n  return helper(x) + LIMIT",
+    "test_list": ["assert f( 1,2)==4", "assert set(f(2)) != {'a\\n'}", "assert f(0) == 3"],
+    "test_setup_code": "",
+}
+
+
+def test_the_docstring_prompt_is_built_from_the_problems_code_and_tests(tmp_path: Path) -> None:
+    data = MBPPDataModule(path=str(tmp_path))
+    example = data.layout("test")(PROBLEM)
+    assert example.prompt == (
+        "import math\n"
+        "def f(x, k=2):\n"
+        '    """Write a function with \\"\\"\\"quotes\\"\\"\\" and a \\\\n.\n'
+        "    >>> f(1, 2)\n"
+        "    4\n"
+        "    >>> set(f(2)) != {'a\\\\n'}\n"
+        "    True\n"
+        "    >>> f(0)\n"
+        "    3\n"
+        '    """\n'
+    )
+    assert example.completion == ("    LIMIT = 3\n    def helper(a):\n        return a\n    return helper(x) + LIMIT")
+    assert example.instance == example.prompt
+    space: dict[str, Any] = {}
+    exec(example.prompt + example.completion, space)
+    assert space["f"](1) == 4
+    assert space["f"].__doc__.startswith('Write a function with """quotes""" and a \\n.\n')
+
+
+def test_what_follows_the_function_is_not_run(tmp_path: Path) -> None:
+    data = MBPPDataModule(path=str(tmp_path))
+    program = data.program(PROBLEM, "    return x + 3\n\nprint(open('/etc/passwd'))\n")
+    assert "print" not in program
+    assert program.endswith("    return x + 3\n\nassert f( 1,2)==4\nassert set(f(2)) != {'a\\n'}\nassert f(0) == 3")
+
+
+def test_mbpps_halves_are_by_id_and_its_own_splits_are_as_stored(tmp_path: Path) -> None:
+    folder = write_mini_mbpp(tmp_path / "mini_mbpp")
+    halves = MBPPDataModule(path=folder).raw()
+    assert {split: rows["task_id"][:] for split, rows in halves.items()} == {
+        "train": list(range(1, 9)),
+        "test": list(range(9, 17)),
+    }
+    own = MBPPDataModule(path=folder, division="own").raw()
+    assert own["train"]["task_id"][:] == list(range(13, 17))
+    assert set(own) == {"train", "test", "validation", "prompt"}
+
+
+def test_the_original_prompt_has_the_published_shots(tmp_path: Path) -> None:
+    data = MBPPDataModule(path=write_mini_mbpp(tmp_path / "mini_mbpp"), style="asserts", num_shots=3)
+    row = data.raw()["test"][0]
+    example = data.layout("test")(row)
+    asked = (
+        "You are an expert Python programmer, and here is your task: Write a function to add {i}. Your code should "
+        "pass these tests:\n\n"
+    )
+    assert example.prompt.count("[DONE]") == 3
+    assert [example.prompt.index(asked.format(i=i)) for i in (2, 3, 4, 9)] == sorted(
+        example.prompt.index(asked.format(i=i)) for i in (2, 3, 4, 9)
+    )
+    assert example.completion == "def add(x):\n    return x + 9\n[DONE]"
+    assert example.instance.startswith(asked.format(i=9))
+    assert data.program(row, f"{example.completion}\nrubbish").startswith(
+        "def add(x):\n    return x + 9\n\nassert add(0)"
+    )
+
+
+def test_cruxevals_prompt_ends_with_the_question_and_its_instance_is_the_question_alone(tmp_path: Path) -> None:
+    folder = write_mini_cruxeval(tmp_path / "mini_cruxeval")
+    row = {"code": "def f(n):\n    return n + 1", "input": "1", "output": "2"}
+    for predict, asked in (("output", "f(1) == ??"), ("input", "f(??) == 2")):
+        data = CRUXEvalDataModule(predict, path=folder)  # type: ignore[arg-type]
+        example = data.layout("test")(row)
+        question = f"def f(n):\n    return n + 1\nassert {asked}"
+        assert example.instance == question
+        assert example.prompt.endswith(f"[/ANSWER]\n\n[PYTHON]\n{question}\n[/PYTHON]\n[ANSWER]\n")
+        assert example.prompt.count("[PYTHON]") == 3
+        assert example.completion == "assert f(1) == 2\n[/ANSWER]"
+    assert data.program(row, "assert f(0 + 1) == 2\n") == "def f(n):\n    return n + 1\nassert 2 == f(0 + 1)"
+    raw = data.raw()
+    assert (len(raw["train"]), len(raw["test"]), raw["test"]["id"][0]) == (6, 6, "sample_6")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CRUXEvalDataModule("both"), "predict must be one of input, output, got 'both'"),  # type: ignore[arg-type]
+        (lambda: MBPPDataModule(style="words"), "style must be one of docstring, asserts"),  # type: ignore[arg-type]
+        (lambda: MBPPDataModule(division="paper"), "division must be one of halves, own"),  # type: ignore[arg-type]
+        (lambda: MBPPDataModule(num_shots=3), "num_shots must be from 0 to 3, and 0 with style: docstring; got 3"),
+    ],
+)
+def test_unknown_choices_are_listed(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(LoPAError, match=message):
+        make()
+
+
+@pytest.mark.real
+def test_every_real_problem_is_laid_out(real_data: Find) -> None:
+    data = MBPPDataModule(path=real_data("google-research-datasets/mbpp"))
+    raw, layout = data.raw(), data.layout("train")
+    assert (raw["train"]["task_id"][-1], raw["test"]["task_id"][0], len(raw["test"])) == (487, 488, 487)
+    for split in ("train", "test"):
+        for row in raw[split]:
+            example = layout(row)
+            compile(f"{example.prompt}{example.completion}", str(row["task_id"]), "exec")
+            assert example.prompt.count("\n    >>> ") == 3
+    cruxeval = CRUXEvalDataModule(path=real_data("cruxeval-org/cruxeval")).raw()
+    assert (len(cruxeval["train"]), len(cruxeval["test"]), cruxeval["test"]["id"][0]) == (400, 400, "sample_400")

@@ -1,0 +1,176 @@
+"""Prompts and completions: which tokens are labels, what is cut, what is left out, and that it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning.data import CompletionDataModule
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.task import IGNORED
+from tests.data.conftest import SpecOf, TokenizerOf
+from tests.data.helpers import write
+
+ROWS = [
+    {"prompt": "the film was", "completion": " great"},
+    {"prompt": "It was a terrible story , badly told , but the cast", "completion": " was good"},
+    {"prompt": "Yes", "completion": ""},
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def prepared(spec: Any, rows: list[dict[str, Any]], stage: str = "test", ending: str = "jsonl", **options: Any) -> Any:
+    files: Any = {split: write(f"{split}.{ending}", rows) for split in ("train", "validation", "test")}
+    data = CompletionDataModule(data_files=files, **{"batch_size": 1, "eval_batch_size": 1, **options})
+    data.connect(spec)
+    data.setup(stage)
+    return data
+
+
+def rows_of(data: Any, role: str = "test") -> list[dict[str, list[int]]]:
+    loaders = {"test": data.test_dataloader, "val": data.val_dataloader, "predict": data.predict_dataloader}
+    batches = sorted(loaders[role]()[0], key=lambda batch: int(batch["index"]))
+    return [{key: values[0].tolist() for key, values in batch.items()} for batch in batches]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_the_completion_and_its_end_are_labels_and_nothing_else(
+    text_spec: SpecOf, tokenizer: TokenizerOf, ending: str
+) -> None:
+    tokens = tokenizer("llama")
+    rows = ROWS[:2] if ending == "csv" else ROWS  # an empty cell is a missing one
+    found = rows_of(prepared(text_spec("llama", "causal_lm"), rows, ending=ending))
+    for row, (read, end) in zip(rows, ((item, tokens.eos_token_id) for item in found)):
+        prompt, answer = (tokens.encode(row[key], add_special_tokens=False) for key in ("prompt", "completion"))
+        assert read["input_ids"] == [*prompt, *answer, end]
+        assert read["labels"] == [IGNORED] * len(prompt) + [*answer, end]
+
+
+def test_a_prompt_too_long_is_cut_from_the_left_and_a_completion_never(
+    text_spec: SpecOf, tokenizer: TokenizerOf
+) -> None:
+    tokens, spec = tokenizer("llama"), text_spec("llama", "causal_lm", max_tokens=6)
+    rows = [*ROWS[:2], {"prompt": "No", "completion": " , it was bad and terrible , badly told , it was"}]
+    with pytest.warns(UserWarning, match="were") as said:
+        kept = rows_of(prepared(spec, rows, "fit"), "val")
+    messages = [str(warning.message) for warning in said]
+    assert "val (validation): 1 of 3 rows were left out: their completion alone is longer than 6 tokens" in messages
+    assert "train (train): 1 of 3 rows were left out: their completion alone is longer than 6 tokens" in messages
+    assert "val (validation): 1 of 3 prompts were cut from the left to fit 6 tokens with their completion" in messages
+    assert [row["index"] for row in kept] == [0, 1]
+    for row, read in zip(rows, kept):
+        answer = [*tokens.encode(row["completion"], add_special_tokens=False), tokens.eos_token_id]
+        prompt = tokens.encode(row["prompt"], add_special_tokens=False)
+        assert read["input_ids"] == [*prompt, *answer][-6:]
+        assert read["input_ids"][-len(answer) :] == answer
+
+
+def test_a_test_keeps_a_row_whose_completion_does_not_fit_without_its_loss(text_spec: SpecOf) -> None:
+    rows = [*ROWS[:1], {"prompt": "No", "completion": " , it was bad and terrible , badly told , it was"}]
+    with pytest.warns(UserWarning, match="test \\(test\\): 1 of 2 rows have no loss"):
+        found = rows_of(prepared(text_spec("llama", "causal_lm", max_tokens=6), rows))
+    assert set(found[1]["labels"]) == {IGNORED}
+    assert len(found) == 2
+
+
+def test_predict_reads_prompts_alone(text_spec: SpecOf, tokenizer: TokenizerOf) -> None:
+    data = prepared(text_spec("llama", "causal_lm"), [{"prompt": row["prompt"]} for row in ROWS], "predict")
+    found = rows_of(data, "predict")
+    assert all("labels" not in row for row in found)
+    assert [tokenizer("llama").decode(row["input_ids"]) for row in found] == [row["prompt"] for row in ROWS]
+
+
+def test_a_batch_pads_labels_like_its_ids(text_spec: SpecOf) -> None:
+    for side in ("left", "right"):
+        data = prepared(text_spec("llama", "causal_lm"), ROWS, batch_size=3, eval_batch_size=3, padding_side=side)
+        (batch,) = data.test_dataloader()[0]
+        assert batch["labels"].shape == batch["input_ids"].shape
+        own = batch["labels"] != IGNORED
+        assert torch.equal(batch["labels"][own], batch["input_ids"][own])
+        assert not (own & (batch["attention_mask"] == 0)).any()
+        assert own.sum(1).tolist() == [int((labels != IGNORED).sum()) for labels in batch["labels"]]
+
+
+def test_what_looks_like_a_special_token_in_a_text_is_text(text_spec: SpecOf, tokenizer: TokenizerOf) -> None:
+    rows = [{"prompt": "the <|endoftext|> was", "completion": " <|endoftext|> great"}]
+    (found,) = rows_of(prepared(text_spec("llama", "causal_lm"), rows))
+    assert found["input_ids"].count(tokenizer("llama").eos_token_id) == 1
+    assert tokenizer("llama").decode(found["input_ids"][:-1]) == "the <|endoftext|> was <|endoftext|> great"
+
+
+def test_the_instance_is_the_prompt_or_its_own_column_cut_from_the_left(
+    text_spec: SpecOf, tokenizer: TokenizerOf
+) -> None:
+    bert = tokenizer("bert")
+    rows = [{**row, "topic": "the cast was good and the film was great"} for row in ROWS]
+    for column, limit in ((None, None), ("topic", 5)):
+        spec = text_spec("llama", "causal_lm", instance="bert", instance_max_tokens=limit)
+        before = bert.backend_tokenizer.to_str()
+        found = rows_of(prepared(spec, rows, instance_column=column))
+        for row, read in zip(rows, found):
+            whole = bert(row[column or "prompt"])["input_ids"]
+            assert read["instance_input_ids"] == (whole if limit is None else [whole[0], *whole[-limit + 1 :]])
+        assert bert.backend_tokenizer.to_str() == before
+        assert bert.truncation_side == "right"
+
+
+def test_a_chat_goes_through_the_tokenizers_template_and_its_last_answer_is_learned(
+    text_spec: SpecOf, tokenizer: TokenizerOf
+) -> None:
+    tokens: PreTrainedTokenizerBase = tokenizer("gpt2")
+    tokens.chat_template = CHAT_TEMPLATE
+    chat = [
+        {"role": "user", "content": "It was"},
+        {"role": "assistant", "content": "great"},
+        {"role": "user", "content": "and the cast"},
+        {"role": "assistant", "content": "was good"},
+    ]
+    data = prepared(text_spec("gpt2", "causal_lm"), [{"messages": chat}], messages_column="messages")
+    (found,) = rows_of(data)
+    learned = [label for label in found["labels"] if label != IGNORED]
+    assert tokens.decode(learned) == "was good<|endoftext|>"
+    asked = "<|user|>It was<|assistant|>great<|endoftext|><|user|>and the cast<|assistant|>"
+    assert tokens.decode(found["input_ids"][: -len(learned)]) == asked
+    assert data.example("test", 0).instance == "and the cast"
+    tokens.chat_template = None
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "x"}], {}, "no column completion"),
+        ([{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": None}], {}, "row 1 .* has no completion"),
+        ([{"prompt": " ", "completion": "y"}], {}, "column 'prompt' is empty in row 0"),
+        ([{"prompt": "x", "completion": "y"}], {"prompt_column": "question"}, "no column question"),
+        ([{"messages": []}], {"messages_column": "messages"}, "has no chat template"),
+        ([{"prompt": "x", "completion": "y " * 99}], {"max_length": 5}, "none of the 1 rows fits; raise max_length"),
+    ],
+)
+def test_rows_that_cannot_be_learned_are_named(
+    text_spec: SpecOf, rows: list[dict[str, Any]], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LoPAError, match=message):
+        prepared(text_spec("llama", "causal_lm"), rows, "validate", **options)
+
+
+def test_an_exact_match_is_a_completion_of_the_rows_own(text_spec: SpecOf) -> None:
+    data = prepared(text_spec("llama", "causal_lm"), ROWS)
+    records = data.score([1, 0], [["was good\n", "was"], [" great", "great film"]])
+    assert [(record["index"], record["sample"], record["passed"]) for record in records] == [
+        *((1, 0, True), (1, 1, False), (0, 0, True), (0, 1, False))
+    ]
+    assert json.dumps(records)

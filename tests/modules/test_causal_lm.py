@@ -1,0 +1,102 @@
+"""Completions: what is learned, and that it is counted by token, whatever the batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lopa_lightning import (
+    DePT,
+    InstanceEncoderSpec,
+    LoPALightningModule,
+    NoPrompt,
+    PromptTuning,
+)
+from lopa_lightning.modules import CausalLMModule
+from tests.modules.helpers import COMPLETIONS as ROWS
+from tests.modules.helpers import causal, completions, trainer
+
+Tiny = Callable[[str], str]
+
+
+def losses_by_hand(model: CausalLMModule, row: dict[str, str], folder: str) -> tuple[Tensor, Tensor]:
+    """Loss and likeliest token of every completion token, by transformers alone on one text."""
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+    answer = torch.tensor([[*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]])
+    with torch.no_grad():
+        instance = plain.base_model(input_ids=prompt).last_hidden_state.mean(1)
+        soft = model.net.prompt_encoder(instance)
+        embedded = plain.get_input_embeddings()(torch.cat([prompt, answer], 1))
+        logits = plain(inputs_embeds=torch.cat([soft, embedded], 1)).logits[0, -answer.shape[1] - 1 : -1]
+    return F.cross_entropy(logits, answer[0], reduction="none"), logits.argmax(-1) == answer[0]
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_every_completion_token_counts_once_and_nothing_else(
+    tiny: Tiny, tmp_path: Path, kind: str, padding_side: Any
+) -> None:
+    model, data = causal(tiny(kind)), completions(tmp_path, padding_side=padding_side)
+    run = trainer(tmp_path)
+    run.fit(model, data)
+    (logged,) = run.validate(model, data, verbose=False)
+    model.eval()
+    found = [losses_by_hand(model, row, tiny(kind)) for row in ROWS]
+    losses, hits = (torch.cat(parts) for parts in zip(*found))
+    assert len(losses) > 60
+    assert logged["val/loss"] == pytest.approx(float(losses.mean()), abs=1e-5)
+    assert logged["val/perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    assert logged["val/token_accuracy"] == pytest.approx(float(hits.float().mean()))
+    assert logged["val/score"] == pytest.approx(-logged["val/loss"])
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lopa": {},
+    "prompt_tuning": {"prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=3)},
+    "dept": {"prompt_encoder": functools.partial(DePT, num_virtual_tokens=3, max_length=8, rank=2)},
+    "every_layer": {"placement": "every_layer"},
+    "lora": {"prompt_encoder": NoPrompt, "adapter": {"peft_type": "LORA", "r": 2}},
+    "full": {"prompt_encoder": NoPrompt, "train_backbone": True},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_writes_the_same_once_loaded(tiny: Tiny, tmp_path: Path, method: str) -> None:
+    seed_everything(1)
+    rows = [{"prompt": "the film was", "completion": " great"}] * 8
+    adam = functools.partial(torch.optim.AdamW, lr=3e-2)
+    model = causal(tiny("llama"), generation={"max_new_tokens": 6}, optimizer=adam, **METHODS[method])
+    data = completions(tmp_path, rows, batch_size=8)
+    quiet: dict[str, Any] = {"callbacks": [], "enable_checkpointing": False, "num_sanity_val_steps": 0}
+    (before,) = trainer(tmp_path, **quiet).validate(model, data, verbose=False)
+    run = trainer(tmp_path, epochs=10, **quiet)
+    run.fit(model, data)
+    assert run.callback_metrics["val/loss"] < 0.8 * before["val/loss"]
+    written = model.generate(["the film was", "It"])
+    run.save_checkpoint(tmp_path / "kept.ckpt")
+    again = LoPALightningModule.load_from_checkpoint(tmp_path / "kept.ckpt")
+    assert type(again) is CausalLMModule
+    assert again.generate(["the film was", "It"]) == written
+    if method == "full":
+        assert written[0] == [" great"]  # and the end token ended it
+
+
+def test_an_instance_encoder_of_its_own_reads_the_prompt_alone(tiny: Tiny, tmp_path: Path) -> None:
+    model = causal(tiny("llama"), instance_encoder=InstanceEncoderSpec(tiny("bert_base")))
+    data = completions(tmp_path)
+    trainer(tmp_path, fast_dev_run=True).fit(model, data)
+    tokenizer = AutoTokenizer.from_pretrained(tiny("bert_base"))
+    for batch in data.val_dataloader()[0]:
+        for row, index in enumerate(batch["index"].tolist()):
+            own = batch["instance_input_ids"][row][batch["instance_attention_mask"][row] == 1]
+            assert own.tolist() == tokenizer(ROWS[index]["prompt"])["input_ids"]

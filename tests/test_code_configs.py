@@ -1,0 +1,129 @@
+"""The configs of code tasks from the command line: fit, test with the sandbox, predict that goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lopa_lightning.cli import main
+from lopa_lightning.modules import CausalLMModule
+from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
+
+Tiny = Callable[[str], str]
+
+ROOT = Path(__file__).parent.parent
+CODE = ["mbpp", "cruxeval_input", "cruxeval_output"]
+OVERLAY = ROOT / "configs" / "cpu_smollm2_code.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lopa"])
+
+
+def small(config: str, tiny: Tiny, overlay: bool = False) -> list[str]:
+    """Arguments that put tiny models and tiny data in a shipped config's place."""
+    path = write_mini_mbpp(Path("mini_mbpp")) if config == "mbpp" else write_mini_cruxeval(Path("mini_cruxeval"))
+    return [
+        *("--config", str(ROOT / "configs" / f"{config}.yaml"), *(("--config", str(OVERLAY)) if overlay else ())),
+        *(f"--model.backbone.name={tiny('llama')}", f"--model.instance_encoder.name={tiny('bert_base')}"),
+        *(f"--data.path={path}", "--data.max_length=40", "--model.generation.max_new_tokens=8"),
+        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+    ]
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+@pytest.mark.parametrize("config", CODE)
+def test_a_shipped_code_config_fits(config: str, overlay: bool, tiny: Tiny) -> None:
+    main(["fit", *small(config, tiny, overlay), "--trainer.fast_dev_run=true"])
+
+
+def test_code_runs_only_with_permission_and_is_refused_before_anything_is_generated(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generated(*_: object) -> None:
+        raise AssertionError("something was generated")
+
+    monkeypatch.setattr(CausalLMModule, "_complete", generated)
+    with pytest.raises(SystemExit):
+        main(["test", *small("mbpp", tiny)])
+    assert "allow_code_execution: true" in capsys.readouterr().err
+
+
+def test_what_a_model_wrote_is_run_and_scored(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the model: a solution of every second problem, as the second of two samples."""
+    monkeypatch.setattr(
+        CausalLMModule,
+        "complete",
+        lambda _, batch: [
+            ["    return", f"    return x + {i + 9 if i % 2 else -1}\n\nprint(1)"] for i in batch["index"].tolist()
+        ],
+    )
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(
+        CausalLMModule, "log", lambda _, name, value, **__: logged.update({name: float(value)}), raising=True
+    )
+    main(
+        [
+            *("test", *small("mbpp", tiny), "--data.allow_code_execution=true", "--model.num_samples=2"),
+            *("--predictions.folder=out", "--trainer.logger=false"),
+        ]
+    )
+    rows = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["sample"]) for row in rows] == [(i, s) for i in range(8) for s in (0, 1)]
+    assert [row["passed"] for row in rows] == [bool(i % 2) and s == 1 for i in range(8) for s in (0, 1)]
+    assert rows[3]["program"].startswith('def add(x):\n    """Write a function to add 10.\n    >>> add(0)\n    10\n')
+    assert "print" not in rows[3]["program"]
+    assert "TypeError" in rows[0]["stderr"] or "AssertionError" in rows[0]["stderr"]
+    assert logged["test/pass@1"] == pytest.approx(0.25)
+    assert logged["test/pass@2"] == pytest.approx(0.5)
+
+
+def test_an_interrupted_predict_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*small("cruxeval_output", tiny), "--data.eval_batch_size=2", "--trainer.logger=false"]
+    arguments += ["--model.num_samples=2"]
+    main(["predict", *arguments, "--predictions.folder=whole"])
+    wanted = Path("whole/predictions.jsonl").read_text()
+    rows = [json.loads(line) for line in wanted.splitlines()]
+    assert [row["index"] for row in rows] == list(range(6))
+    assert all(len(row["completions"]) == 2 for row in rows)
+
+    asked: list[int] = []
+    complete = CausalLMModule.complete
+
+    def counted(module: CausalLMModule, batch: dict, stop_at: int = 3) -> list[list[str]]:  # type: ignore[type-arg]
+        if len(asked) >= stop_at:
+            raise KeyboardInterrupt
+        asked.extend(batch["index"].tolist())
+        return complete(module, batch)
+
+    monkeypatch.setattr(CausalLMModule, "complete", counted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(["predict", *arguments, "--predictions.folder=part"])
+    part = Path("part/predictions.jsonl")
+    assert len(part.read_text().splitlines()) == 4
+    part.write_text(part.read_text() + '{"index": 5, "compl')  # a line that was being written
+
+    first = set(asked)
+    monkeypatch.setattr(CausalLMModule, "complete", lambda module, batch: counted(module, batch, 100))
+    asked.clear()
+    main(["predict", *arguments, "--predictions.folder=part", "--data.eval_batch_size=3"])
+    assert set(asked) == set(range(6)) - first
+    assert part.read_text() == wanted
+    assert [path.name for path in Path("part").iterdir()] == ["predictions.jsonl"]
+
+
+def test_predictions_of_another_setting_are_not_continued(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*small("cruxeval_output", tiny), "--trainer.logger=false", "--predictions.folder=out"]
+    main(["predict", *arguments])
+    whole = Path("out/predictions.jsonl").read_text()
+    Path("out/predictions.jsonl").write_text('{"index": 0, "completions": ["old"]}\n')
+    Path("out/.predictions.unfinished.json").write_text('{"weights": "of another run"}')
+    with pytest.warns(UserWarning, match="another checkpoint or setting"):
+        main(["predict", *arguments])
+    assert Path("out/predictions.jsonl").read_text() == whole
