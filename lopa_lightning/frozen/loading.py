@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -111,12 +112,13 @@ def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = None) -> PreTrainedModel:
     """Loads pretrained weights.
 
     Args:
         spec: The model.
         family: Which head it is to have: ``encoder`` none, ``masked_lm`` or ``causal_lm`` a language model's.
+        mesh: The processes that the layers are sharded over; None for whole ones.
 
     Returns:
         The model in eval mode, every parameter without gradient.

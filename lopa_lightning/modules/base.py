@@ -25,6 +25,7 @@ from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.injection import Placement
 from lopa_lightning.frozen.instance import InstanceEncoderSpec
 from lopa_lightning.frozen.loading import PretrainedSpec
+from lopa_lightning.frozen.sharding import data_mesh, placed_like, shard
 from lopa_lightning.frozen.text import Objective, TextSpec
 from lopa_lightning.modules.build import Builder
 from lopa_lightning.modules.net import Batch, PromptedModel, Readout
@@ -33,6 +34,7 @@ from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmu
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
+from lopa_lightning.strategies import check_strategy
 
 
 class LoPALightningModule(LightningModule, ABC):
@@ -201,20 +203,21 @@ class LoPALightningModule(LightningModule, ABC):
         """Checks what can be checked before weights are loaded.
 
         Raises:
-            LoPAError: If a learning rate names no group, or the backbone cannot serve the objective.
+            LoPAError: If a learning rate names no group, the backbone cannot serve the objective, or the
+                strategy cannot serve at all.
         """
         self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
-        if getattr(self.trainer.strategy, "_start_method", "popen") != "popen":
-            raise LoPAError("strategies that spawn or fork processes lose what is trained in them; use strategy: ddp")
+        check_strategy(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
         if self.net is not None:
             return
-        parts = self.builder.load(self.frozen_dropout)
+        mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
+        parts = self.builder.load(self.frozen_dropout, mesh)
         self._identity: dict[str, Any] = {**parts.identity, "task": self.task_identity()}
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
@@ -223,6 +226,8 @@ class LoPALightningModule(LightningModule, ABC):
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
             self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
+        if mesh is not None:
+            shard(self.net, self.net.pretrained_models(), mesh)
         # Read by DistributedDataParallel: frozen tensors are the same on every rank and need not be sent.
         trained = self._trained()
         named = [*self.named_parameters(), *self.named_buffers()]
@@ -323,8 +328,10 @@ class LoPALightningModule(LightningModule, ABC):
         Raises:
             LoPAError: If names or shapes differ.
         """
-        ckpt.check_tensors(state_dict, self._trained())
-        super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = self._trained()
+        ckpt.check_tensors(state_dict, trained)
+        placed = {name: placed_like(value, trained[name]) for name, value in state_dict.items()}
+        super().load_state_dict(placed, strict=False, assign=assign)
         # With nothing missing and nothing unexpected, as Lightning asks: the frozen weights were never meant.
         return nn.modules.module._IncompatibleKeys([], [])
 
@@ -369,5 +376,7 @@ class LoPALightningModule(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, encoder, method, task or optimizer."""
         ckpt.check_identity(checkpoint.get(ckpt.IDENTITY_KEY), self._identity)
+        if "state_dict" not in checkpoint:  # a strategy has loaded it by itself, and did not check it
+            ckpt.check_tensors(ckpt.read(self.trainer.ckpt_path)["state_dict"], self._trained())
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_resume(checkpoint, self.hparams)

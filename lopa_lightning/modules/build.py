@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
@@ -132,13 +133,16 @@ class Builder:
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
         return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit)
 
-    def load(self, dropout: bool) -> Parts:
+    def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
 
         Args:
             dropout: Whether the backbone's own dropout is active in training.
+            mesh: The processes that weights are to be sharded over; None for whole ones.
         """
-        model = load_model(self.backbone, self.family)
+        # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
+        direct = mesh if self.adapter is None and self.placement != "every_layer" else None
+        model = load_model(self.backbone, self.family, direct)
         identity: dict[str, Any] = {
             "format": 1,
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, **ckpt.fingerprint(model)},
@@ -151,7 +155,7 @@ class Builder:
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, identity)
         spec = self.encoder_spec
-        encoder = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder")
+        encoder = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder", mesh)
         identity["instance_encoder"] = {
             **{key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")},
             **({} if spec.is_backbone else ckpt.fingerprint(encoder)),
