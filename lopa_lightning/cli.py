@@ -21,6 +21,7 @@ from lopa_lightning import __version__, checkpoint
 from lopa_lightning.callbacks import FitSummary, PredictionWriter, PromptMonitor
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import LoPALightningModule
+from lopa_lightning.strategies import check_strategy_name
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -47,6 +48,7 @@ _EXPECTED_WARNINGS = (
     r".*does not have many workers",  # batches of token ids are made faster than they could be handed over
     r"The dirpath has changed",  # of course: another run's checkpoint is evaluated
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's own use of torch
+    r"FSDP2-wrapped module \(FSDPPromptedModel\) returned a view",  # nothing writes to outputs in place
 )
 
 
@@ -117,7 +119,10 @@ class LoPACLI(LightningCLI):
         parser.add_lightning_class_args(FitSummary, "summary")
 
     def before_instantiate_classes(self) -> None:
-        """Reads a checkpoint that is named, so that a wrong one is refused before anything is loaded."""
+        """Refuses a strategy or a checkpoint that is wrong before anything is built or loaded."""
+        if self.subcommand is not None:
+            strategy = self.config[self.subcommand].trainer.strategy
+            check_strategy_name(strategy if isinstance(strategy, str) else strategy.class_path)
         path = self.config[self.subcommand].get("ckpt_path") if self.subcommand is not None else None
         if path is not None and path not in _LIGHTNINGS_OWN:
             checkpoint.read(path)
