@@ -61,7 +61,11 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
     """A module of each kind that is sharded in its own way."""
     options: dict[str, Any] = {
         "decoder": {"model": "llama", "objective": "causal_lm", "dtype": "bfloat16"},
-        "encoder": {"model": "bert", "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True)},
+        "encoder": {
+            "model": "bert",
+            "gradient_checkpointing": True,
+            "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
+        },
         "head": {"model": "bert_base", "objective": "head"},
         "lora": {
             "model": "gpt2",
@@ -70,7 +74,11 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=3),
         },
     }[kind]
-    spec = PretrainedSpec(models[options.pop("model")], dtype=options.pop("dtype", "float32"))
+    spec = PretrainedSpec(
+        models[options.pop("model")],
+        dtype=options.pop("dtype", "float32"),
+        gradient_checkpointing=options.pop("gradient_checkpointing", False),
+    )
     defaults: dict[str, Any] = {"objective": "masked_lm", "prompt_encoder": LoPATiny}
     return ClassificationModule(
         backbone=spec, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2), **{**defaults, **options}

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
 from lopa_lightning.errors import LoPAError
@@ -239,7 +240,7 @@ class TextDataModule(LightningDataModule, ABC):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
-        return DataLoader(
+        return ResumableLoader(
             data.remove_columns("length"),
             batch_size=batch_size,
             sampler=sampler,

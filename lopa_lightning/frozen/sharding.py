@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.stack import transformer_layers
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -36,34 +36,6 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["data_parallel"] if "data_parallel" in names else mesh
 
 
-def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """A model's transformer layers, found by the classes that it says must not be split.
-
-    Args:
-        model: With or without a head.
-
-    Raises:
-        LoPAError: If it names none.
-    """
-    parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    names = {name for part in parts for name in part._no_split_modules or ()}
-    # Of a list: embeddings are not to be split either, but their weight may be tied to the head's.
-    found = [
-        child
-        for parent in model.modules()
-        if isinstance(parent, nn.ModuleList)
-        for child in parent
-        if type(child).__name__.removeprefix("FSDP") in names
-    ]
-    if not found:
-        raise LoPAError(
-            f"{type(model).__name__} does not say which layers it is made of (_no_split_modules), so it cannot be "
-            "sharded; use configs/trainer/ddp.yaml"
-        )
-    inner = {id(part) for layer in found for part in layer.modules() if part is not layer}
-    return [layer for layer in found if id(layer) not in inner]
-
-
 def shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Splits the weights of every layer over the processes, in place; done already, it stays as it is.
 
@@ -71,7 +43,7 @@ def shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         model: On the ``meta`` device or on a real one.
         mesh: The processes.
     """
-    for layer in layers(model):
+    for layer in transformer_layers(model):
         if not isinstance(layer, FSDPModule):
             fully_shard(layer, mesh=mesh)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
@@ -28,12 +29,14 @@ from lopa_lightning.frozen.loading import PretrainedSpec
 from lopa_lightning.frozen.sharding import data_mesh, placed_like, shard
 from lopa_lightning.frozen.text import Objective, TextSpec
 from lopa_lightning.modules.build import Builder
+from lopa_lightning.modules.finite import LossGuard, OnNonfinite
 from lopa_lightning.modules.net import Batch, PromptedModel, Readout
 from lopa_lightning.modules.restore import check_resume, rebuild
 from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmup
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
+from lopa_lightning.storage import write_whole_checkpoints
 from lopa_lightning.strategies import check_strategy
 
 
@@ -62,10 +65,12 @@ class LoPALightningModule(LightningModule, ABC):
         warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
             ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``, ``backbone`` (all of it or its adapter).
+        nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, with the step and
+            the rows, or ``skip`` the step and count it in ``train/skipped_steps``.
 
     Raises:
-        LoPAError: If a learning rate or the warm-up is negative, or both an adapter and the whole
-            backbone are to be trained.
+        LoPAError: If a learning rate or the warm-up is negative, both an adapter and the whole backbone
+            are to be trained, or ``nonfinite_loss`` is unknown.
         TypeError: If an argument could not be stored in a checkpoint.
     """
 
@@ -88,6 +93,7 @@ class LoPALightningModule(LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.0,
         learning_rates: dict[str, float] | None = None,
+        nonfinite_loss: OnNonfinite = "stop",
     ) -> None:
         super().__init__()
         if negative := {name: rate for name, rate in (learning_rates or {}).items() if rate < 0}:
@@ -109,6 +115,7 @@ class LoPALightningModule(LightningModule, ABC):
         self.make_lr_scheduler = lr_scheduler
         self.warmup = warmup
         self.learning_rates = learning_rates or {}
+        self.loss_guard = LossGuard(nonfinite_loss)
         self.net: PromptedModel | None = None
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
@@ -211,6 +218,7 @@ class LoPALightningModule(LightningModule, ABC):
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
         check_strategy(self.trainer.strategy)
+        write_whole_checkpoints(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
@@ -264,8 +272,14 @@ class LoPALightningModule(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss = self.loss(self(batch), batch)
+        self.loss_guard.look_at(loss, batch, batch_idx, self.trainer)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leaves the step out where a loss was no number and is to be skipped."""
+        if self.loss_guard.drop_step(optimizer):
+            self.log("train/skipped_steps", float(self.loss_guard.skipped))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
         """Loss and metrics of a batch; returns its instance vectors for diagnostics."""

@@ -165,7 +165,8 @@ class Builder:
     def _backbone(self, model: PreTrainedModel, dropout: bool = False) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
-        return Backbone(model, dropout, self.placement, self.train_backbone)
+        recompute = self.backbone.gradient_checkpointing
+        return Backbone(model, dropout, self.placement, self.train_backbone, recompute)
 
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
         own = None if self.encoder_spec.is_backbone else load_config(self.encoder_spec.pretrained())
