@@ -1,4 +1,4 @@
-"""``lopa``: fit, validate, test, predict, compare and sweep from YAML."""
+"""``lopa``: fit, validate, test, predict, compare, sweep and plan from YAML."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "bes
 _LAST: dict[str, Any] = {"filename": "last"}
 _LIGHTNINGS_OWN = ("best", "hpc", "registry")  # names that Lightning resolves to a checkpoint
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
-_EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "sweep")}
+_EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "plan", "sweep")}
 _DESCRIPTION = (
     "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
-    "several methods on several tasks and seeds and tabulates them, and `lopa sweep` searches hyperparameters: see "
-    "`lopa compare --help` and `lopa sweep --help`."
+    "several methods on several tasks and seeds and tabulates them, `lopa sweep` searches hyperparameters, and "
+    "`lopa plan` says what a run will take: see `lopa compare --help`, `lopa sweep --help` and `lopa plan --help`."
 )
 _TERMINATED = 143  # what a shell or a scheduler expects of a program that SIGTERM ended
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")

@@ -136,7 +136,7 @@ def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = N
     options = {"dtype": spec.dtype, **_class_options(config, family)}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
-    if mesh is not None and (sharded := _load_sharded(spec, family, config, options, mesh)) is not None:
+    if mesh is not None and (sharded := _load_sharded(spec, family, config, mesh)) is not None:
         return freeze(sharded)
     try:
         with _quiet():
@@ -154,21 +154,33 @@ def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = N
     return freeze(model)
 
 
-def _load_sharded(
-    spec: PretrainedSpec, family: Family, config: PretrainedConfig, options: dict[str, Any], mesh: DeviceMesh
-) -> PreTrainedModel | None:
+def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+    """Builds a model as it will be loaded, in its number format, with start values in the place of weights.
+
+    Args:
+        spec: The model.
+        family: Which head it is to have.
+
+    Raises:
+        LoPAError: If there is no such model, or its architecture has no such head.
+    """
+    config = load_config(spec)
+    options = _class_options(config, family)
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    dtype = config.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
+        config, trust_remote_code=spec.trust_remote_code, dtype=dtype or torch.float32, **options
+    )
+    return freeze(model)
+
+
+def _load_sharded(spec: PretrainedSpec, family: Family, config: PretrainedConfig, mesh: DeviceMesh) -> Any:
     """Reads each process's part alone; None where that cannot be done, and the whole must be read to be sharded."""
     files = weight_files(spec.location(), spec.source_options())
-    dtype = config.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    if not files or dtype is None:
+    if not files or (spec.dtype == "auto" and config.dtype is None):
         return None
-    make = functools.partial(
-        _AUTO_CLASSES[family].from_config,
-        config,
-        trust_remote_code=spec.trust_remote_code,
-        **{**options, "dtype": dtype},
-    )
-    return read_to_shards(make, files, mesh)
+    return read_to_shards(functools.partial(unloaded_model, spec, family), files, mesh)
 
 
 def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:

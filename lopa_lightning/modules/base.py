@@ -241,6 +241,12 @@ class LoPALightningModule(LightningModule, ABC):
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
 
+    def hollow_net(self) -> PromptedModel:
+        """The model without any number in it, for a look at its shapes. It is built anew and not kept."""
+        parts = self.builder.hollow(self.frozen_dropout)
+        readout = self.configure_readout(parts.backbone)
+        return PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone).train()
+
     def _make_hyperparameters_plain(self) -> None:
         """Stores hyperparameters as plain data, with the class that they are of."""
         hparams = {key: value for key, value in ckpt.plain(dict(self.hparams)).items() if not key.startswith("_")}

@@ -26,6 +26,7 @@ from lopa_lightning.frozen.loading import (
     load_model,
     load_tokenizer,
     meta_model,
+    unloaded_model,
 )
 from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
@@ -161,6 +162,20 @@ class Builder:
             **({} if spec.is_backbone else ckpt.fingerprint(encoder)),
         }
         return Parts(backbone, prompt_encoder, InstanceEncoder(encoder, spec, shared=spec.is_backbone), identity)
+
+    def hollow(self, dropout: bool) -> Parts:
+        """Builds all parts without reading weights; what numbers they have mean nothing.
+
+        Args:
+            dropout: Whether the backbone's own dropout is active in training.
+        """
+        backbone = self._backbone(unloaded_model(self.backbone, self.family), dropout)
+        prompt_encoder = self._prompt_encoder(backbone)
+        if not prompt_encoder.uses_instance:
+            return Parts(backbone, prompt_encoder, None, {})
+        spec = self.encoder_spec
+        encoder = backbone.body if spec.is_backbone else unloaded_model(spec.pretrained(), "encoder")
+        return Parts(backbone, prompt_encoder, InstanceEncoder(encoder, spec, shared=spec.is_backbone), {})
 
     def _backbone(self, model: PreTrainedModel, dropout: bool = False) -> Backbone:
         if self.adapter is not None:
