@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lopa_lightning import LoPALightningModule, PretrainedSpec
 from lopa_lightning.cli import LoPACLI
+from lopa_lightning.experiments.plan import own_options
 from tests.modules.helpers import LoPATiny, trainer, write_reviews
 
 Tiny = Callable[[str], str]
@@ -83,6 +84,8 @@ def test_its_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(commands) >= 7
     for command in commands:
         arguments = shlex.split(command.split("lopa ", 1)[1])
+        if arguments[0] == "plan":
+            arguments = ["fit", *own_options(arguments[1:])[1]]
         with pytest.raises(SystemExit) as stop:
             LoPACLI(args=[*arguments, "--print_config"])
         assert stop.value.code == 0, command

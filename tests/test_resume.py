@@ -109,7 +109,7 @@ def write_all(folder: Path) -> None:
 
 
 def test_two_processes_go_on_where_one_was_killed(tiny: Tiny, tmp_path: Path) -> None:
-    step = random.SystemRandom().randint(1, STEPS // 2 - 1)
+    step = random.SystemRandom().randint(2, STEPS // 2 - 1)
     write_all(tmp_path)
     script = [str(ROOT / "tests" / "resumed_run.py"), tiny("bert_base"), str(tmp_path), str(step)]
     assert launch([*script, "killed"], ROOT).returncode != 0
@@ -133,6 +133,23 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(tiny: Tiny, tmp_path: Pat
     assert signal.getsignal(signal.SIGTERM) == before
     resumed, _ = fit(tiny("bert_base"), tmp_path / "asked", resume=tmp_path / "asked" / "last.ckpt")
     whole, _ = fit(tiny("bert_base"), tmp_path / "whole")
+    assert equal(whole.state_dict(), resumed.state_dict())
+
+
+def test_slurm_asks_for_a_checkpoint_and_the_queue(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {"JOB_ID": "77", "JOB_NAME": "job", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    command = tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked.txt\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    whole, rows = fit(tiny("bert_base"), tmp_path / "queued", (Signal(signal.SIGUSR1, 3),))
+    assert (tmp_path / "asked.txt").read_text() == "requeue 77\n"
+    assert torch.load(tmp_path / "queued" / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 3
+    resumed, rest = fit(tiny("bert_base"), tmp_path / "queued")  # as the job that is queued again
+    assert rest.seen == rows.seen[3:]
     assert equal(whole.state_dict(), resumed.state_dict())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lopa_lightning.errors import LoPAError
@@ -34,7 +35,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         options = {"enable_version_counter": False, "save_on_train_epoch_end": True, **kwargs}
         super().__init__(dirpath, filename, every_n_train_steps=every_n_train_steps, **options)
-        self._asked_to_end = False
+        self._end = self._requeue = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that checkpoints can be written, before anything is trained.
@@ -58,32 +59,42 @@ class LastCheckpoint(ModelCheckpoint):
             raise LoPAError(f"checkpoints cannot be written to {str(folder)!r}: not a folder that this user may write")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lets SIGTERM ask for the end of the run instead of ending it anywhere.
+        """Lets signals ask for something after the step at hand, instead of doing it anywhere.
 
-        Lightning's own handler talks to the other processes from within whatever they are sending
-        each other, and each ends at a step of its own. This one is noted, and told after the step.
+        Lightning's own handlers save, and talk to the other processes, from within whatever these are
+        sending each other, each at a step of its own.
         """
         super().on_train_start(trainer, pl_module)
         connector = trainer._signal_connector
-        if callable(connector._original_handlers.get(signal.SIGTERM)):
-            return  # the program that runs this one has its own
+        self._end = self._requeue = 0
 
-        def note(number: int, frame: FrameType | None) -> None:
-            if not self._asked_to_end and trainer.strategy.launcher is not None:
+        def end(number: int, frame: FrameType | None) -> None:
+            if not self._end and trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(number)
-            self._asked_to_end = True
+            self._end = number
 
-        connector._register_signal(signal.SIGTERM, note)
+        def requeue(number: int, frame: FrameType | None) -> None:
+            self._requeue = number
+
+        if not callable(connector._original_handlers.get(signal.SIGTERM)):  # else it is the calling program's
+            connector._register_signal(signal.SIGTERM, end)
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            connector._register_signal(environment.requeue_signal, requeue)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves where it is time to, and ends the run on all processes where one was asked to.
+        """Saves where it is time to, and does on all processes what a signal to one has asked for.
 
         Raises:
-            SIGTERMException: If one was.
+            SIGTERMException: If the run is to end.
         """
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        asked = torch.tensor(float(self._asked_to_end), device=pl_module.device)
-        if trainer.strategy.reduce(asked, reduce_op="sum") > 0:
+        asked = torch.tensor([float(self._end), float(self._requeue)], device=pl_module.device)
+        end, requeue = trainer.strategy.reduce(asked, reduce_op="sum").tolist()
+        if requeue:
+            self._requeue = 0
+            trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
+        if end:
             raise SIGTERMException
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

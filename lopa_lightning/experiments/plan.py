@@ -142,14 +142,17 @@ def report(found: Sizes, devices: int) -> str:
     return "\n".join([*lines, "", "Computed from the configuration, not measured."])
 
 
-def main(args: Sequence[str]) -> None:
-    """Runs ``lopa plan``.
+def own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Reads the options of ``lopa plan`` itself.
 
     Args:
-        args: Its own options, and those of ``lopa fit``.
+        args: All that follows on the command line.
+
+    Returns:
+        Its own options, and those of ``lopa fit``.
 
     Raises:
-        LoPAError: If the configuration cannot be run.
+        LoPAError: If a number is below 1.
     """
     parser = argparse.ArgumentParser(
         prog="lopa plan",
@@ -162,18 +165,27 @@ def main(args: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(list(args))
     if options.devices < 1 or (options.tokens is not None and options.tokens < 1):
         raise LoPAError(f"--devices and --tokens must be at least 1, got {options.devices} and {options.tokens}")
+    return options, rest
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs ``lopa plan``.
+
+    Args:
+        args: Its own options, and those of ``lopa fit``.
+
+    Raises:
+        LoPAError: If the configuration cannot be run.
+    """
+    options, rest = own_options(args)
     module, data = built(rest)
     limits = [n for n in (module.text_spec.max_tokens, options.tokens or data.max_length or _TOKENS) if n is not None]
     print(report(sizes(module, data.batch_size, min(limits)), options.devices))
 
 
 def _batch(net: PromptedModel, batch_size: int, tokens: int, module: LoPALightningModule) -> dict[str, Tensor]:
-    ids = torch.zeros(batch_size, tokens, dtype=torch.long)
-    batch = {
-        "index": torch.zeros(batch_size, dtype=torch.long),
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-    }
+    ids, rows = torch.zeros(batch_size, tokens, dtype=torch.long), torch.zeros(batch_size, dtype=torch.long)
+    batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if net.instance_encoder is not None:
         limit = module.text_spec.instance_max_tokens
         read = ids[:, : tokens if limit is None else min(tokens, limit)]
