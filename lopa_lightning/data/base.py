@@ -245,6 +245,7 @@ class TextDataModule(LightningDataModule, ABC):
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side),
+            share=self.trainer.limit_train_batches if shuffle and self.trainer is not None else 1.0,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

@@ -19,6 +19,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
 
     Args:
         *args: See torch.
+        share: How much of an epoch is used, as a Trainer's ``limit_train_batches``: a number of batches, or a share.
         **kwargs: See torch.
 
     Example:
@@ -32,8 +33,9 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         True
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, share: int | float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._used = min(len(self), share) if isinstance(share, int) else int(len(self) * share)
         self._passed_over = 0
         self._handed_out = 0
 
@@ -50,7 +52,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         """How many batches of the epoch were handed out, and what decides which these are."""
         sampler = self._sampler()
         return {
-            "batches": self._handed_out % max(1, len(self)),  # after the last one comes another epoch's first
+            "batches": self._handed_out % max(1, self._used),  # after the last one comes another epoch's first
             "batch_size": sampler.batch_size,
             "processes": sampler.num_replicas,
             "seed": sampler.seed,
@@ -64,10 +66,10 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         changed = [f"{name} {state_dict.get(name)}, now {mine[name]}" for name in deciding]
         if changed and state_dict["batches"]:
             rank_zero_warn(
-                f"the checkpoint was saved within an epoch, and its batches were others ({', '.join(changed)}): the "
+                f"the checkpoint was saved within an epoch, and its batches were others ({'; '.join(changed)}): the "
                 "rest of that epoch is drawn anew, some examples come twice and some not"
             )
-        self._passed_over = min(state_dict["batches"], len(self))
+        self._handed_out = self._passed_over = min(state_dict["batches"], self._used)
 
     def _sampler(self) -> LengthGroupedSampler:
         assert isinstance(self.sampler, LengthGroupedSampler)
