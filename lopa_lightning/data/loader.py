@@ -41,8 +41,8 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Yields the batches of an epoch, at first from the place of the state that was loaded."""
-        sampler = self._sampler()
-        sampler.start_at = self._passed_over * sampler.batch_size
+        if isinstance(self.sampler, LengthGroupedSampler):  # Lightning may put another in its place (overfit_batches)
+            self.sampler.start_at = self._passed_over * self.sampler.batch_size
         self._handed_out, self._passed_over = self._passed_over, 0
         for batch in super().__iter__():
             self._handed_out += 1
@@ -50,7 +50,9 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
 
     def state_dict(self) -> dict[str, int]:
         """How many batches of the epoch were handed out, and what decides which these are."""
-        sampler = self._sampler()
+        sampler = self.sampler
+        if not isinstance(sampler, LengthGroupedSampler):
+            return {"batches": 0}
         return {
             "batches": self._handed_out % max(1, self._used),  # after the last one comes another epoch's first
             "batch_size": sampler.batch_size,
@@ -70,7 +72,3 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
                 "rest of that epoch is drawn anew, some examples come twice and some not"
             )
         self._handed_out = self._passed_over = min(state_dict["batches"], self._used)
-
-    def _sampler(self) -> LengthGroupedSampler:
-        assert isinstance(self.sampler, LengthGroupedSampler)
-        return self.sampler
