@@ -95,8 +95,10 @@ class Builder:
         spec, backbone = self.instance_encoder, self.backbone
         if not spec.is_backbone or not (spec.trainable or self.train_backbone or self.adapter is not None):
             return spec
-        shared = {field.name: getattr(backbone, field.name) for field in dataclasses.fields(backbone)}
-        return dataclasses.replace(spec, **shared)
+        names = {field.name for field in dataclasses.fields(backbone)} & {
+            field.name for field in dataclasses.fields(spec)
+        }
+        return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in names})
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
