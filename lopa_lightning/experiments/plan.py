@@ -98,8 +98,7 @@ def sizes(module: LoPALightningModule, batch_size: int, tokens: int) -> Sizes:
         net = module.hollow_net()
         batch = _batch(net, batch_size, tokens, module)
         with kept_for_backward() as kept, FlopCounterMode(display=False) as flops:
-            loss = module.loss(net(batch)[0], batch)
-            loss.backward()
+            torch.autograd.backward(module.loss(net(batch)[0], batch))
         own = {tensor.untyped_storage()._cdata for tensor in [*net.parameters(), *net.buffers()]}
         trained = [p for p in net.parameters() if p.requires_grad]
         frozen = [p for p in net.parameters() if not p.requires_grad]

@@ -66,7 +66,8 @@ def read_to_shards(
     shard_layers(model, mesh)
     on_cpu = mesh.device_type == "cpu"
     device = torch.device("cpu") if on_cpu else torch.device(mesh.device_type, torch.cuda.current_device())
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    make_real: Any = model._apply  # Module.to_empty would empty the buffers too
+    make_real(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     model.tie_weights()
     with contextlib.ExitStack() as stack:
         opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
@@ -86,11 +87,12 @@ def hollow() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_hollow  # type: ignore[method-assign]
+    module_class: Any = nn.Module
+    module_class.register_parameter = register_hollow
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        module_class.register_parameter = register
 
 
 def _file(location: str, name: str, options: Mapping[str, Any]) -> Path | None:
@@ -110,11 +112,12 @@ def _is_converted(model: PreTrainedModel) -> bool:
     if model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None):
         return True
     try:
-        from transformers.conversion_mapping import WeightConverter, get_checkpoint_conversion_mapping
+        from transformers import conversion_mapping
     except ImportError:  # an older one, which converts nothing
         return False
-    changes = get_checkpoint_conversion_mapping(model.config.model_type) or []
-    return any(isinstance(change, WeightConverter) for change in changes)
+    known: Any = conversion_mapping
+    changes = known.get_checkpoint_conversion_mapping(model.config.model_type) or []
+    return any(isinstance(change, known.WeightConverter) for change in changes)
 
 
 def _sources(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, str] | None:
@@ -123,7 +126,7 @@ def _sources(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, str
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     prefix = f"{model.base_model_prefix}."
-    sources = {}
+    sources: dict[str, str] = {}
     for own in names.values():
         spellings = [spelling for name in own for spelling in _spellings(name, prefix)]
         saved = next((spelling for spelling in spellings if spelling in files), None)
