@@ -78,19 +78,22 @@ def killed_while_writing(backbone: str, folder: Path, step: int) -> None:
     fit(backbone, folder)
 
 
+def fit_on_two(*args: Any, **kwargs: Any) -> tuple[Any, Rows]:
+    return fit(*args, devices=2, strategy=DDPStrategy(process_group_backend="gloo"), **kwargs)
+
+
 def two_processes(backbone: str, folder: Path, step: int, part: str) -> None:
-    options: dict[str, Any] = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
     if part == "killed":
-        model, rows = fit(backbone, folder / "whole", **options)
+        model, rows = fit_on_two(backbone, folder / "whole")
         rank = torch.distributed.get_rank()
         with replacing(folder / f"whole{rank}.pt") as file:
             torch.save({"state": model.state_dict(), "rows": rows.seen}, file)
-        fit(backbone, folder / "parts", (Signal(signal.SIGKILL, step, rank=1),), **options)
+        fit_on_two(backbone, folder / "parts", (Signal(signal.SIGKILL, step, rank=1),))
         return
-    model, rows = fit(backbone, folder / "parts", resume=folder / "parts" / "last.ckpt", **options)
+    model, rows = fit_on_two(backbone, folder / "parts", resume=folder / "parts" / "last.ckpt")
     ended = "at its end"
     try:
-        fit(backbone, folder / "asked", (Signal(signal.SIGTERM, step, rank=1),), **options)
+        fit_on_two(backbone, folder / "asked", (Signal(signal.SIGTERM, step, rank=1),))
     except SIGTERMException:
         ended = "when asked to"
     result = {"state": model.state_dict(), "rows": rows.seen, "ended": ended}
