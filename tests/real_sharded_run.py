@@ -20,7 +20,7 @@ ROWS = 16
 
 
 def resident() -> int:
-    """This process's own memory in bytes; files that are mapped into it do not count, they are the system's cache."""
+    """This process's own memory in bytes, without mapped files: those are the system's cache."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("R"))
     return int(lines["RssAnon"].split()[0]) * 1024
 
