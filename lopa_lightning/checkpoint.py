@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.sharding import values_at
 
 IDENTITY_KEY = "lopa_identity"
 
@@ -48,9 +49,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     assert isinstance(config, PretrainedConfig)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        step = max(1, len(flat) // _SAMPLED_VALUES)
-        sample = flat[::step][:_SAMPLED_VALUES].to("cpu", torch.bfloat16)
+        step = max(1, parameter.numel() // _SAMPLED_VALUES)
+        places = torch.arange(0, parameter.numel(), step)[:_SAMPLED_VALUES]
+        sample = values_at(parameter.detach(), places).to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     facts = _lasting(json.loads(config.to_json_string(use_diff=False)))

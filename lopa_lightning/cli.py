@@ -1,4 +1,4 @@
-"""``lopa``: fit, validate, test, predict, compare and sweep from YAML."""
+"""``lopa``: fit, validate, test, predict, compare, sweep and plan from YAML."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lopa_lightning import __version__, checkpoint
-from lopa_lightning.callbacks import FitSummary, PredictionWriter, PromptMonitor
+from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import LoPALightningModule
+from lopa_lightning.strategies import check_strategy_name
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -31,15 +35,16 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 }
 _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best", "enable_version_counter": False}
 # A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
-_LAST: dict[str, Any] = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
-_LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")  # names that Lightning resolves to a checkpoint
+_LAST: dict[str, Any] = {"filename": "last"}
+_LIGHTNINGS_OWN = ("best", "hpc", "registry")  # names that Lightning resolves to a checkpoint
 _MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
-_EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "sweep")}
+_EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "plan", "sweep")}
 _DESCRIPTION = (
     "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
-    "several methods on several tasks and seeds and tabulates them, and `lopa sweep` searches hyperparameters: see "
-    "`lopa compare --help` and `lopa sweep --help`."
+    "several methods on several tasks and seeds and tabulates them, `lopa sweep` searches hyperparameters, and "
+    "`lopa plan` says what a run will take: see `lopa compare --help`, `lopa sweep --help` and `lopa plan --help`."
 )
+_TERMINATED = 143  # what a shell or a scheduler expects of a program that SIGTERM ended
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
 _EXPECTED_WARNINGS = (
@@ -47,6 +52,7 @@ _EXPECTED_WARNINGS = (
     r".*does not have many workers",  # batches of token ids are made faster than they could be handed over
     r"The dirpath has changed",  # of course: another run's checkpoint is evaluated
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's own use of torch
+    r"FSDP2-wrapped module \(FSDPPromptedModel\) returned a view",  # nothing writes to outputs in place
 )
 
 
@@ -109,18 +115,46 @@ class LoPACLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has; each is configured by a key of its own."""
-        for name, defaults in {"checkpoint": _BEST, "last_checkpoint": _LAST}.items():
-            parser.add_lightning_class_args(ModelCheckpoint, name)
+        kinds: dict[str, tuple[type[ModelCheckpoint], dict[str, Any]]] = {
+            "checkpoint": (ModelCheckpoint, _BEST),
+            "last_checkpoint": (LastCheckpoint, _LAST),
+        }
+        for name, (kind, defaults) in kinds.items():
+            parser.add_lightning_class_args(kind, name)
             parser.set_defaults({f"{name}.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(PromptMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(FitSummary, "summary")
 
     def before_instantiate_classes(self) -> None:
-        """Reads a checkpoint that is named, so that a wrong one is refused before anything is loaded."""
-        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand is not None else None
+        """Refuses a strategy or a checkpoint that is wrong before anything is built or loaded."""
+        if self.subcommand is not None:
+            strategy = self.config[self.subcommand].trainer.strategy
+            check_strategy_name(strategy if isinstance(strategy, str) else strategy.class_path)
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = self._last_path(config)
+        path = config.get("ckpt_path")
         if path is not None and path not in _LIGHTNINGS_OWN:
             checkpoint.read(path)
+
+    def _last_path(self, config: Any) -> str | None:
+        """The newest ``last`` checkpoint under the folder that runs go to; for ``fit`` none is none yet.
+
+        Lightning would look in the new run's folder alone.
+        """
+        last, logger = config.last_checkpoint, config.trainer.logger
+        options = (logger.get("init_args") if isinstance(logger, Namespace) else None) or {}
+        save_dir = options.get("save_dir") or config.trainer.default_root_dir or "."
+        folders = [Path(last.dirpath)] if last.dirpath else [Path(save_dir, options.get("name") or "")]
+        found = [path for folder in folders for path in folder.rglob(f"{last.filename}.ckpt") if path.is_file()]
+        if not found and self.subcommand != "fit":
+            raise LoPAError(f"no checkpoint {last.filename}.ckpt under {folders[0]}; name one with --ckpt_path")
+        if not found:
+            rank_zero_warn(f"no checkpoint {last.filename}.ckpt under {folders[0]} yet: the run starts anew")
+        return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone.
@@ -154,6 +188,9 @@ def main(args: ArgsType = None) -> None:
             importlib.import_module(_EXPERIMENTS[given[0]]).main(given[1:])
         else:
             LoPACLI(args=args)
+    except SIGTERMException:
+        sys.stderr.write("asked to end, and saved; the same command with --ckpt_path last goes on from here\n")
+        raise SystemExit(_TERMINATED) from None
     except Exception as error:
         expected = expected_cause(error)
         if expected is None or os.environ.get("LOPA_TRACEBACK"):

@@ -21,13 +21,13 @@ from tests.modules.helpers import write_reviews
 Tiny = Callable[[str], str]
 
 ROOT = Path(__file__).parent.parent
-# The ones of lopa compare and lopa sweep are no configs of lopa fit; tests/test_methods.py runs the methods, and
-# tests/test_code_configs.py the code tasks.
+# The ones of lopa compare and lopa sweep are no configs of lopa fit; tests/test_methods.py runs the methods,
+# tests/test_strategies.py the trainers, and tests/test_code_configs.py the code tasks.
 CODE = ("mbpp", "cruxeval_input", "cruxeval_output", "cpu_smollm2_code")
 CONFIGS = sorted(
     path
     for path in (ROOT / "configs").rglob("*.yaml")
-    if path.parent.name not in ("compare", "methods", "sweeps") and path.stem not in CODE
+    if path.parent.name not in ("compare", "methods", "sweeps", "trainer") and path.stem not in CODE
 )
 IN_FULL = [path for path in CONFIGS if "class_path" in yaml.safe_load(path.read_text()).get("model", {})]
 OVERLAYS = [path for path in CONFIGS if path not in IN_FULL]
@@ -169,6 +169,12 @@ def test_tensorboard_shows_the_prompt_unless_switched_off(tiny: Tiny, mini_glue:
         (["--trainer.max_epoch=3"], "Did you mean trainer.max_epochs"),
         (["--model.backbone.dtyp=float16"], "Did you mean"),
         (["--modle.objective=head"], "Did you mean model?"),
+        (
+            ["--trainer.strategy=fsdp"],
+            "strategy 'fsdp' is FSDP1, which cannot shard what is partly frozen; put ",
+        ),
+        (["--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"], "put configs/trainer/fsdp.yaml over"),
+        (["--trainer.strategy=deepspeed_stage_3"], "put configs/trainer/fsdp.yaml over"),
         (["--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         ([f"--ckpt_path={Path(__file__)}"], "cannot be read as a checkpoint"),
         (["--data.labels=[good]"], "labels"),

@@ -32,7 +32,7 @@ def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[st
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": cache},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
@@ -47,13 +47,19 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def test_the_command_line_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_the_command_line_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path, overlay: str) -> None:
     reviews(tmp_path, rows=21)
     arguments = [
-        *("fit", "--config", str(ROOT / "configs" / "own_csv.yaml"), f"--model.backbone.name={tiny('bert_base')}"),
+        *("fit", "--config", str(ROOT / "configs" / "own_csv.yaml")),
+        *(
+            "--config",
+            str(ROOT / "configs" / "trainer" / f"{overlay}.yaml"),
+            f"--model.backbone.name={tiny('bert_base')}",
+        ),
         *("--data.data_files", '{"train": "train.csv", "validation": "validation.csv"}'),
         *("--data.labels", '["good", "bad"]', "--data.batch_size=4", "--trainer.max_epochs=1"),
-        *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"),
+        *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.log_every_n_steps=1"),
     ]
     done = launch(["-m", "lopa_lightning.cli", *arguments], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

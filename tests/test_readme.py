@@ -17,6 +17,7 @@ from lopa_lightning import LoPALightningModule, PretrainedSpec
 from lopa_lightning.cli import LoPACLI
 from lopa_lightning.experiments.command import parsed
 from lopa_lightning.experiments.compare import Comparison
+from lopa_lightning.experiments.plan import own_options
 from lopa_lightning.experiments.sweep import Sweep
 from tests.modules.helpers import LoPATiny, trainer, write_reviews
 
@@ -92,6 +93,8 @@ def test_its_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if arguments[0] == "sweep":
             parsed(Sweep, "lopa sweep", arguments[1:])[0].check()
             continue
+        if arguments[0] == "plan":
+            arguments = ["fit", *own_options(arguments[1:])[1]]
         with pytest.raises(SystemExit) as stop:
             LoPACLI(args=[*arguments, "--print_config"])
         assert stop.value.code == 0, command

@@ -1,7 +1,8 @@
 """Lightning callbacks: what a run shows, and what it writes."""
 
+from lopa_lightning.callbacks.last import LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
 from lopa_lightning.callbacks.summary import FitSummary
 
-__all__ = ["FitSummary", "PredictionWriter", "PromptMonitor"]
+__all__ = ["FitSummary", "LastCheckpoint", "PredictionWriter", "PromptMonitor"]

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from lopa_lightning.frozen.sharding import gathered, whole
+
 _NEAREST = 5
 _ROWS_AT_ONCE = 8192  # of the embedding table
 _PIXELS = 16  # of a cell of the cosine matrix
@@ -52,7 +54,8 @@ class PromptMonitor(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Draws the soft prompt, and starts the clock anew: validation is not training time."""
         if self._logger(trainer) is not None and not trainer.sanity_checking:
-            self._draw(trainer, pl_module)
+            with torch.no_grad(), gathered(pl_module.net):
+                self._draw(trainer, pl_module)
         self._instance = None
         self._restart()
 
@@ -65,7 +68,7 @@ class PromptMonitor(Callback):
             return
         for group in optimizer.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
             pl_module.log_dict({f"lr/{group['name']}": group["lr"], f"gradient_norm/{group['name']}": norm})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -101,7 +104,6 @@ class PromptMonitor(Callback):
             self._instance = outputs["instance"]
 
     @rank_zero_only
-    @torch.no_grad()
     def _draw(self, trainer: Any, pl_module: Any) -> None:
         logger, net, step = self._logger(trainer), pl_module.net, trainer.global_step
         assert logger is not None

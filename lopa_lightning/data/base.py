@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
 from lopa_lightning.errors import LoPAError
@@ -262,11 +263,12 @@ class TextDataModule(LightningDataModule, ABC):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
-        return DataLoader(
+        return ResumableLoader(
             data.remove_columns("length"),
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side),
+            share=self.trainer.limit_train_batches if shuffle and self.trainer is not None else 1.0,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

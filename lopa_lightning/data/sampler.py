@@ -45,6 +45,8 @@ class LengthGroupedSampler(DistributedSampler[int]):
         self.lengths = np.asarray(lengths)
         super().__init__(self.lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.batch_size = batch_size
+        self.start_at = 0
+        """How many of this process's examples the next iteration passes over."""
         if not shuffle:
             self.num_samples = len(range(rank, len(self.lengths), num_replicas))
 
@@ -67,7 +69,9 @@ class LengthGroupedSampler(DistributedSampler[int]):
         full = [batch for batch in batches if len(batch) == step]
         short = [batch for batch in batches if len(batch) < step]
         chosen = [full[i] for i in random.permutation(len(full))] + short
-        return iter(np.concatenate([batch[self.rank :: self.num_replicas] for batch in chosen]).tolist())
+        mine = np.concatenate([batch[self.rank :: self.num_replicas] for batch in chosen])
+        start, self.start_at = self.start_at, 0
+        return iter(mine[start:].tolist())
 
 
 def _cut(values: NDArray[np.int64], step: int) -> list[NDArray[np.int64]]:

@@ -67,6 +67,30 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
     return dumped
 
 
+def built(options: Sequence[str]) -> tuple[Any, Any]:
+    """Model and data of a configuration, brought together, with nothing loaded.
+
+    Args:
+        options: Of ``lopa fit``, ``--config`` included. Devices and strategy are not looked for here.
+
+    Returns:
+        The module and the data module.
+
+    Raises:
+        LoPAError: If ``lopa fit`` would refuse it.
+    """
+    here = ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "precision=32-true", "logger=false")
+    arguments = ["fit", *options, *(f"--trainer.{option}" for option in here)]
+    with _quiet():
+        cli = _Resolver(args=arguments)
+    module, data = cli.model, cli.datamodule
+    cli.trainer.strategy.connect(module)
+    cli.trainer._data_connector.attach_data(module, datamodule=data)
+    cli.trainer._data_connector.attach_datamodule(data)
+    module.setup("fit")
+    return module, data
+
+
 def reason(error: BaseException) -> str:
     """An error in a line.
 

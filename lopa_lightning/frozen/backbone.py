@@ -23,6 +23,7 @@ from lopa_lightning.frozen.injection import (
 )
 from lopa_lightning.frozen.layers import cache_input, layer_prompts
 from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size
+from lopa_lightning.frozen.stack import recompute, transformer_layers
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class Backbone(nn.Module):
         dropout: Whether the model's own dropout is active in training. It is off otherwise, always.
         placement: Where virtual tokens go, see :mod:`~lopa_lightning.frozen.injection`.
         trained: Whether all of the model's weights are trained.
+        gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
-            attention mask, or cannot have virtual tokens in every layer where that is asked for.
+            attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
+            these are to be computed a second time.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Backbone(nn.Module):
         dropout: bool = False,
         placement: Placement = "before",
         trained: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_placement(placement)
@@ -74,6 +78,13 @@ class Backbone(nn.Module):
             raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
         self._has_token_types = has_token_types(self.body)
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
+        if gradient_checkpointing:
+            if self._layers is not None:
+                raise LoPAError(
+                    "gradient_checkpointing computes a layer twice, and placement 'every_layer' fills its cache once; "
+                    "use placement 'before' or 'after_first', or gradient_checkpointing: false"
+                )
+            recompute(transformer_layers(self.body))
         self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]

@@ -109,6 +109,7 @@ class InstanceEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel, spec: InstanceEncoderSpec, shared: bool = False) -> None:
         super().__init__()
         self.spec = spec
+        self.shared = shared
         self._has_positions = "position_ids" in accepted_inputs(model)
         self._has_token_types = has_token_types(model)
         # In a list, so that torch does not register the backbone's weights twice.

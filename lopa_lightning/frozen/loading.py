@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.straight import read_to_shards, weight_files
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Family = Literal["encoder", "masked_lm", "causal_lm"]
@@ -46,6 +49,8 @@ class PretrainedSpec:
         dtype: Number format of the weights; ``auto`` takes the one they were saved in.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose.
         trust_remote_code: Whether Python code that comes with the model may run.
+        gradient_checkpointing: Whether layers are computed a second time in the backward pass instead of
+            keeping what they computed: about a third more time, a small part of the memory.
     """
 
     name: str
@@ -53,6 +58,7 @@ class PretrainedSpec:
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
 
     def location(self) -> str:
         """The hub id or folder that ``name`` stands for.
@@ -111,12 +117,13 @@ def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = None) -> PreTrainedModel:
     """Loads pretrained weights.
 
     Args:
         spec: The model.
         family: Which head it is to have: ``encoder`` none, ``masked_lm`` or ``causal_lm`` a language model's.
+        mesh: The processes that the layers are sharded over; None for whole ones.
 
     Returns:
         The model in eval mode, every parameter without gradient.
@@ -129,6 +136,8 @@ def load_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
     options = {"dtype": spec.dtype, **_class_options(config, family)}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
+    if mesh is not None and (sharded := _load_sharded(spec, family, config, mesh)) is not None:
+        return freeze(sharded)
     try:
         with _quiet():
             model, report = _AUTO_CLASSES[family].from_pretrained(
@@ -143,6 +152,35 @@ def load_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
             + ("" if family == "encoder" else "; without a language model head, use objective: head")
         )
     return freeze(model)
+
+
+def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+    """Builds a model as it will be loaded, in its number format, with start values in the place of weights.
+
+    Args:
+        spec: The model.
+        family: Which head it is to have.
+
+    Raises:
+        LoPAError: If there is no such model, or its architecture has no such head.
+    """
+    config = load_config(spec)
+    options = _class_options(config, family)
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    dtype = config.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
+        config, trust_remote_code=spec.trust_remote_code, dtype=dtype or torch.float32, **options
+    )
+    return freeze(model)
+
+
+def _load_sharded(spec: PretrainedSpec, family: Family, config: PretrainedConfig, mesh: DeviceMesh) -> Any:
+    """Reads each process's part alone; None where that cannot be done, and the whole must be read to be sharded."""
+    files = weight_files(spec.location(), spec.source_options())
+    if not files or (spec.dtype == "auto" and config.dtype is None):
+        return None
+    return read_to_shards(functools.partial(unloaded_model, spec, family), files, mesh)
 
 
 def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:

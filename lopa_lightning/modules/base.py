@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
@@ -25,14 +26,18 @@ from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.injection import Placement
 from lopa_lightning.frozen.instance import InstanceEncoderSpec
 from lopa_lightning.frozen.loading import PretrainedSpec
+from lopa_lightning.frozen.sharding import data_mesh, placed_like, shard
 from lopa_lightning.frozen.text import Objective, TextSpec
 from lopa_lightning.modules.build import Builder
+from lopa_lightning.modules.finite import LossGuard, OnNonfinite
 from lopa_lightning.modules.net import Batch, PromptedModel, Readout
 from lopa_lightning.modules.restore import check_resume, rebuild
 from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmup
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
+from lopa_lightning.storage import write_whole_checkpoints
+from lopa_lightning.strategies import check_strategy
 
 
 class LoPALightningModule(LightningModule, ABC):
@@ -60,10 +65,12 @@ class LoPALightningModule(LightningModule, ABC):
         warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
             ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``, ``backbone`` (all of it or its adapter).
+        nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, with the step and
+            the rows, or ``skip`` the step and count it in ``train/skipped_steps``.
 
     Raises:
-        LoPAError: If a learning rate or the warm-up is negative, or both an adapter and the whole
-            backbone are to be trained.
+        LoPAError: If a learning rate or the warm-up is negative, both an adapter and the whole backbone
+            are to be trained, or ``nonfinite_loss`` is unknown.
         TypeError: If an argument could not be stored in a checkpoint.
     """
 
@@ -86,6 +93,7 @@ class LoPALightningModule(LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.0,
         learning_rates: dict[str, float] | None = None,
+        nonfinite_loss: OnNonfinite = "stop",
     ) -> None:
         super().__init__()
         if negative := {name: rate for name, rate in (learning_rates or {}).items() if rate < 0}:
@@ -107,6 +115,7 @@ class LoPALightningModule(LightningModule, ABC):
         self.make_lr_scheduler = lr_scheduler
         self.warmup = warmup
         self.learning_rates = learning_rates or {}
+        self.loss_guard = LossGuard(nonfinite_loss)
         self.net: PromptedModel | None = None
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
@@ -218,20 +227,22 @@ class LoPALightningModule(LightningModule, ABC):
         """Checks what can be checked before weights are loaded.
 
         Raises:
-            LoPAError: If a learning rate names no group, or the backbone cannot serve the objective.
+            LoPAError: If a learning rate names no group, the backbone cannot serve the objective, or the
+                strategy cannot serve at all.
         """
         self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
-        if getattr(self.trainer.strategy, "_start_method", "popen") != "popen":
-            raise LoPAError("strategies that spawn or fork processes lose what is trained in them; use strategy: ddp")
+        check_strategy(self.trainer.strategy)
+        write_whole_checkpoints(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
         if self.net is not None:
             return
-        parts = self.builder.load(self.frozen_dropout)
+        mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
+        parts = self.builder.load(self.frozen_dropout, mesh)
         self._identity: dict[str, Any] = {**parts.identity, "task": self.task_identity()}
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
@@ -240,10 +251,18 @@ class LoPALightningModule(LightningModule, ABC):
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
             self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
+        if mesh is not None:
+            shard(self.net, self.net.pretrained_models(), mesh)
         # Read by DistributedDataParallel: frozen tensors are the same on every rank and need not be sent.
         trained = self._trained()
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
+
+    def hollow_net(self) -> PromptedModel:
+        """The model without any number in it, for a look at its shapes. It is built anew and not kept."""
+        parts = self.builder.hollow(self.frozen_dropout)
+        readout = self.configure_readout(parts.backbone)
+        return PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone).train()
 
     def _make_hyperparameters_plain(self) -> None:
         """Stores hyperparameters as plain data, with the class that they are of."""
@@ -276,8 +295,14 @@ class LoPALightningModule(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss = self.loss(self(batch), batch)
+        self.loss_guard.look_at(loss, batch, batch_idx, self.trainer)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leaves the step out where a loss was no number and is to be skipped."""
+        if self.loss_guard.drop_step(optimizer):
+            self.log("train/skipped_steps", float(self.loss_guard.skipped))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
         """Loss and metrics of a batch; returns its instance vectors for diagnostics."""
@@ -341,8 +366,10 @@ class LoPALightningModule(LightningModule, ABC):
         Raises:
             LoPAError: If names or shapes differ.
         """
-        ckpt.check_tensors(state_dict, self._trained())
-        super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = self._trained()
+        ckpt.check_tensors(state_dict, trained)
+        placed = {name: placed_like(value, trained[name]) for name, value in state_dict.items()}
+        super().load_state_dict(placed, strict=False, assign=assign)
         # With nothing missing and nothing unexpected, as Lightning asks: the frozen weights were never meant.
         return nn.modules.module._IncompatibleKeys([], [])
 
@@ -387,5 +414,7 @@ class LoPALightningModule(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, encoder, method, task or optimizer."""
         ckpt.check_identity(checkpoint.get(ckpt.IDENTITY_KEY), self._identity)
+        if "state_dict" not in checkpoint:  # a strategy has loaded it by itself, and did not check it
+            ckpt.check_tensors(ckpt.read(self.trainer.ckpt_path)["state_dict"], self._trained())
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_resume(checkpoint, self.hparams)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
@@ -25,6 +26,7 @@ from lopa_lightning.frozen.loading import (
     load_model,
     load_tokenizer,
     meta_model,
+    unloaded_model,
 )
 from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
@@ -93,8 +95,10 @@ class Builder:
         spec, backbone = self.instance_encoder, self.backbone
         if not spec.is_backbone or not (spec.trainable or self.train_backbone or self.adapter is not None):
             return spec
-        shared = {field.name: getattr(backbone, field.name) for field in dataclasses.fields(backbone)}
-        return dataclasses.replace(spec, **shared)
+        names = {field.name for field in dataclasses.fields(backbone)} & {
+            field.name for field in dataclasses.fields(spec)
+        }
+        return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in names})
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -132,13 +136,16 @@ class Builder:
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
         return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit)
 
-    def load(self, dropout: bool) -> Parts:
+    def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
 
         Args:
             dropout: Whether the backbone's own dropout is active in training.
+            mesh: The processes that weights are to be sharded over; None for whole ones.
         """
-        model = load_model(self.backbone, self.family)
+        # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
+        direct = mesh if self.adapter is None and self.placement != "every_layer" else None
+        model = load_model(self.backbone, self.family, direct)
         identity: dict[str, Any] = {
             "format": 1,
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, **ckpt.fingerprint(model)},
@@ -151,17 +158,32 @@ class Builder:
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, identity)
         spec = self.encoder_spec
-        encoder = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder")
+        encoder = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder", mesh)
         identity["instance_encoder"] = {
             **{key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")},
             **({} if spec.is_backbone else ckpt.fingerprint(encoder)),
         }
         return Parts(backbone, prompt_encoder, InstanceEncoder(encoder, spec, shared=spec.is_backbone), identity)
 
+    def hollow(self, dropout: bool) -> Parts:
+        """Builds all parts without reading weights; what numbers they have mean nothing.
+
+        Args:
+            dropout: Whether the backbone's own dropout is active in training.
+        """
+        backbone = self._backbone(unloaded_model(self.backbone, self.family), dropout)
+        prompt_encoder = self._prompt_encoder(backbone)
+        if not prompt_encoder.uses_instance:
+            return Parts(backbone, prompt_encoder, None, {})
+        spec = self.encoder_spec
+        encoder = backbone.body if spec.is_backbone else unloaded_model(spec.pretrained(), "encoder")
+        return Parts(backbone, prompt_encoder, InstanceEncoder(encoder, spec, shared=spec.is_backbone), {})
+
     def _backbone(self, model: PreTrainedModel, dropout: bool = False) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
-        return Backbone(model, dropout, self.placement, self.train_backbone)
+        recompute = self.backbone.gradient_checkpointing
+        return Backbone(model, dropout, self.placement, self.train_backbone, recompute)
 
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
         own = None if self.encoder_spec.is_backbone else load_config(self.encoder_spec.pretrained())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lopa_lightning.frozen.backbone import Backbone, PromptedStates
 from lopa_lightning.frozen.instance import InstanceEncoder, Pooling, pool
@@ -152,6 +153,11 @@ class PromptedModel(nn.Module):
         if instance is not None:  # a backbone in bfloat16 goes with a prompt encoder in float32
             instance = instance.to(next(self.prompt_encoder.parameters()).dtype)
         return self.prompt_encoder(instance), instance
+
+    def pretrained_models(self) -> list[PreTrainedModel]:
+        """The pretrained models in it, each once."""
+        encoder = self.instance_encoder
+        return [self.backbone.model, *([] if encoder is None or encoder.shared else [encoder.model])]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All trained parameters by group: the prompt encoder's own, ``head``, ``instance_encoder``, ``backbone``."""

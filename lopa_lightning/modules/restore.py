@@ -68,8 +68,9 @@ def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
         raise LoPAError(f"the checkpoint holds the state of {classes[0]}, this run has {classes[1]}; start a new run")
     if lines := ckpt.differences(old, new):
         rank_zero_warn("a resumed run keeps the checkpoint's optimizer settings:\n  " + "\n  ".join(lines))
-    progress = saved.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    if progress and not progress.get("is_last_batch", True):
+    loop = saved.get("loops", {}).get("fit_loop", {})
+    progress, has_place = loop.get("epoch_loop.batch_progress", {}), loop.get("state_dict", {}).get("combined_loader")
+    if progress and not progress.get("is_last_batch", True) and not has_place:
         rank_zero_warn(
             f"the checkpoint was saved within an epoch, after {progress['current']['completed']} batches: the rest of "
             "that epoch is drawn from its start again. Resume from the end of an epoch (last.ckpt) to continue exactly."

@@ -1,0 +1,78 @@
+"""What is done about a loss that is no number."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lopa_lightning.errors import LoPAError
+
+OnNonfinite = Literal["stop", "skip"]
+"""``stop`` the run, or ``skip`` the optimizer's step and count it."""
+
+
+class LossGuard:
+    """Looks at every training loss, for all processes alike: what one skips, all skip.
+
+    Args:
+        action: What is done about a loss that is NaN or infinite.
+
+    Attributes:
+        skipped: Optimizer steps left out so far.
+
+    Raises:
+        LoPAError: If ``action`` is unknown.
+    """
+
+    def __init__(self, action: OnNonfinite) -> None:
+        if action not in get_args(OnNonfinite):
+            raise LoPAError(f"nonfinite_loss must be one of {', '.join(get_args(OnNonfinite))}, got {action!r}")
+        self.action = action
+        self.skipped = 0
+        self._spoilt = False
+
+    def look_at(self, loss: Tensor, batch: Any, batch_idx: int, trainer: Any) -> None:
+        """Notes a loss that is no number, of this process or of another.
+
+        Args:
+            loss: Of a training batch.
+            batch: With ``index``.
+            batch_idx: Its number within the epoch.
+            trainer: Knows the other processes.
+
+        Raises:
+            LoPAError: If the run is to stop; the message names step and rows.
+        """
+        mine = not bool(torch.isfinite(loss.detach()).all())
+        count = trainer.strategy.reduce(torch.tensor(float(mine), device=loss.device), reduce_op="sum")
+        if not count > 0:
+            return
+        what, rows = "no number on another process", "its"
+        if mine:
+            what, rows = str(float(loss.detach())), ", ".join(map(str, batch["index"].tolist()))
+        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}), rows {rows}"
+        where = f"train/loss is {what} at {step}"
+        if self.action == "stop":
+            raise LoPAError(f"{where}; try a lower learning rate or float32, or go on with nonfinite_loss: skip")
+        rank_zero_warn(f"{where}: the step is skipped")
+        self._spoilt = True
+
+    def drop_step(self, optimizer: Optimizer) -> bool:
+        """Takes the gradients away if they are spoilt: an optimizer leaves a parameter without one as it is.
+
+        Args:
+            optimizer: About to step.
+
+        Returns:
+            Whether it did.
+        """
+        if not self._spoilt:
+            return False
+        optimizer.zero_grad(set_to_none=True)
+        self._spoilt = False
+        self.skipped += 1
+        return True

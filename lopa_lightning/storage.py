@@ -1,0 +1,51 @@
+"""How checkpoints come to the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import replacing
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, however a write ends.
+
+    Lightning's own goes by the system's folder for temporary files, and from there to another file
+    system a rename is a copy, which a killed process leaves half done under the checkpoint's name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            LoPAError: If it cannot be written; what was there before is as it was.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+        try:
+            with replacing(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch's writer makes one of the other
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            kept = "the one before is kept" if path.is_file() else "there is none yet"
+            raise LoPAError(f"checkpoint {str(path)!r} cannot be written ({reason}); {kept}") from error
+
+
+def write_whole_checkpoints(strategy: Strategy) -> None:
+    """Lets a strategy write checkpoints that are whole or not there, unless it was given a way of its own.
+
+    Args:
+        strategy: A Trainer's.
+    """
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = WholeFiles()

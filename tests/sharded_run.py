@@ -1,0 +1,141 @@
+"""What each of two processes runs: the same fits under DDP and under FSDP2, and what each left behind."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lopa_lightning import ClassificationModule, InstanceEncoderSpec, PretrainedSpec, PromptTuning
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.sharding import whole
+from lopa_lightning.strategies import FSDP2Strategy
+from tests.modules.helpers import LoPATiny, reviews, trainer
+
+ROWS = 21
+
+
+class Gathered(TorchDispatchMode):
+    """Counts the numbers that all-gathers bring together."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "all_gather" in str(func):
+            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, result)) if torch.is_tensor(leaf)]
+            self.numbers += max(tensor.numel() for tensor in tensors)
+        return result
+
+
+class CountedSaves(Callback):
+    """How much is gathered while one more checkpoint is made, as at the end of an epoch."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        with Gathered() as counted:
+            trainer._checkpoint_connector.dump_checkpoint()
+        self.numbers.append(counted.numbers)
+
+
+def strategy(name: str) -> Any:
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    if name == "stock":
+        return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    return FSDP2Strategy()
+
+
+def made(kind: str, models: dict[str, str]) -> ClassificationModule:
+    """A module of each kind that is sharded in its own way."""
+    options: dict[str, Any] = {
+        "decoder": {"model": "llama", "objective": "causal_lm", "dtype": "bfloat16"},
+        "encoder": {
+            "model": "bert",
+            "gradient_checkpointing": True,
+            "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
+        },
+        "head": {"model": "bert_base", "objective": "head"},
+        "lora": {
+            "model": "gpt2",
+            "objective": "causal_lm",
+            "adapter": {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+            "prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=3),
+        },
+    }[kind]
+    spec = PretrainedSpec(
+        models[options.pop("model")],
+        dtype=options.pop("dtype", "float32"),
+        gradient_checkpointing=options.pop("gradient_checkpointing", False),
+    )
+    defaults: dict[str, Any] = {"objective": "masked_lm", "prompt_encoder": LoPATiny}
+    return ClassificationModule(
+        backbone=spec, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2), **{**defaults, **options}
+    )
+
+
+def fit(kind: str, how: str, models: dict[str, str], folder: Path, epochs: int = 1, **options: Any) -> dict[str, Any]:
+    """Fits, validates and predicts; everything that must be the same under both strategies."""
+    seed_everything(3)
+    (folder / f"{kind}-{how}").mkdir(exist_ok=True)
+    model, data, saves = made(kind, models), reviews(folder, rows=ROWS), CountedSaves()
+    run = trainer(folder / f"{kind}-{how}", epochs, devices=2, strategy=strategy(how), num_sanity_val_steps=0)
+    run.callbacks.insert(0, saves)
+    run.fit(model, data, **options)
+    sharded = [name for name, part in model.net.named_modules() if isinstance(part, FSDPModule)]
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
+    (validated,) = run.validate(model, data, verbose=False)
+    return {
+        "state": state,
+        "validated": validated,
+        "sharded": sharded,
+        "saves": saves.numbers,
+        "sizes": (held, frozen, trained),
+        "dtypes": sorted({str(p.dtype) for p in model.net.backbone.parameters()}),
+        "step": run.global_step,
+    }
+
+
+def main(folder: Path, models: dict[str, str]) -> None:
+    results: dict[str, Any] = {}
+    for kind in ("decoder", "encoder", "lora"):
+        for how in ("ddp", "fsdp"):
+            results[f"{kind}-{how}"] = fit(kind, how, models, folder)
+    for name, hows in {"all": ("ddp", "fsdp"), "ddp": ("ddp", "ddp"), "stock": ("stock", "stock")}.items():
+        path = folder / "single.ckpt"
+        for epochs, how in zip((2, 3), hows):
+            (chain := folder / f"{name}-{epochs}").mkdir(exist_ok=True)
+            results[f"{name}-{epochs}"] = fit("head", how, models, chain, epochs, ckpt_path=path)
+            path = chain / f"head-{how}" / "last.ckpt"
+    results["refused"] = refused(folder, models)
+    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+def refused(folder: Path, models: dict[str, str]) -> dict[str, str]:
+    """What each strategy says of a checkpoint that lacks a tensor."""
+    messages = {}
+    for how in ("fsdp", "stock"):
+        run = trainer(folder, devices=2, strategy=strategy(how), enable_checkpointing=False, callbacks=[])
+        try:
+            run.validate(made("head", models), reviews(folder, rows=ROWS), ckpt_path=folder / "lacking.ckpt")
+        except LoPAError as error:
+            messages[how] = str(error)
+    return messages
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,32 @@
+"""Real weights under FSDP2 on two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.modules.helpers import reviews
+from tests.real_sharded_run import ROWS, fit
+from tests.test_distributed import ROOT, launch
+
+Find = Callable[[str], str]
+
+pytestmark = pytest.mark.real
+
+
+def test_smollm2_is_never_whole_and_learns_as_on_one_process(real_model: Find, tmp_path: Path) -> None:
+    model = real_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    reviews(tmp_path, rows=ROWS)
+    done = launch([str(ROOT / "tests" / "real_sharded_run.py"), model, str(tmp_path)], ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = fit(model, tmp_path)
+    for rank in (0, 1):
+        result = torch.load(tmp_path / f"rank{rank}.pt")
+        print({name: value if name == "loss" else f"{value / 2**20:.0f} MiB" for name, value in result.items()})
+        assert result["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+        layers = result["model"] - result["around"]
+        assert result["held"] < result["model"] / 2 * 1.15
+        assert result["loading"] < (layers / 2 + result["around"] * 1.5) * 1.15

@@ -1,0 +1,206 @@
+"""Runs that were stopped anywhere go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lopa_lightning.callbacks import LastCheckpoint
+from lopa_lightning.cli import main
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.storage import WholeFiles
+from tests.modules.helpers import module, reviews, trainer, write_reviews
+from tests.resumed_run import ROWS, Signal, fit
+from tests.test_distributed import ROOT, launch
+
+Tiny = Callable[[str], str]
+
+STEPS = 12  # of two epochs
+
+
+class Keep(Callback):
+    """Saves within an epoch, after a step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (6, 0), (9, 0), (4, 1)])
+def test_a_run_resumed_within_an_epoch_is_the_whole_one_bit_for_bit(
+    tiny: Tiny, tmp_path: Path, step: int, workers: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    keep = Keep(step, tmp_path / "mid.ckpt")
+    whole, rows = fit(tiny("bert_base"), tmp_path / "whole", (keep,))
+    parts, rest = fit(tiny("bert_base"), tmp_path / "parts", resume=keep.path, workers=workers)
+    assert len(rows.seen) == STEPS
+    assert rest.seen == rows.seen[step:]
+    assert equal(whole.state_dict(), parts.state_dict())
+    saved, again = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "parts"))
+    assert saved["global_step"] == again["global_step"] == STEPS
+    assert saved["lr_schedulers"] == again["lr_schedulers"]
+    moments, others = (each["optimizer_states"][0]["state"] for each in (saved, again))
+    assert all(torch.equal(entry["exp_avg_sq"], others[index]["exp_avg_sq"]) for index, entry in moments.items())
+    assert not [str(w.message) for w in recwarn if "within an epoch" in str(w.message)]
+
+
+def test_other_batches_than_before_are_said(tiny: Tiny, tmp_path: Path) -> None:
+    keep = Keep(2, tmp_path / "mid.ckpt")
+    fit(tiny("bert_base"), tmp_path / "whole", (keep,), epochs=1)
+    data = reviews(tmp_path, rows=ROWS, batch_size=5)
+    with pytest.warns(UserWarning, match=r"its batches were others \(batch_size 4, now 5\)"):
+        trainer(tmp_path, 1).fit(module(tiny("bert_base"), objective="head"), data, ckpt_path=keep.path)
+
+
+def test_killed_while_writing_it_goes_on_from_the_checkpoint_before(tiny: Tiny, tmp_path: Path) -> None:
+    step = random.SystemRandom().randint(2, STEPS - 1)
+    write_all(tmp_path)
+    killed = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tests" / "resumed_run.py"),
+            tiny("bert_base"),
+            str(tmp_path),
+            str(step),
+            "writing",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    last = tmp_path / "killed" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == step - 1
+    assert [path.name.startswith(".last.ckpt.") for path in last.parent.iterdir() if path != last] == [True]
+    resumed, rest = fit(tiny("bert_base"), tmp_path / "killed", resume=last)
+    whole, rows = fit(tiny("bert_base"), tmp_path / "whole")
+    assert rest.seen == rows.seen[step - 1 :], step
+    assert equal(whole.state_dict(), resumed.state_dict()), step
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def write_all(folder: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_reviews(folder / f"{split}.csv", ROWS)
+
+
+def test_two_processes_go_on_where_one_was_killed(tiny: Tiny, tmp_path: Path) -> None:
+    step = random.SystemRandom().randint(2, STEPS // 2 - 1)
+    write_all(tmp_path)
+    script = [str(ROOT / "tests" / "resumed_run.py"), tiny("bert_base"), str(tmp_path), str(step)]
+    assert launch([*script, "killed"], ROOT).returncode != 0
+    done = launch([*script, "resumed"], ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        whole, resumed = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for name in ("whole", "resumed"))
+        taken = len(whole["rows"]) - len(resumed["rows"])
+        assert taken in (step - 1, step)  # the other process may have saved the step before it heard
+        assert resumed["rows"] == whole["rows"][taken:]
+        for name, value in whole["state"].items():
+            torch.testing.assert_close(resumed["state"][name], value, rtol=0, atol=1e-6)
+        assert resumed["ended"] == "when asked to"
+    assert torch.load(tmp_path / "asked" / "last.ckpt", weights_only=True)["global_step"] == step
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SIGTERMException):
+        fit(tiny("bert_base"), tmp_path / "asked", (Signal(signal.SIGTERM, 3),))
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed, _ = fit(tiny("bert_base"), tmp_path / "asked", resume=tmp_path / "asked" / "last.ckpt")
+    whole, _ = fit(tiny("bert_base"), tmp_path / "whole")
+    assert equal(whole.state_dict(), resumed.state_dict())
+
+
+def test_slurm_asks_for_a_checkpoint_and_the_queue(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {"JOB_ID": "77", "JOB_NAME": "job", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    command = tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked.txt\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    whole, rows = fit(tiny("bert_base"), tmp_path / "queued", (Signal(signal.SIGUSR1, 3),))
+    assert (tmp_path / "asked.txt").read_text() == "requeue 77\n"
+    assert torch.load(tmp_path / "queued" / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 3
+    resumed, rest = fit(tiny("bert_base"), tmp_path / "queued")  # as the job that is queued again
+    assert rest.seen == rows.seen[3:]
+    assert equal(whole.state_dict(), resumed.state_dict())
+
+
+def test_the_command_line_finds_the_last_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lopa"])
+    write_all(tmp_path)
+    arguments = [
+        *("fit", "--config", str(ROOT / "configs" / "own_csv.yaml"), f"--model.backbone.name={tiny('bert_base')}"),
+        *("--data.data_files", '{"train": "train.csv", "validation": "validation.csv"}', "--data.batch_size=4"),
+        *("--data.labels", '["good", "bad"]', "--trainer.accelerator=cpu", "--ckpt_path=last"),
+    ]
+    with pytest.warns(UserWarning, match="no checkpoint last.ckpt under runs/lopa yet: the run starts anew"):
+        main([*arguments, "--trainer.max_epochs=1"])
+    main([*arguments, "--trainer.max_epochs=2"])
+    steps = [
+        torch.load(path, weights_only=True)["global_step"] for path in sorted(tmp_path.rglob("version_*/**/last.ckpt"))
+    ]
+    assert steps == [6, 12]
+    monkeypatch.setattr(
+        "lopa_lightning.modules.ClassificationModule.on_train_start", lambda self: os.kill(os.getpid(), 15)
+    )
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--trainer.max_epochs=3"])
+    assert stop.value.code == 143
+    assert "--ckpt_path last goes on from here" in capsys.readouterr().err
+    newest = tmp_path / "runs" / "lopa" / "version_2" / "checkpoints" / "last.ckpt"
+    assert torch.load(newest, weights_only=True)["global_step"] == 13
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LoPAError, match=r"last.ckpt' cannot be written \(No space left on device\); the one before"):
+        WholeFiles().save_checkpoint({"step": 2}, path)
+    assert torch.load(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    run = trainer(tmp_path, callbacks=[LastCheckpoint(str(tmp_path / "taken"))])
+    with pytest.raises(LoPAError, match=r"checkpoints cannot be written to '.*taken'"):
+        run.fit(module(tiny("bert_base"), objective="head"), reviews(tmp_path))
+    assert run.global_step == 0
