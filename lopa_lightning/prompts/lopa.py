@@ -41,16 +41,17 @@ class LoPA(PromptEncoder):
     instance vector, each through dropout → Linear(e, h) → tanh → Linear(h, ·). Trained parameters:
     m·d + 2·(e + 1)·h + (h + 1)·(m + d)·r.
 
-    The heads start at N(0, 0.02²) with zero biases. The gate so starts near σ(0) = ½ for every
-    instance, and Z_S at twice the embeddings it is drawn from: the first step is prompt tuning's.
+    U starts at 0 and V at N(0, 1), as LoRA's two factors do; the layers before at N(0, 0.02²). The gate
+    so starts at σ(0) = ½ for every instance, and Z_S at twice the embeddings it is drawn from: the first
+    step is prompt tuning's, and the instance has a gradient from then on.
 
     The paper's ablation combines Z_S and U Vᵀ in other ways, ``combine``:
 
     - ``gate``: Z_S ∘ σ(U Vᵀ), the method itself.
     - ``add``: Z_S + U Vᵀ.
     - ``concat``: [Z_S; U Vᵀ], which is 2m virtual tokens.
-    - ``max``: the larger of Z_S and U Vᵀ, entry by entry. It starts near max(Z_S, 0).
-    - ``instance_only``: U Vᵀ without a Z_S and its m·d parameters. It starts near 0.
+    - ``max``: the larger of Z_S and U Vᵀ, entry by entry. It starts at max(Z_S, 0).
+    - ``instance_only``: U Vᵀ without a Z_S and its m·d parameters. It starts at 0.
 
     Args:
         embedding_dim: Width d of a virtual token.
@@ -101,6 +102,9 @@ class LoPA(PromptEncoder):
         self.shared_prompt = shared if rule.shared else None
         self.row_head = head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
         self.column_head = head(instance_dim, hidden_dim, embedding_dim * rank, dropout)
+        # As in LoRA one factor starts at 0 and the other does not: with both near 0 neither would have a gradient.
+        nn.init.zeros_(self.row_head[-1].weight)
+        nn.init.normal_(self.column_head[-1].bias)
 
     def low_rank(self, instance: Tensor) -> Tensor:
         """U Vᵀ.

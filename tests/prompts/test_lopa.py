@@ -122,25 +122,35 @@ def test_only_instance_only_has_no_shared_parameters(combine: str) -> None:
     assert (lopa.shared_virtual_tokens() is None) == (combine == "instance_only")
 
 
-def test_heads_start_small_and_without_bias() -> None:
+def test_u_starts_at_zero_and_v_at_unit_scale() -> None:
     torch.manual_seed(0)
     lopa = LoPA(256, 256, num_virtual_tokens=50, rank=4, hidden_dim=256)
-    for head in (lopa.row_head, lopa.column_head):
-        for layer in (head[1], head[3]):
-            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
-            assert layer.weight.mean().item() == pytest.approx(0, abs=5e-4)
-            assert layer.bias.count_nonzero() == 0
+    for layer in (lopa.row_head[1], lopa.column_head[1], lopa.column_head[3]):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert layer.weight.mean().item() == pytest.approx(0, abs=5e-4)
+    for layer in (lopa.row_head[1], lopa.column_head[1], lopa.row_head[3]):
+        assert layer.bias.count_nonzero() == 0
+    assert lopa.row_head[3].weight.count_nonzero() == 0
+    assert lopa.column_head[3].bias.std().item() == pytest.approx(1, rel=0.1)
 
 
-def test_gate_starts_near_a_half_and_the_prompt_at_the_embeddings(table: Tensor, vocabulary: Vocabulary) -> None:
+def test_the_instance_has_a_gradient_from_the_first_step_on(vocabulary: Vocabulary) -> None:
+    torch.manual_seed(0)
+    lopa = LoPA(8, 64, num_virtual_tokens=6).eval()
+    lopa.initialize(vocabulary)
+    lopa(torch.randn(16, 64)).square().sum().backward()
+    assert lopa.row_head[3].weight.grad.count_nonzero() == lopa.row_head[3].weight.numel()
+
+
+def test_the_gate_starts_at_a_half_and_the_prompt_at_the_embeddings(table: Tensor, vocabulary: Vocabulary) -> None:
     torch.manual_seed(0)
     lopa = LoPA(8, 64, num_virtual_tokens=6).eval()
     lopa.initialize(vocabulary)
     instance = torch.randn(16, 64)
-    torch.testing.assert_close(lopa.gate(instance), torch.full((16, 6, 8), 0.5), atol=0.01, rtol=0)
+    torch.testing.assert_close(lopa.gate(instance), torch.full((16, 6, 8), 0.5), atol=0, rtol=0)
     ids = tokens_at_scale(lopa.shared_virtual_tokens(), table, 2.0)
     embeddings = table[ids].expand(16, -1, -1)
-    torch.testing.assert_close(lopa(instance), embeddings, atol=1e-6, rtol=0.02)
+    torch.testing.assert_close(lopa(instance), embeddings, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("combine", ["add", "concat", "max", "instance_only"])
@@ -159,7 +169,7 @@ def test_other_combinations_start_from_the_embeddings_themselves(
         "instance_only": torch.zeros(6, 8),
     }[combine]
     unit = torch.nn.functional.normalize(torch.randn(16, 64), dim=-1)
-    torch.testing.assert_close(lopa(unit), start.expand(16, -1, -1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(lopa(unit), start.expand(16, -1, -1), atol=0, rtol=0)
 
 
 def test_diagnostics_show_the_gate() -> None:
