@@ -151,7 +151,7 @@ def test_what_fails_is_named_and_tried_again(
     assert "3 of 4 runs failed: reviews killed seed 1, reviews nodata seed 1, reviews diverging seed 1" in said.err
     first = results(tmp_path / "out")
     assert [run["status"] for run in first.values()] == ["failed"] * 3 + ["done"]
-    assert first["diverging seed-1"]["reason"] == "val/loss is nan: the run diverged, or predicts one number for all"
+    assert first["diverging seed-1"]["reason"].startswith("train/loss is nan at step 1 (epoch 0, batch 1), rows ")
     assert "no.csv" in first["nodata seed-1"]["reason"]
     assert "Traceback" in (tmp_path / "out/runs/reviews/nodata/seed-1/log.txt").read_text()
     assert "ended by SIGKILL" in first["killed seed-1"]["reason"]

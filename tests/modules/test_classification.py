@@ -102,7 +102,7 @@ def test_regression_with_a_trained_head(tiny: Tiny, tmp_path: Path) -> None:
         files[split] = str(tmp_path / f"{split}.csv")
     data = TextClassificationDataModule(data_files=files, labels=[], batch_size=8)
     model = module(tiny("bert_base"), objective="head")
-    run = trainer(tmp_path, epochs=10)
+    run = trainer(tmp_path, epochs=20)
     run.fit(model, data)
     metrics = run.callback_metrics
     assert metrics["val/score"] == pytest.approx(float(metrics["val/pearson"] + metrics["val/spearman"]) / 2)
