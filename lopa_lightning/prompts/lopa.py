@@ -103,8 +103,11 @@ class LoPA(PromptEncoder):
         self.row_head = head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
         self.column_head = head(instance_dim, hidden_dim, embedding_dim * rank, dropout)
         # As in LoRA one factor starts at 0 and the other does not: with both near 0 neither would have a gradient.
-        nn.init.zeros_(self.row_head[-1].weight)
-        nn.init.normal_(self.column_head[-1].bias)
+        to_u, to_v = self.row_head[-1], self.column_head[-1]
+        assert isinstance(to_u, nn.Linear)
+        assert isinstance(to_v, nn.Linear)
+        nn.init.zeros_(to_u.weight)
+        nn.init.normal_(to_v.bias)
 
     def low_rank(self, instance: Tensor) -> Tensor:
         """U Vᵀ.
