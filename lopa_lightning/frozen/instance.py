@@ -30,7 +30,8 @@ class InstanceEncoderSpec:
             else like :class:`~lopa_lightning.frozen.loading.PretrainedSpec`'s.
         pooling: ``cls``: the first token's hidden state; ``last``: the last token's; ``mean`` and
             ``max``: over the text's tokens.
-        normalize: Whether vectors are scaled to length 1.
+        normalize: Whether vectors are scaled to a root mean square of 1. Encoders differ twentyfold in scale, and
+            prompt encoders start as if it were about 1; the paper takes vectors as they come.
         trainable: Whether the encoder is trained (and saved) as well, as the paper's released NLU code does.
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.
         revision: Branch, tag or commit on the hub.
@@ -44,7 +45,7 @@ class InstanceEncoderSpec:
 
     name: str = BACKBONE
     pooling: Pooling = "mean"
-    normalize: bool = False
+    normalize: bool = True
     trainable: bool = False
     max_length: int | None = None
     revision: str | None = None
@@ -140,7 +141,7 @@ class InstanceEncoder(nn.Module):
         ):
             hidden = model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
             vector = pool(hidden, attention_mask, self.spec.pooling).float()
-            return F.normalize(vector, dim=-1) if self.spec.normalize else vector
+            return F.rms_norm(vector, vector.shape[-1:]) if self.spec.normalize else vector
 
     def train(self, mode: bool = True) -> InstanceEncoder:
         """Keeps a frozen encoder in eval mode: an instance's vector never changes."""
