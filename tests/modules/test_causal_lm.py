@@ -34,7 +34,8 @@ def losses_by_hand(model: CausalLMModule, row: dict[str, str], folder: str) -> t
     prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
     answer = torch.tensor([[*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]])
     with torch.no_grad():
-        instance = plain.base_model(input_ids=prompt).last_hidden_state.mean(1)
+        mean = plain.base_model(input_ids=prompt).last_hidden_state.mean(1)
+        instance = mean / mean.square().mean(1, keepdim=True).sqrt()
         soft = model.net.prompt_encoder(instance)
         embedded = plain.get_input_embeddings()(torch.cat([prompt, answer], 1))
         logits = plain(inputs_embeds=torch.cat([soft, embedded], 1)).logits[0, -answer.shape[1] - 1 : -1]
