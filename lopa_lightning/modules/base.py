@@ -246,7 +246,7 @@ class LoPALightningModule(LightningModule, ABC):
         self._identity: dict[str, Any] = {**parts.identity, "task": self.task_identity()}
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
-        if not self._trained():
+        if self._is_fitted() and not self._trained():
             raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
@@ -257,6 +257,10 @@ class LoPALightningModule(LightningModule, ABC):
         trained = self._trained()
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
+
+    def _is_fitted(self) -> bool:
+        """Whether a Trainer is about to train it; a model as it comes may be validated and tested."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     def hollow_net(self) -> PromptedModel:
         """The model without any number in it, for a look at its shapes. It is built anew and not kept."""
