@@ -81,6 +81,22 @@ def interruptible() -> Iterator[None]:
         raise SystemExit(_INTERRUPTED) from None
 
 
+def end_with(count: int, what: str, failed: Sequence[str]) -> None:
+    """Ends the program with an error where something has failed.
+
+    Args:
+        count: How many there were.
+        what: What they are called.
+        failed: The names of those that failed.
+
+    Raises:
+        SystemExit: With status 1, if any did.
+    """
+    if failed:
+        sys.stderr.write(f"{len(failed)} of {count} {what} failed: {', '.join(failed)}\n")
+        raise SystemExit(1)
+
+
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:

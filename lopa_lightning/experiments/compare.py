@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments import chart, report
-from lopa_lightning.experiments.command import alone_in, interruptible, parsed
+from lopa_lightning.experiments.command import alone_in, end_with, interruptible, parsed
 from lopa_lightning.experiments.launch import launch
 from lopa_lightning.experiments.resolve import Config, resolve, with_rates_times
 from lopa_lightning.experiments.result import Result
@@ -270,6 +269,4 @@ def main(args: Sequence[str]) -> None:
         with alone_in(comparing.folder):
             rows = comparing.run()
     print(f"Report in {comparing.folder / 'comparison.md'}, .csv and .svg")
-    if failed := [row.name for row in rows if not row.done]:
-        sys.stderr.write(f"{len(failed)} of {len(rows)} runs failed: {', '.join(failed)}\n")
-        raise SystemExit(1)
+    end_with(len(rows), "runs", [row.name for row in rows if not row.done])

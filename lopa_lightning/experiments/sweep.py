@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.command import alone_in, interruptible, parsed
+from lopa_lightning.experiments.command import alone_in, end_with, interruptible, parsed
 from lopa_lightning.experiments.launch import launch
 from lopa_lightning.experiments.resolve import Config, resolve
 from lopa_lightning.experiments.result import Result
@@ -27,7 +26,7 @@ from lopa_lightning.experiments.trials import (
     combinations,
     nested,
     settings_markdown,
-    short_name,
+    short_names,
     shown_value,
     trials_csv,
 )
@@ -273,7 +272,8 @@ class Sweeping:
             return
         self.study.tell(trial, result.score)
         logger = TensorBoardLogger(self.folder, name="hparams", version=_name(trial.params), default_hp_metric=False)
-        shown = {short_name(name): value for name, value in trial.params.items()}
+        names = short_names(trial.params)
+        shown = {names[name]: value for name, value in trial.params.items()}
         logger.log_hyperparams(shown, {"val/score": result.score, "val/best_score": result.best_score})
         logger.finalize("success")
 
@@ -288,7 +288,8 @@ class Sweeping:
 
 def _name(values: dict[str, Any]) -> str:
     """A folder's name: readable, and different where values differ."""
-    shown = ",".join(f"{short_name(name)}={shown_value(value)}" for name, value in values.items())
+    names = short_names(values)
+    shown = ",".join(f"{names[name]}={shown_value(value)}" for name, value in values.items())
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
     return re.sub(r"[^\w=,.+-]+", "_", shown)[:100] + f"-{digest}"
 
@@ -310,6 +311,4 @@ def main(args: Sequence[str]) -> None:
         trials = sweeping.run()
     print(f"Report in {sweeping.folder / 'sweep.md'} and .csv; the best settings in best.yaml")
     print(f"  tensorboard --logdir {sweeping.folder / 'hparams'}")
-    if failed := [_name(values) for values, result in trials if not result.done]:
-        sys.stderr.write(f"{len(failed)} of {len(trials)} trials failed: {', '.join(failed)}\n")
-        raise SystemExit(1)
+    end_with(len(trials), "trials", [_name(values) for values, result in trials if not result.done])

@@ -7,7 +7,8 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lopa_lightning.experiments.report import markdown_table
@@ -57,7 +58,7 @@ def settings_markdown(groups: Sequence[tuple[dict[str, Any], Figure, int]]) -> s
     Args:
         groups: As from :func:`by_settings`.
     """
-    header = [*map(short_name, groups[0][0]), "score", "sd", "runs"]
+    header = [*short_names(groups[0][0]).values(), "score", "sd", "runs"]
     body = []
     for settings, score, count in groups:
         sd = "–" if score.sd is None else f"{score.sd:.4f}"
@@ -101,13 +102,26 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def short_name(name: str) -> str:
-    """The last part of an option's dotted name.
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """The shortest ends of options' dotted names that tell them apart, by name.
 
     Args:
-        name: The whole name.
+        names: The whole names, all different.
+
+    Example:
+        >>> short_names(["model.optimizer.lr", "model.backbone.name", "model.instance_encoder.name"])
+        {'model.optimizer.lr': 'lr', 'model.backbone.name': 'backbone.name', \
+'model.instance_encoder.name': 'instance_encoder.name'}
     """
-    return name.rpartition(".")[2]
+    paths = {name: name.split(".") for name in names}
+
+    def ends(length: int) -> Counter[str]:
+        return Counter(".".join(path[-length:]) for path in paths.values())
+
+    lengths = range(1, 1 + max(map(len, paths.values()), default=0))
+    return {
+        name: next(end for n in lengths if ends(n)[end := ".".join(path[-n:])] == 1) for name, path in paths.items()
+    }
 
 
 def shown_value(value: Any) -> str:

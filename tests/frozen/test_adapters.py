@@ -106,6 +106,7 @@ def test_an_adapter_is_trained_in_float32_inside_a_bfloat16_backbone() -> None:
     [
         ({"r": 3}, "peft_type must be one of .*LORA.*, got None"),
         ({"peft_type": "LORRA"}, "got 'LORRA'"),
+        ({"peft_type": "ADALORA", "total_step": 10}, "got 'ADALORA'"),
         ({"peft_type": "LORA", "rank": 3}, "unexpected keyword argument 'rank'"),
         ({"peft_type": "LORA", "r": 0}, "positive integer"),
         ({"peft_type": "LORA", "target_modules": ["nope"]}, "nope"),
