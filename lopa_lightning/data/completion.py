@@ -292,6 +292,10 @@ class CompletionDataModule(SourceDataModule):
     def check_scoring(self) -> None:
         """Refuses what could not be scored, before anything is generated."""
 
+    def scoring_identity(self) -> dict[str, Any]:
+        """What, beside the rows, decides whether a completion is right, as plain data."""
+        return {"scored_by": type(self).__name__}
+
     def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Says of every completion whether it is right: here, whether it is the row's own.
 

@@ -73,7 +73,6 @@ class CausalLMModule(LoPALightningModule):
         self.exact_match = sys.maxsize if exact_match == "all" else exact_match
         self.matched = MeanMetric()
         self.solved = PassAtK(sorted({1, num_samples}))
-        self.written: frozenset[int] = frozenset()
 
     # Learning
 
@@ -281,11 +280,18 @@ class CausalLMModule(LoPALightningModule):
                 self.matched.reset()
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Loss and metrics of a batch, and its completions, scored: ``results``, one record for each."""
+        """Loss and metrics of a batch, and its completions, scored: ``results``, one record for each.
+
+        Completions of rows in ``written`` are not written again.
+        """
         found: dict[str, Any] = {**super().test_step(batch, batch_idx, dataloader_idx)}
         if (scorer := self._scorer()) is None:
             return found
-        results = scorer.score(batch["index"].tolist(), self.complete(batch))
+        indices = batch["index"].tolist()
+        results = [record for index in indices for record in self.written.get(index, [])]
+        if kept := [row for row, index in enumerate(indices) if index not in self.written]:
+            part = _rows(batch, kept)
+            results += scorer.score(part["index"].tolist(), self.complete(part))
         problems, passed = (torch.tensor([record[key] for record in results]) for key in ("index", "passed"))
         self.solved.update(problems.to(self.device), passed.to(self.device))
         return {**found, "results": results}
@@ -305,6 +311,13 @@ class CausalLMModule(LoPALightningModule):
             digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
         return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
+
+    def scoring_identity(self) -> dict[str, Any] | None:
+        """All that the scores of a row's completions depend on."""
+        scorer = self._scorer()
+        if scorer is None:
+            return None
+        return {**self.prediction_identity(), **scorer.scoring_identity(), "results_per_row": self.num_samples}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Completions of a batch, with ``index`` that ties each to its row; rows in ``written`` are passed over."""
