@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
@@ -11,6 +13,13 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lopa_lightning import NoPrompt
 from tests.modules.helpers import causal, completions, module, reviews, trainer
+
+MATCHING: dict[str, Any] = {
+    "prompt_encoder": NoPrompt,
+    "train_backbone": True,
+    "exact_match": 5,
+    "generation": {"max_new_tokens": 3},
+}
 
 
 def main(backbone: str, causal_backbone: str, folder: Path) -> None:
@@ -26,8 +35,19 @@ def main(backbone: str, causal_backbone: str, folder: Path) -> None:
     ignored |= set(model._ddp_params_and_buffers_to_ignore)
     plain = causal(causal_backbone, prompt_encoder=NoPrompt, train_backbone=True)  # as loaded: nothing is drawn
     (completed,) = run.validate(plain, completions(folder / "completions"), verbose=False)
+    rows = json.loads((folder / "matching.json").read_text())
+    (matched,) = run.validate(
+        causal(causal_backbone, **MATCHING), completions(folder / "matching", rows), verbose=False
+    )
     torch.save(
-        {"completed": completed, "state": model.state_dict(), "validated": validated, "seen": seen, "ignored": ignored},
+        {
+            "matched": matched["val/exact_match"],
+            "completed": completed,
+            "state": model.state_dict(),
+            "validated": validated,
+            "seen": seen,
+            "ignored": ignored,
+        },
         folder / f"rank{run.global_rank}.pt",
     )
 

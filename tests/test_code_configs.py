@@ -118,6 +118,56 @@ def test_an_interrupted_predict_goes_on_where_it_stopped(tiny: Tiny, monkeypatch
     assert [path.name for path in Path("part").iterdir()] == ["predictions.jsonl"]
 
 
+def test_an_interrupted_test_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the model: three samples for each row, right in every second one; killed in the fourth batch."""
+    asked: list[int] = []
+    logged: dict[str, float] = {}
+    stop_at = 100
+
+    def complete(_: CausalLMModule, batch: dict) -> list[list[str]]:  # type: ignore[type-arg]
+        rows = batch["index"].tolist()
+        if len(asked) + len(rows) > stop_at:
+            raise KeyboardInterrupt
+        asked.extend(rows)
+        return [[f"f(1) == {i + 7 if (i + sample) % 2 else 0}" for sample in range(3)] for i in rows]
+
+    monkeypatch.setattr(CausalLMModule, "complete", complete)
+    monkeypatch.setattr(CausalLMModule, "log", lambda _, name, value, **__: logged.update({name: float(value)}))
+    arguments = [*small("cruxeval_output", tiny), "--trainer.logger=false", "--data.allow_code_execution=true"]
+    arguments += ["--data.eval_batch_size=2", "--model.num_samples=3"]
+    main(["test", *arguments, "--predictions.folder=whole"])
+    wanted, figures = read_results("whole"), dict(logged)
+    assert [(row["index"], row["sample"]) for row in wanted] == [(i, s) for i in range(6) for s in range(3)]
+    assert [row["passed"] for row in wanted] == [bool((i + s) % 2) for i in range(6) for s in range(3)]
+
+    asked.clear()
+    stop_at = 4
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(["test", *arguments, "--predictions.folder=part"])
+    part = Path("part/results.jsonl")
+    lines = part.read_text().splitlines(keepends=True)
+    assert len(lines) == 12
+    part.write_text("".join(lines[:11]))  # the last row's last sample was not written any more
+    kept = set(asked) - {json.loads(lines[11])["index"]}
+
+    asked.clear()
+    logged.clear()
+    stop_at = 100
+    main(["test", *arguments, "--predictions.folder=part", "--data.eval_batch_size=3"])
+    assert set(asked) == set(range(6)) - kept
+    assert len(kept) == 3
+    assert read_results("part") == wanted
+    assert logged == pytest.approx(figures)
+    assert logged["test/pass@1"] == pytest.approx(0.5)
+    assert [path.name for path in Path("part").iterdir()] == ["results.jsonl"]
+
+
+def read_results(folder: str) -> list[dict[str, object]]:
+    """What was scored, without how long it took."""
+    rows = [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
 def test_predictions_of_another_setting_are_not_continued(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*small("cruxeval_output", tiny), "--trainer.logger=false", "--predictions.folder=out"]
     main(["predict", *arguments])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from lopa_lightning import LoPALightningModule, NoPrompt
+from tests.distributed_run import MATCHING
 from tests.modules.helpers import causal, completions, reviews, trainer
 
 Tiny = Callable[[str], str]
@@ -37,11 +39,23 @@ def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[st
     )
 
 
+def _half_right(backbone: str) -> list[dict[str, str]]:
+    """Rows of which 0, 2 and 4 (and every second one after) have the completion that the backbone writes."""
+    prompts = [f"the film {'was ' * (i % 4)}" for i in range(21)]
+    texts = causal(backbone, **MATCHING).generate(prompts, batch_size=1)
+    return [
+        {"prompt": prompt, "completion": "another" if i % 2 else text}
+        for i, (prompt, (text,)) in enumerate(zip(prompts, texts))
+    ]
+
+
 @pytest.fixture(scope="module")
 def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ddp")
     reviews(folder, rows=21)  # written once, before two processes would write it
     completions(folder / "completions")
+    (folder / "matching.json").write_text(json.dumps(_half_right(tiny("llama"))))
+    completions(folder / "matching", json.loads((folder / "matching.json").read_text()))
     done = launch([str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), tiny("llama"), str(folder)], ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -102,3 +116,8 @@ def test_every_token_of_a_completion_counts_once_over_the_processes(ranks: Ranks
     model = causal(tiny("llama"), prompt_encoder=NoPrompt, train_backbone=True)
     (alone,) = trainer(folder).validate(model, completions(folder / "completions"), verbose=False)
     assert results[0]["completed"] == pytest.approx(alone, abs=1e-5)
+
+
+def test_exact_match_is_the_share_over_all_processes(ranks: Ranks) -> None:
+    """Rows 0, 2 and 4 of the first five match, and the two processes have unequal numbers of the five."""
+    assert [result["matched"] for result in ranks[1]] == [pytest.approx(3 / 5)] * 2

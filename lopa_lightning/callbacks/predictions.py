@@ -24,7 +24,7 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict`` found, GLUE's submission files where the data is GLUE's, and what ``test`` scored.
 
     Predictions that take long, of modules with a ``prediction_identity``, are written as they come, and an
-    interrupted run into the same folder goes on. A test's scored completions go to ``results.jsonl``.
+    interrupted run into the same folder goes on. So are a test's scored completions, to ``results.jsonl``.
 
     Args:
         folder: Where to; by default the run's log folder.
@@ -63,15 +63,23 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Looks for what an interrupted run has left."""
-        identity = pl_module.prediction_identity()
-        self._stream = None
+        self._open_stream(trainer, pl_module, "predict", "predictions", pl_module.prediction_identity())
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Looks for what an interrupted run has left."""
+        self._open_stream(trainer, pl_module, "test", "results", pl_module.scoring_identity())
+
+    def _open_stream(self, trainer: Any, pl_module: Any, role: str, name: str, identity: dict[str, Any] | None) -> None:
+        self._stream, pl_module.written = None, {}
         if identity is None or trainer.fast_dev_run:
             return
-        data = getattr(trainer.datamodule, "datasets", {}).get("predict", [])
+        data = getattr(trainer.datamodule, "datasets", {}).get(role, [])
         identity = {**identity, "rows": [rows._fingerprint for rows in data]}
-        self._stream = PredictionStream(self._folder, identity, trainer.global_rank)
+        lines = identity.get("results_per_row", 1)
+        self._stream = PredictionStream(self._folder, name, identity, trainer.global_rank, lines)
         self._stream.open()
-        pl_module.written = frozenset(row["index"] for row in self._stream.found)
+        for row in self._stream.found:
+            pl_module.written.setdefault(row["index"], []).append(row)
         trainer.strategy.barrier()
         self._stream.start()
         trainer.strategy.barrier()
@@ -93,8 +101,11 @@ class PredictionWriter(BasePredictionWriter):
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keeps what a test scored."""
-        self._results += outputs.get("results", []) if isinstance(outputs, dict) else []
+        """Keeps what a test scored, and writes what is new."""
+        results = outputs.get("results", []) if isinstance(outputs, dict) else []
+        self._results += results
+        if self._stream is not None:
+            self._stream.add(row for row in results if row["index"] not in pl_module.written)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes what a test scored, one line for each completion."""
@@ -103,6 +114,8 @@ class PredictionWriter(BasePredictionWriter):
             rows.sort(key=lambda row: (row["index"], row["sample"]))
             write_whole(self._folder / "results.jsonl", _formatted(rows, "jsonl"))
             print(f"{len(rows)} scored completions in {self._folder / 'results.jsonl'}")
+            if self._stream is not None:
+                self._stream.close()
 
     def write_on_epoch_end(
         self,

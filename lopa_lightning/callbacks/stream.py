@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,6 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lopa_lightning.files import write_whole
-
-_STATE = ".predictions.unfinished.json"
 
 
 class PredictionStream:
@@ -22,24 +21,28 @@ class PredictionStream:
 
     Args:
         folder: Where predictions go.
+        name: Of the file, without its ending.
         identity: What they depend on, as plain data.
-        rank: Of this process; the first one's file is ``predictions.jsonl`` itself.
+        rank: Of this process; the first one's file is ``NAME.jsonl`` itself.
+        lines: Of each row of the data; a row with fewer was cut off while it was written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, name: str, identity: Mapping[str, Any], rank: int, lines: int = 1) -> None:
+        self.folder, self.name, self.rank, self.lines = folder, name, rank, lines
         self.identity = json.loads(json.dumps(identity, sort_keys=True))
-        self.path = folder / ("predictions.jsonl" if rank == 0 else f"predictions.rank{rank}.jsonl")
+        self.path = folder / (f"{name}.jsonl" if rank == 0 else f"{name}.rank{rank}.jsonl")
+        self.state = folder / f".{name}.unfinished.json"
         self.found: list[dict[str, Any]] = []
 
     def open(self) -> None:
         """Reads what an interrupted run left, on every process."""
-        state = self.folder / _STATE
-        if state.is_file():
-            if json.loads(state.read_text(encoding="utf-8")) == self.identity:
-                self.found = [row for path in self._files() for row in _whole_lines(path)]
+        if self.state.is_file():
+            if json.loads(self.state.read_text(encoding="utf-8")) == self.identity:
+                found = [row for path in self._files() for row in _whole_lines(path)]
+                count = Counter(row["index"] for row in found)
+                self.found = [row for row in found if count[row["index"]] == self.lines]
             else:
-                rank_zero_warn(f"{self.folder} holds predictions of another checkpoint or setting: starting anew")
+                rank_zero_warn(f"{self.folder} holds {self.name} of another checkpoint or setting: starting anew")
 
     def start(self) -> None:
         """Puts the files in order; to be called once every process has read them."""
@@ -47,9 +50,9 @@ class PredictionStream:
             for path in self._files():
                 path.unlink()
             write_whole(self.path, _lines(self.found))
-            write_whole(self.folder / _STATE, json.dumps(self.identity))
+            write_whole(self.state, json.dumps(self.identity))
         if self.found:
-            rank_zero_info(f"{len(self.found)} predictions are in {self.path} already; going on after them")
+            rank_zero_info(f"{len(self.found)} {self.name} are in {self.path} already; going on after them")
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Appends rows to this process's file."""
@@ -61,11 +64,11 @@ class PredictionStream:
         for path in self._files():
             if path != self.path:
                 path.unlink()
-        (self.folder / _STATE).unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        first = self.folder / "predictions.jsonl"
-        return [path for path in (first, *sorted(self.folder.glob("predictions.rank*.jsonl"))) if path.is_file()]
+        first = self.folder / f"{self.name}.jsonl"
+        return [path for path in (first, *sorted(self.folder.glob(f"{self.name}.rank*.jsonl"))) if path.is_file()]
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

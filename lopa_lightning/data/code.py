@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.completion import CompletionDataModule, Layout
-from lopa_lightning.evaluation.sandbox import Limits, require_permission, run_programs
+from lopa_lightning.evaluation.sandbox import Limits, isolation, require_permission, run_programs
 
 
 class CodeDataModule(CompletionDataModule):
@@ -49,6 +50,10 @@ class CodeDataModule(CompletionDataModule):
     def check_scoring(self) -> None:
         """Refuses to run code without the user's permission."""
         require_permission(self.allow_code_execution)
+
+    def scoring_identity(self) -> dict[str, Any]:
+        """With what a program may use, and where it is run."""
+        return {**super().scoring_identity(), "limits": asdict(self.limits), "isolation": list(isolation())}
 
     def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Runs every completion's program in the sandbox."""

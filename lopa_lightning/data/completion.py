@@ -265,14 +265,36 @@ class CompletionDataModule(SourceDataModule):
             role: What the row serves.
             index: Its place in the split.
         """
+        return self._examples(role, [index])[0]
+
+    def _examples(self, role: Role, indices: Sequence[int]) -> list[Example]:
         (split,) = self.splits_of(role)
-        row: dict[str, Any] = self.load_split(split, role)[index]
-        return self.layout(role)(row)
+        rows, layout = self.load_split(split, role), self.layout(role)
+        return [layout(rows[index]) for index in indices]
 
     # Scoring what was written
 
+    def answer(self, completion: str) -> str:
+        """What of a completion is compared with the row's own: here all but the white space around it."""
+        return completion.strip()
+
+    def exact_matches(self, role: Role, indices: Sequence[int], completions: Sequence[str]) -> list[bool]:
+        """Says of each completion whether its answer is, letter for letter, that of the row's own.
+
+        Args:
+            role: What the rows serve.
+            indices: The rows.
+            completions: One of each.
+        """
+        wanted = [example.completion for example in self._examples(role, indices)]
+        return [own is not None and self.answer(text) == self.answer(own) for own, text in zip(wanted, completions)]
+
     def check_scoring(self) -> None:
         """Refuses what could not be scored, before anything is generated."""
+
+    def scoring_identity(self) -> dict[str, Any]:
+        """What, beside the rows, decides whether a completion is right, as plain data."""
+        return {"scored_by": type(self).__name__}
 
     def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Says of every completion whether it is right: here, whether it is the row's own.
@@ -284,11 +306,11 @@ class CompletionDataModule(SourceDataModule):
         Returns:
             One record for each completion, with ``index``, ``sample``, ``completion`` and ``passed`` at least.
         """
-        records = []
-        for index, texts in zip(indices, completions):
-            wanted = self.example("test", index).completion
-            records += [
-                {"index": index, "sample": sample, "completion": text, "passed": text.strip() == (wanted or "").strip()}
-                for sample, text in enumerate(texts)
-            ]
-        return records
+        written = [
+            (index, sample, text) for index, texts in zip(indices, completions) for sample, text in enumerate(texts)
+        ]
+        matches = self.exact_matches("test", [row[0] for row in written], [row[2] for row in written])
+        return [
+            {"index": index, "sample": sample, "completion": text, "passed": passed}
+            for (index, sample, text), passed in zip(written, matches)
+        ]

@@ -114,5 +114,9 @@ class CRUXEvalDataModule(CodeDataModule):
 
     def program(self, row: dict[str, Any], completion: str) -> str:
         """The function with the answer that the completion holds."""
-        answer = cruxeval_answer(completion, self.predict)
+        answer = self.answer(completion)
         return cruxeval_answer_program(row["code"], row["input"], row["output"], answer, self.predict)
+
+    def answer(self, completion: str) -> str:
+        """The literal, or the call, that stands in a completion."""
+        return cruxeval_answer(completion, self.predict)

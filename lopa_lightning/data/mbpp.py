@@ -168,10 +168,13 @@ class MBPPDataModule(CodeDataModule):
         shots = [self._solved[task] for task in range(2, 2 + self.num_shots)]
         return AssertsLayout(tuple((row["text"], row["code"], tuple(row["test_list"])) for row in shots))
 
+    def answer(self, completion: str) -> str:
+        """The function's body; in the original prompt's style, the code up to ``[DONE]``."""
+        return first_function(completion) if self.style == "docstring" else code_block(completion)
+
     def program(self, row: dict[str, Any], completion: str) -> str:
         """The function with its tests."""
+        code = self.answer(completion)
         if self.style == "docstring":
-            code = self.layout("test")(row).prompt + first_function(completion)
-        else:
-            code = code_block(completion)
+            code = self.layout("test")(row).prompt + code
         return mbpp_program(code, row["test_list"], row["test_setup_code"])

@@ -8,6 +8,10 @@ network, not even loopback; and its own file system, with Python and the system'
 small ``/tmp`` in memory. Started by root, it runs as an unprivileged user. :func:`isolation` says what of this
 is in force; each :class:`Outcome` repeats it.
 
+The kernel is asked directly (``jail/kernel.py``), by the calls that bubblewrap makes: nothing needs to be installed,
+and bubblewrap would add nothing, as it is started by programs of the user and needs the same rights. Where the kernel
+refuses namespaces to users, :func:`isolation` does not name them; started by root, they are there again.
+
 A program passes only if a random sentinel comes back that it cannot know: the sentinel is sent when the last line
 has been executed, see ``jail/runner.py``. Ending the process before that, by whatever exit code, is a failure.
 
@@ -30,6 +34,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +49,7 @@ Status = Literal["passed", "failed", "timeout", "killed"]
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = "import sys; sys.path.append({!r}); from lopa_lightning.evaluation.jail.supervisor import main; main()"
+_WALL_PER_CPU = 12.0
 _GRACE = 30.0  # seconds over a program's own after which a supervisor counts as dead
 
 
@@ -52,9 +58,9 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: Wall-clock seconds until the program and all its processes are killed; far above what the
-            program needs, so that a busy machine does not change the result.
         cpu_seconds: CPU seconds of each process: what ends an endless loop.
+        seconds: Wall-clock seconds until the program and all its processes are killed, for what waits and
+            computes nothing. By default twelve times ``cpu_seconds``: a busy machine does not change the result.
         memory_mb: Address space of each process, and resident memory of all of them, in MiB.
         processes: Processes and threads at a time.
         file_mb: Size of a file; with a file system of its own, also of all its files, in MiB.
@@ -65,8 +71,8 @@ class Limits:
         LoPAError: If a limit is not above 0.
     """
 
-    seconds: float = 60.0
     cpu_seconds: int = 10
+    seconds: float | None = None
     memory_mb: int = 1024
     processes: int = 32
     file_mb: int = 64
@@ -75,8 +81,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if not (value := getattr(self, limit.name)) > 0:
+            value = getattr(self, limit.name)
+            if value is not None and not value > 0:
                 raise LoPAError(f"limits.{limit.name} must be above 0, got {value!r}")
+
+    @property
+    def wall_seconds(self) -> float:
+        """``seconds``, or what it is by default."""
+        return _WALL_PER_CPU * self.cpu_seconds if self.seconds is None else self.seconds
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ def iterate_programs(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for supervisor in supervisors:
-            supervisor.close()
+            supervisor.end()
         pool.shutdown()
 
 
@@ -186,7 +198,7 @@ def _plan() -> Plan:
     for namespaces, root in ((True, True), (True, False), (False, False)):
         for unprivileged in (True, False) if os.getuid() == 0 else (False,):
             plan = Plan(namespaces, root, unprivileged)
-            supervisor = _Supervisor(plan, Limits(seconds=30))
+            supervisor = _Supervisor(plan, Limits())
             try:
                 if (outcome := supervisor.run("import json, math, re")).passed:
                     return plan
@@ -204,14 +216,18 @@ class _Supervisor:
     def __init__(self, plan: Plan, limits: Limits) -> None:
         self._plan, self._limits = plan, limits
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock, self._ended = threading.Lock(), False
 
     def run(self, program: str) -> Outcome:
         """Runs one program.
 
         Raises:
-            LoPAError: If it could not be started.
+            LoPAError: If it could not be started, or :meth:`end` was called.
         """
-        process = self._process = self._process or self._start()
+        with self._lock:  # the thread of a program whose turn has just come must not start what nobody would end
+            if self._ended:
+                raise LoPAError("the sandbox has been closed")
+            process = self._process = self._process or self._start()
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(program).encode() + b"\n")
@@ -224,6 +240,12 @@ class _Supervisor:
         if "error" in answer:
             raise LoPAError(f"the sandbox could not start a program: {answer['error']}")
         return Outcome(isolation=self._plan.isolation, **answer)
+
+    def end(self) -> None:
+        """Closes for good."""
+        with self._lock:
+            self._ended = True
+        self.close()
 
     def close(self) -> None:
         """Ends the process, and the program that it may be running."""
@@ -244,7 +266,7 @@ class _Supervisor:
     def _start(self) -> subprocess.Popen[bytes]:
         limits = self._limits
         bounds = Bounds(
-            seconds=limits.seconds,
+            seconds=limits.wall_seconds,
             cpu_seconds=limits.cpu_seconds,
             memory=limits.memory_mb << 20,
             processes=limits.processes,
@@ -265,7 +287,7 @@ class _Supervisor:
     def _read_line(self, process: subprocess.Popen[bytes]) -> bytes:
         """The next line of the supervisor, or what there is of it when it ends or falls silent."""
         assert process.stdout is not None
-        deadline, line = time.monotonic() + self._limits.seconds + _GRACE, b""
+        deadline, line = time.monotonic() + self._limits.wall_seconds + _GRACE, b""
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while not line.endswith(b"\n") and selector.select(deadline - time.monotonic()):

@@ -117,6 +117,8 @@ class LoPALightningModule(LightningModule, ABC):
         self.learning_rates = learning_rates or {}
         self.loss_guard = LossGuard(nonfinite_loss)
         self.net: PromptedModel | None = None
+        self.written: dict[int, list[dict[str, Any]]] = {}
+        """What an interrupted run has left, by row."""
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
 
@@ -181,8 +183,15 @@ class LoPALightningModule(LightningModule, ABC):
     def prediction_identity(self) -> dict[str, Any] | None:
         """What the predictions depend on, as plain data, where they are worth writing one batch at a time.
 
-        A run that was interrupted then goes on where it stopped: the rows that are there are put into the
-        module's ``written``. None to write them all at the end.
+        A run that was interrupted then goes on where it stopped: what is there is put into the module's
+        ``written``. None to write them all at the end.
+        """
+        return None
+
+    def scoring_identity(self) -> dict[str, Any] | None:
+        """The same for what a test writes and scores: the ``results`` that ``test_step`` returns.
+
+        With ``results_per_row``, where a row has several.
         """
         return None
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
@@ -38,10 +40,12 @@ class CausalLMModule(LoPALightningModule):
         stop: Strings that end a completion, which does not contain them.
         generation_seed: Of samples; a prompt's samples depend on it and on the row, not on the batch.
         score_completions: Whether ``test`` also writes completions and lets the data module score them, as pass@k.
+        exact_match: For how many rows of the validation set, from its first, the likeliest completion is written
+            as well: ``val/exact_match`` is the share whose answer is the row's own. ``all`` for all of them.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
-        LoPAError: If ``num_samples`` is less than 1.
+        LoPAError: If ``num_samples`` is less than 1, or ``exact_match`` neither ``all`` nor a number of rows.
     """
 
     objective = "causal_lm"
@@ -53,18 +57,22 @@ class CausalLMModule(LoPALightningModule):
         stop: Sequence[str] = (),
         generation_seed: int = 0,
         score_completions: bool = True,
+        exact_match: int | Literal["all"] = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if num_samples < 1:
             raise LoPAError(f"num_samples must be at least 1, got {num_samples}")
+        if exact_match != "all" and (not isinstance(exact_match, int) or exact_match < 0):
+            raise LoPAError(f"exact_match must be a number of rows, or all; got {exact_match!r}")
         self.generation = dict(generation or {})
         self.num_samples = num_samples
         self.stop = list(stop)
         self.generation_seed = generation_seed
         self.score_completions = score_completions
+        self.exact_match = sys.maxsize if exact_match == "all" else exact_match
+        self.matched = MeanMetric()
         self.solved = PassAtK(sorted({1, num_samples}))
-        self.written: frozenset[int] = frozenset()
 
     # Learning
 
@@ -136,11 +144,15 @@ class CausalLMModule(LoPALightningModule):
             written += self._complete(prompts, encoder, seeds, generation, num_samples, seed, stop)
         return written
 
-    def complete(self, batch: Batch) -> list[list[str]]:
+    def complete(
+        self, batch: Batch, generation: Mapping[str, Any] | None = None, num_samples: int | None = None
+    ) -> list[list[str]]:
         """Completes a batch's prompts: what of its texts is not labelled.
 
         Args:
             batch: As in training; without labels where the texts are prompts alone.
+            generation: As in :meth:`generate`.
+            num_samples: As in :meth:`generate`.
 
         Returns:
             ``num_samples`` completions of each row.
@@ -150,7 +162,7 @@ class CausalLMModule(LoPALightningModule):
             is_prompt &= batch["labels"] == IGNORED
         prompts = [ids[own].tolist() for ids, own in zip(batch["input_ids"], is_prompt)]
         encoder = {key: batch[key] for key in _ENCODER_INPUTS if key in batch}
-        return self._complete(prompts, encoder, batch["index"].tolist())
+        return self._complete(prompts, encoder, batch["index"].tolist(), generation, num_samples)
 
     def _encoder_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         spec = self.text_spec
@@ -226,20 +238,60 @@ class CausalLMModule(LoPALightningModule):
         super().setup(stage)
         config = generation_config(self.generation, self.tokenizer, None)
         check_samples(config, self.num_samples)
-        if stage == "test" and self._scorer() is not None:
+        matching = self.exact_match > 0 and stage in ("fit", "validate")
+        if matching and not hasattr(self._data(), "exact_matches"):
+            raise LoPAError("exact_match needs a data module that knows the completions, such as CompletionDataModule")
+        scoring = stage == "test" and self._scorer() is not None
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and (matching or scoring or stage == "predict"):
+            raise LoPAError(
+                "a sharded backbone cannot generate; do so on one device or under ddp, from the same checkpoint, and "
+                "meanwhile leave exact_match at 0 and score_completions: false"
+            )
+        if scoring:
             self._scorer().check_scoring()
+
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
 
     def _scorer(self) -> Any:
         """The data module, if it can score completions and is to do so."""
-        data = getattr(self.trainer, "datamodule", None)
+        data = self._data()
         return data if self.score_completions and hasattr(data, "score") else None
 
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
+        """Loss and metrics of a batch, and which of its completions match, where that was asked for."""
+        if self.exact_match:
+            kept = [row for row, index in enumerate(batch["index"].tolist()) if index < self.exact_match]
+            matches: list[bool] = []
+            if kept:
+                part = _rows(batch, kept)
+                texts = [text for (text,) in self.complete(part, {"do_sample": False, "num_beams": 1}, 1)]
+                matches = self._data().exact_matches("val", part["index"].tolist(), texts)
+            # With nothing in it too: every process has then seen the metric.
+            self.matched.update(torch.tensor(matches, dtype=torch.float, device=self.device))
+        return super().validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics."""
+        super().on_validation_epoch_end()
+        if self.exact_match:
+            self.log("val/exact_match", self.matched.compute())
+            with torch.inference_mode(False):
+                self.matched.reset()
+
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Loss and metrics of a batch, and its completions, scored: ``results``, one record for each."""
+        """Loss and metrics of a batch, and its completions, scored: ``results``, one record for each.
+
+        Completions of rows in ``written`` are not written again.
+        """
         found: dict[str, Any] = {**super().test_step(batch, batch_idx, dataloader_idx)}
         if (scorer := self._scorer()) is None:
             return found
-        results = scorer.score(batch["index"].tolist(), self.complete(batch))
+        indices = batch["index"].tolist()
+        results = [record for index in indices for record in self.written.get(index, [])]
+        if kept := [row for row, index in enumerate(indices) if index not in self.written]:
+            part = _rows(batch, kept)
+            results += scorer.score(part["index"].tolist(), self.complete(part))
         problems, passed = (torch.tensor([record[key] for record in results]) for key in ("index", "passed"))
         self.solved.update(problems.to(self.device), passed.to(self.device))
         return {**found, "results": results}
@@ -260,10 +312,17 @@ class CausalLMModule(LoPALightningModule):
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
         return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
 
+    def scoring_identity(self) -> dict[str, Any] | None:
+        """All that the scores of a row's completions depend on."""
+        scorer = self._scorer()
+        if scorer is None:
+            return None
+        return {**self.prediction_identity(), **scorer.scoring_identity(), "results_per_row": self.num_samples}
+
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Completions of a batch, with ``index`` that ties each to its row; rows in ``written`` are passed over."""
         kept = [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written]
-        batch = {key: values[kept] for key, values in batch.items()}
+        batch = _rows(batch, kept)
         return {"index": batch["index"], "completions": self.complete(batch) if kept else []}
 
     def prediction_rows(self, predicted: dict[str, Any]) -> list[dict[str, Any]]:
@@ -272,3 +331,7 @@ class CausalLMModule(LoPALightningModule):
             {"index": index, "completions": texts}
             for index, texts in zip(predicted["index"].tolist(), predicted["completions"])
         ]
+
+
+def _rows(batch: Batch, kept: list[int]) -> Batch:
+    return {key: values[kept] for key, values in batch.items()}

@@ -101,6 +101,32 @@ def test_cruxevals_prompt_ends_with_the_question_and_its_instance_is_the_questio
 
 
 @pytest.mark.parametrize(
+    ("predict", "written", "matches"),
+    [
+        ("output", "assert f(1) == 2\n[/ANSWER]", True),
+        ("output", "2 [/ANSWER] and so on", True),
+        ("output", "assert f(1) == 3\n[/ANSWER]", False),
+        ("output", "assert f(1) == 2.0", False),  # equal, but not letter for letter
+        ("input", "f(1)\n", True),
+        ("input", "assert f(1) == 7", True),  # the answer is the call
+        ("input", "assert f(0 + 1) == 2", False),
+    ],
+)
+def test_exact_matches_compare_the_answers(tmp_path: Path, predict: Any, written: str, matches: bool) -> None:
+    data = CRUXEvalDataModule(predict, path=write_mini_cruxeval(tmp_path / "mini", rows=2))
+    assert data.exact_matches("test", [0], [written]) == [matches]
+
+
+def test_exact_matches_of_functions_compare_their_bodies(tmp_path: Path) -> None:
+    folder = write_mini_mbpp(tmp_path / "mini_mbpp")
+    docstring = MBPPDataModule(path=folder)
+    written = ["    return x + 9\n\nprint(1)", "    return 9 + x", "    return x + 10  \n"]
+    assert docstring.exact_matches("test", [0, 0, 1], written) == [True, False, True]
+    asserts = MBPPDataModule(path=folder, style="asserts")
+    assert asserts.exact_matches("test", [0, 0], ["def add(x):\n    return x + 9\n[DONE]\n\n", "add"]) == [True, False]
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: CRUXEvalDataModule("both"), "predict must be one of input, output, got 'both'"),  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def test_hostile_programs_end_as_they_must(hostile: dict[str, Outcome], name: st
     assert expected.says in outcome.stderr
     assert outcome.isolation == isolation()
     assert len(outcome.stderr) < 5000
-    assert outcome.seconds < LIMITS.seconds + 15
+    assert outcome.seconds < LIMITS.wall_seconds + 15
 
 
 def test_a_fork_bomb_stops_at_the_limit(hostile: dict[str, Outcome]) -> None:
@@ -201,11 +201,19 @@ def test_outcomes_come_in_the_order_of_the_programs() -> None:
 
 def test_outcomes_are_there_before_the_last_program_has_run() -> None:
     started = time.monotonic()
-    outcomes = iterate_programs(["assert True", "import time\ntime.sleep(60)"], Limits(seconds=60), workers=1)
+    outcomes = iterate_programs(["assert True", "import time\ntime.sleep(60)"], workers=1)
     assert next(outcomes).passed
     outcomes.close()  # type: ignore[attr-defined]
     assert time.monotonic() - started < 30
     assert survivors() == []
+
+
+def test_a_program_whose_turn_comes_when_the_run_has_ended_is_not_started() -> None:
+    supervisor = sandbox._Supervisor(Plan(), LIMITS)
+    supervisor.end()
+    with pytest.raises(LoPAError, match="the sandbox has been closed"):
+        supervisor.run("import time\ntime.sleep(60)")
+    assert supervisor._process is None
 
 
 def test_a_large_program_arrives_whole() -> None:
@@ -233,6 +241,10 @@ def test_standard_library_and_main_are_as_in_a_script() -> None:
 def test_limits_must_be_above_zero(name: str) -> None:
     with pytest.raises(LoPAError, match=rf"limits\.{name} must be above 0, got 0"):
         Limits(**{name: 0})
+
+
+def test_the_wall_clock_limit_is_far_above_that_of_cpu_time() -> None:
+    assert [Limits().wall_seconds, Limits(cpu_seconds=2).wall_seconds, Limits(seconds=5).wall_seconds] == [120, 24, 5]
 
 
 def test_at_least_one_worker() -> None:

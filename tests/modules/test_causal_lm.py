@@ -21,7 +21,9 @@ from lopa_lightning import (
     NoPrompt,
     PromptTuning,
 )
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule
+from lopa_lightning.strategies import FSDP2Strategy
 from tests.modules.helpers import COMPLETIONS as ROWS
 from tests.modules.helpers import causal, completions, trainer
 
@@ -101,3 +103,65 @@ def test_an_instance_encoder_of_its_own_reads_the_prompt_alone(tiny: Tiny, tmp_p
         for row, index in enumerate(batch["index"].tolist()):
             own = batch["instance_input_ids"][row][batch["instance_attention_mask"][row] == 1]
             assert own.tolist() == tokenizer(ROWS[index]["prompt"])["input_ids"]
+
+
+@pytest.mark.parametrize("asked", ["all", 5])
+def test_exact_match_is_the_share_of_completions_that_greedy_generation_gets_right(
+    tiny: Tiny, tmp_path: Path, asked: Any
+) -> None:
+    """A row's completion is what the untrained model writes, of every third row something else."""
+    sampling = {"max_new_tokens": 5, "do_sample": True, "temperature": 3.0}
+    model = causal(tiny("llama"), exact_match=asked, generation=sampling, num_samples=2)
+    prompts = [row["prompt"] for row in ROWS]
+    texts = model.generate(prompts, {"do_sample": False}, num_samples=1, batch_size=1)
+    rows = [
+        {"prompt": prompt, "completion": "another one" if i % 3 == 1 else f" {text}\n"}
+        for i, (prompt, (text,)) in enumerate(zip(prompts, texts))
+    ]
+    data = completions(tmp_path, rows, eval_batch_size=4)
+    run = trainer(tmp_path, enable_checkpointing=False, callbacks=[])
+    (logged,) = run.validate(model, data, verbose=False)
+    count = len(ROWS) if asked == "all" else asked
+    assert logged["val/exact_match"] == pytest.approx(len([i for i in range(count) if i % 3 != 1]) / count)
+    run.fit(model, data)  # the metric starts anew, and lives through another kind of loop
+    assert 0 <= run.callback_metrics["val/exact_match"] <= 1
+
+
+def test_exact_match_is_off_unless_asked_for(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CausalLMModule, "complete", lambda *_: pytest.fail("something was generated"))
+    (logged,) = trainer(tmp_path).validate(causal(tiny("llama")), completions(tmp_path), verbose=False)
+    assert set(logged) == {"val/loss", "val/perplexity", "val/token_accuracy", "val/score"}
+
+
+@pytest.mark.parametrize("asked", [-1, 0.5, "some"])
+def test_exact_match_is_a_number_of_rows_or_all(tiny: Tiny, asked: Any) -> None:
+    with pytest.raises(LoPAError, match=f"exact_match must be a number of rows, or all; got {asked!r}"):
+        causal(tiny("llama"), exact_match=asked)
+
+
+def test_exact_match_needs_to_know_the_completions(tiny: Tiny, tmp_path: Path) -> None:
+    data = completions(tmp_path)
+    model = causal(tiny("llama"), exact_match="all")
+    data.connect(model.text_spec)
+    data.setup("validate")
+    with pytest.raises(LoPAError, match="exact_match needs a data module that knows the completions"):
+        trainer(tmp_path).validate(model, data.val_dataloader(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [("predict", {}), ("test", {}), ("fit", {"exact_match": 2}), ("validate", {"exact_match": "all"})],
+)
+def test_what_a_sharded_backbone_cannot_do_is_said_before_weights_are_loaded(
+    tiny: Tiny, tmp_path: Path, stage: str, options: dict[str, Any]
+) -> None:
+    model, run = causal(tiny("llama"), **options), trainer(tmp_path)
+    run._accelerator_connector.strategy = FSDP2Strategy()
+    run.datamodule, model.trainer = completions(tmp_path), run  # type: ignore[attr-defined]
+    with pytest.raises(LoPAError, match="a sharded backbone cannot generate; do so on one device or under ddp"):
+        model.setup(stage)
+    assert model.net is None
+    causal_without = causal(tiny("llama"), score_completions=False)
+    causal_without.trainer = run
+    for allowed in ("fit", "validate", "test"):
+        causal_without.setup(allowed)
