@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers.utils import logging as transformers_logging
 
 from lopa_lightning import InstanceEncoderSpec, LoPA, LoPALightningModule, PretrainedSpec
+from lopa_lightning.cli import ignore_expected_warnings
 from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.errors import LoPAError
+from tests.benchmarks.harness import use_clock
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -178,11 +181,13 @@ CASES = {
 
 
 def places_of(options: argparse.Namespace) -> Places:
-    """Where models and data come from, from a benchmark's options; libraries are told to be quiet."""
+    """Where models and data come from, by a benchmark's options; sets the clock, and tells libraries to be quiet."""
+    use_clock(options.clock)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*texts were cut to")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    datasets.disable_progress_bars()
+    ignore_expected_warnings()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return Places(options.models_root, options.data_root)

@@ -1,7 +1,9 @@
 """Our training step over the bare floor: the frozen model's forward and its backward to the input embeddings.
 
 The floor has the batch's own tokens and as many virtual ones, without padding: a rectangle of as many rows of the mean
-length. No loss but a sum, no labels, no optimizer, no loader. ``padded`` is the same on the batch as it was padded.
+length. No loss but a sum, no labels, no optimizer, no loader. ``padded`` is the same on the batch as it was padded;
+``with_loss`` puts in the sum's place what nobody who learns completions can leave out: the vocabulary's logits at the
+labelled tokens, and their cross entropy.
 """
 
 from __future__ import annotations
@@ -10,19 +12,20 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from lopa_lightning import LoPALightningModule
+from lopa_lightning import CausalLMModule, LoPALightningModule
 from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.data.completion import CompletionDataModule
 from lopa_lightning.files import write_whole
+from lopa_lightning.task import IGNORED
 from tests.benchmarks.cases import CASES, Case, Places, build_data, chosen, examples_of, places_of
-from tests.benchmarks.harness import Row, parser, ratios, report, summary
+from tests.benchmarks.harness import Row, now, parser, ratios, report, summary
 from tests.benchmarks.training import Batch, Turns, fit, tokens
 
 FIXED = "smollm2_4x256"
@@ -36,7 +39,8 @@ _COLUMNS = {
     "floor": "floor, ms a step",
     "ratio": "ours / floor",
     "goal": "goal",
-    "padded": "ours / padded floor",
+    "over_padded": "ours / padded floor",
+    "over_with_loss": "ours / floor with loss",
 }
 
 
@@ -61,44 +65,50 @@ def rectangle(batch: Batch) -> Tensor:
     return torch.cat([real, real])[: rows * width].view(rows, width)
 
 
-def bare(module: LoPALightningModule, ids: Tensor, mask: Tensor | None) -> float:
+def bare(module: LoPALightningModule, ids: Tensor, mask: Tensor | None, targets: Tensor | None = None) -> float:
     """Seconds of one forward and one backward to the input embeddings.
 
     Args:
         module: With loaded weights.
         ids: ``[B, L]``, of virtual tokens any ids: what matters is their number.
         mask: ``[B, L]`` where there is padding.
+        targets: Tokens to foretell, at any places, by the model's head, ``[N]``; None for a sum.
     """
     assert module.net is not None
     body: Any = module.net.backbone.body
+    head: Any = module.net.backbone.model.get_output_embeddings()  # type: ignore[operator]
     embedded = body.get_input_embeddings()(ids).detach().requires_grad_()
     options = {"use_cache": False} if hasattr(body.config, "use_cache") else {}
-    start = time.perf_counter()
-    body(inputs_embeds=embedded, attention_mask=mask, **options).last_hidden_state.sum().backward()
-    return time.perf_counter() - start
+    start = now()
+    hidden = body(inputs_embeds=embedded, attention_mask=mask, **options).last_hidden_state
+    loss = hidden.sum() if targets is None else cross_entropy(head(hidden.flatten(0, 1)[: len(targets)]), targets)
+    loss.backward()
+    return now() - start
 
 
 @torch.enable_grad()
-def floor_of(module: LoPALightningModule, batch: Batch, padded: bool = False) -> float:
-    """Seconds of the floor on a batch.
+def floor_of(module: LoPALightningModule, batch: Batch, kind: str = "floor") -> float:
+    """Seconds of a floor on a batch.
 
     Args:
         module: With loaded weights.
         batch: One that it was trained on.
-        padded: Whether the batch stays as it was padded.
+        kind: ``floor``, ``padded`` or ``with_loss``.
     """
     assert module.net is not None
-    m = module.net.prompt_encoder.num_virtual_tokens
-    ids = batch["input_ids"] if padded else rectangle(batch)
-    text = batch["attention_mask"]
-    mask = torch.cat([text.new_ones(len(text), m), text], dim=1) if padded else None
-    return bare(module, torch.cat([ids[:, :1].expand(-1, m), ids], dim=1), mask)
+    m, text, mask, targets = module.net.prompt_encoder.num_virtual_tokens, batch["attention_mask"], None, None
+    ids = rectangle(batch)
+    if kind == "padded":
+        ids, mask = batch["input_ids"], torch.cat([text.new_ones(len(text), m), text], dim=1)
+    elif kind == "with_loss":
+        targets = batch["labels"][batch["labels"] != IGNORED]
+    return bare(module, torch.cat([ids[:, :1].expand(-1, m), ids], dim=1), mask, targets)
 
 
 def floors(module: LoPALightningModule, batches: list[Batch], number: int) -> dict[str, float]:
-    """Both floors of a batch, in turns."""
-    names = ["floor", "padded"][:: -1 if number % 2 else 1]
-    return {name: floor_of(module, batches[0], name == "padded") for name in names}
+    """All floors of a batch, in turns."""
+    kinds = ["floor", "padded", *(["with_loss"] if isinstance(module, CausalLMModule) else [])]
+    return {kind: floor_of(module, batches[0], kind) for kind in kinds[:: -1 if number % 2 else 1]}
 
 
 def fixed_data(places: Places, folder: Path, examples: int) -> TextDataModule:
@@ -136,7 +146,7 @@ def measure(case: Case, places: Places, examples: int, rounds: int, folder: Path
         **step,
         "ratio": ratios(seconds["ours"], seconds["floor"]),
         "goal": f"<= {_GOALS.get(case.name, 1.10)}",
-        "padded": ratios(seconds["ours"], seconds["padded"]),
+        **{f"over_{kind}": ratios(seconds["ours"], seconds[kind]) for kind in seconds if kind not in step},
         "seconds": seconds,
     }
 

@@ -25,6 +25,9 @@ Seconds = dict[str, list[float]]
 Spawn = Callable[[list[str], Mapping[str, str]], None]
 """Runs a Python module with arguments and additions to the environment, and returns when it has ended well."""
 
+_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = ["wall"]
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -52,8 +55,24 @@ def parser(name: str, description: str | None, rounds: int = 5) -> argparse.Argu
     )
     options.add_argument("--cases", nargs="+", default=None, help="names of cases; by default all that apply")
     options.add_argument("--rounds", type=int, default=rounds, help="rounds that are counted, after one that is not")
+    options.add_argument(
+        "--clock",
+        choices=list(_CLOCKS),
+        default="wall",
+        help="cpu: the process's own time, for a shared machine; with OMP_NUM_THREADS=1, as waiting threads count too",
+    )
     options.add_argument("--quick", action="store_true", help="a few examples and two rounds: does it run at all")
     return options
+
+
+def now() -> float:
+    """Seconds by the chosen clock."""
+    return _CLOCKS[_clock[0]]()
+
+
+def use_clock(name: str) -> None:
+    """Chooses the clock of all that this process times."""
+    _clock[0] = name
 
 
 def take_turns(alternatives: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> Seconds:
@@ -70,10 +89,10 @@ def take_turns(alternatives: Mapping[str, Callable[[], object]], rounds: int, wa
     seconds: Seconds = {name: [] for name in alternatives}
     for number in range(warmup + rounds):
         for name in list(alternatives)[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
+            start = now()
             alternatives[name]()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
     return seconds
 
 

@@ -7,7 +7,6 @@ as plain loops over shuffled batches.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from lopa_lightning import LoPALightningModule
 from lopa_lightning.data.base import TextDataModule
 from tests.benchmarks.alternatives import PEERS, PlainLoop, examples_in
 from tests.benchmarks.cases import Case, Places, chosen, examples_of, places_of
-from tests.benchmarks.harness import Row, parser, ratios, report, summary
+from tests.benchmarks.harness import Row, now, parser, ratios, report, summary
 from tests.benchmarks.training import Batch, Turns, fit, tokens
 
 _COLUMNS = {
@@ -56,9 +55,9 @@ class Peers:
         examples = examples_in(batches, self.data)
         seconds = {}
         for name in list(self.loops)[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
+            start = now()
             self.loops[name].epoch(examples, number)
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = now() - start
         return seconds
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lopa_lightning import LoPALightningModule
 from lopa_lightning.data.base import TextDataModule
-from tests.benchmarks.harness import Seconds
+from tests.benchmarks.harness import Seconds, now
 
 Batch = dict[str, Tensor]
 Beside = Callable[[LoPALightningModule, list[Batch], int], dict[str, float]]
@@ -42,17 +41,17 @@ class Turns(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.batches, self._round = [], defaultdict(float)
-        self._since = time.perf_counter()
+        self._since = now()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._round["ours"] += time.perf_counter() - self._since
+        self._round["ours"] += now() - self._since
         self.batches.append(batch)
         if self.after_batch is not None:
             self._add(self.after_batch(pl_module, [batch], self._epochs))
-        self._since = time.perf_counter()
+        self._since = now()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._round["ours"] += time.perf_counter() - self._since
+        self._round["ours"] += now() - self._since
         if self.after_epoch is not None:
             self._add(self.after_epoch(pl_module, self.batches, self._epochs))
         if self._epochs >= self.warmup:
