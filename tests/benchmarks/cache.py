@@ -33,7 +33,7 @@ _COLUMNS = {
 
 
 def config(model: Mapping[str, Any], data: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """What ``lopa fit`` is given: one step, and :class:`~tests.benchmarks.resident.FirstStep` to write it down.
+    """What ``lopa fit`` is given: an epoch, which :class:`~tests.benchmarks.resident.FirstStep` ends at its first step.
 
     Args:
         model: The module's config.
@@ -44,7 +44,7 @@ def config(model: Mapping[str, Any], data: Mapping[str, Any], found: Path) -> di
     trainer = {
         "accelerator": "cpu",
         "devices": 1,
-        "max_steps": 1,
+        "max_epochs": 1,  # all of it is asked for, and ended after a step
         "limit_val_batches": 0,
         "num_sanity_val_steps": 0,
         "logger": False,

@@ -60,7 +60,7 @@ class Peak(Callback):
 
 
 class FirstStep(Callback):
-    """Writes down when the first training step has ended, and what memory was held at most by then.
+    """Writes down when the first training step has ended, and what memory was held at most by then; then stops the run.
 
     Args:
         path: JSON file with ``ready`` (before the first batch is fetched) and ``at``, seconds since the epoch of the
@@ -78,3 +78,4 @@ class FirstStep(Callback):
         if trainer.global_step == 1:
             found = {"ready": self.ready, "at": time.time(), "peak": resident(peak=True)}
             write_whole(self.path, json.dumps(found) + "\n")
+            trainer.should_stop = True
