@@ -102,7 +102,8 @@ class PlainLoop(ABC):
         """
         order = random.Random(number).sample(range(len(examples)), len(examples))
         for start in range(0, len(order), self.case.batch_size):
-            self.loss([examples[place] for place in order[start : start + self.case.batch_size]]).backward()
+            loss: Any = self.loss([examples[place] for place in order[start : start + self.case.batch_size]])
+            loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 

@@ -183,8 +183,9 @@ CASES = {
 def places_of(options: argparse.Namespace) -> Places:
     """Where models and data come from, by a benchmark's options; sets the clock, and tells libraries to be quiet."""
     use_clock(options.clock)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    untyped: Any = transformers_logging
+    untyped.set_verbosity_error()
+    untyped.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*texts were cut to")
     datasets.disable_progress_bars()
     ignore_expected_warnings()

@@ -76,12 +76,15 @@ def bare(module: LoPALightningModule, ids: Tensor, mask: Tensor | None, targets:
     """
     assert module.net is not None
     body: Any = module.net.backbone.body
-    head: Any = module.net.backbone.model.get_output_embeddings()  # type: ignore[operator]
+    model: Any = module.net.backbone.model
     embedded = body.get_input_embeddings()(ids).detach().requires_grad_()
     options = {"use_cache": False} if hasattr(body.config, "use_cache") else {}
     start = now()
     hidden = body(inputs_embeds=embedded, attention_mask=mask, **options).last_hidden_state
-    loss = hidden.sum() if targets is None else cross_entropy(head(hidden.flatten(0, 1)[: len(targets)]), targets)
+    if targets is None:
+        loss = hidden.sum()
+    else:
+        loss = cross_entropy(model.get_output_embeddings()(hidden.flatten(0, 1)[: len(targets)]), targets)
     loss.backward()
     return now() - start
 

@@ -39,13 +39,13 @@ _COLUMNS = {
     "per_100k_rows": "more for each 100k rows",
 }
 _BASE = {"tokens": 64, "batch": 16, "m": 10, "r": 4}
-_AXES = {
+_AXES: dict[str, tuple[int, ...]] = {
     "tokens": (32, 64, 128, 256, 448),
     "batch": (2, 4, 8, 16, 32),
     "m": (1, 5, 10, 25, 50, 100),
     "r": (1, 2, 4, 8, 16),
 }
-_QUICK = {"tokens": (8, 16), "batch": (2, 4), "m": (1, 4), "r": (1, 2)}
+_QUICK: dict[str, tuple[int, ...]] = {"tokens": (8, 16), "batch": (2, 4), "m": (1, 4), "r": (1, 2)}
 _ROWS = (1_000, 10_000, 100_000, 1_000_000)
 _WORDS = ("film", "great", "cast", "good", "story", "bad", "half", "better", "first", "second")
 
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None, run: Spawn = spawn) -> None:
 
 def measured(options: argparse.Namespace, places: Places, folder: Path, run: Spawn) -> list[Row]:
     """All lines of the table."""
-    axes: dict[str, tuple[int, ...]] = _QUICK if options.quick else _AXES
+    axes = _QUICK if options.quick else _AXES
     rounds, steps = (1, 1) if options.quick else (options.rounds, options.steps)
     rows: list[Row] = []
     for axis in options.axes:

@@ -127,8 +127,8 @@ def test_scaling(run: Run) -> None:
     for axis, lines in by_axis.items():
         small, large = lines
         assert small["size"] < large["size"]
-        key = (lambda row: row["first"]) if axis == "rows" else (lambda row: statistics.median(row["seconds"]))
-        slope = np.log(key(large) / key(small)) / np.log(large["size"] / small["size"])
+        times = [row["first"] if axis == "rows" else statistics.median(row["seconds"]) for row in (small, large)]
+        slope = np.log(times[1] / times[0]) / np.log(large["size"] / small["size"])
         assert large["exponent"] == pytest.approx(slope)
     small, large = by_axis["rows"]
     for name, growth in large["growth"].items():
