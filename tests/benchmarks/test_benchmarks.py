@@ -1,0 +1,167 @@
+"""The benchmarks run, and their files say what was measured; never how fast it was."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks.cases import CASES, MINILM, SMOLLM2, Places
+from tests.benchmarks.floor import FIXED, rectangle
+from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
+from tests.mini_glue import write_mini_glue
+from tests.tiny import POSITIONS, save_tiny
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Tiny models and data by the hub ids of the real ones."""
+    models, data = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
+    for name, kind in ((MINILM, "bert_base"), (SMOLLM2, "llama")):
+        (models / name).mkdir(parents=True)
+        save_tiny(kind, models / name)
+    for name, write in (
+        ("nyu-mll/glue", write_mini_glue),
+        ("google-research-datasets/mbpp", write_mini_mbpp),
+        ("cruxeval-org/cruxeval", write_mini_cruxeval),
+    ):
+        (data / name).mkdir(parents=True)
+        write(data / name)
+    return Places(models, data)
+
+
+@pytest.fixture
+def run(roots: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a benchmark quickly, and returns what it wrote once that agrees with what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lopa"])
+
+    def quickly(name: str, *arguments: str, **options: Any) -> dict[str, Any]:
+        folders = ["--models-root", str(roots.models), "--data-root", str(roots.data)]
+        path = tmp_path / f"{name}.json"
+        module = importlib.import_module(f"tests.benchmarks.{name}")
+        module.main(["--quick", *folders, "--json", str(path), *arguments], **options)
+        record: dict[str, Any] = json.loads(path.read_text())
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+        assert len(printed) == 1 + len(record["rows"])
+        assert record["benchmark"] == name
+        assert record["environment"]["torch"] == torch.__version__
+        assert record["environment"]["threads"] == torch.get_num_threads()
+        return record
+
+    return quickly
+
+
+def in_this_process(arguments: list[str], additions: Mapping[str, str]) -> None:
+    """What the benchmarks start in a process of its own."""
+    importlib.import_module(arguments[0]).main(arguments[1:])
+
+
+def check_summary(found: Mapping[str, float], values: list[float]) -> None:
+    assert found == pytest.approx({"median": statistics.median(values), "min": min(values), "max": max(values)})
+
+
+def check_ratio(found: Mapping[str, float], above: list[float], below: list[float]) -> None:
+    assert len(above) == len(below) >= 1
+    check_summary(found, [a / b for a, b in zip(above, below)])
+
+
+def test_floor(run: Run) -> None:
+    rows = {row["case"]: row for row in run("floor")["rows"]}
+    assert list(rows) == [*CASES, FIXED]
+    for row in rows.values():
+        seconds = row["seconds"]
+        learned = ["with_loss"] if row["case"].startswith("smollm2") else []
+        assert set(seconds) == {"ours", "floor", "padded", *learned}
+        assert all(len(values) == 2 for values in seconds.values())
+        check_ratio(row["ratio"], seconds["ours"], seconds["floor"])
+        for kind in ("padded", *learned):
+            check_ratio(row[f"over_{kind}"], seconds["ours"], seconds[kind])
+        check_summary(row["ours"], [1000 * each / row["batches"] for each in seconds["ours"]])
+    fixed = rows[FIXED]  # cut to the tiny model's positions, all alike
+    assert (fixed["tokens"], fixed["padding"]) == (fixed["examples"] * POSITIONS, 0)
+
+
+def test_the_floor_has_a_batchs_tokens_and_no_padding() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 0]])
+    ids = torch.arange(12).view(3, 4)
+    found = rectangle({"input_ids": ids, "attention_mask": mask})
+    assert found.tolist() == [[0, 1, 2], [3, 5, 6], [8, 9, 10]]
+
+
+def test_peers(run: Run) -> None:
+    rows = run("peers")["rows"]
+    assert [row["case"] for row in rows] == list(CASES)
+    for row in rows:
+        seconds = row["seconds"]
+        assert set(seconds) == {"ours", "prompt_tuning", "lora", "released"}
+        assert row["examples"] == 4
+        for name, values in seconds.items():
+            check_summary(row[name], [row["examples"] / each for each in values])
+            if name != "ours":
+                check_ratio(row[f"over_{name}"], values, seconds["ours"])
+
+
+def test_memory(run: Run) -> None:
+    (row,) = run("memory", run=in_this_process)["rows"]
+    above = row["above"]
+    assert set(above) == {"ours", "prompt_tuning", "lora", "released"}
+    assert all(loaded > 50 for loaded in row["loaded"].values())  # MiB of an interpreter with torch in it
+    for name, values in above.items():
+        check_summary(row[name], values)
+
+
+def test_scaling(run: Run) -> None:
+    rows = run("scaling", "--axes", "tokens", "m", "rows", run=in_this_process)["rows"]
+    by_axis = {axis: [row for row in rows if row["axis"] == axis] for axis in ("tokens", "m", "rows")}
+    for axis, lines in by_axis.items():
+        small, large = lines
+        assert small["size"] < large["size"]
+        times = [row["first"] if axis == "rows" else statistics.median(row["seconds"]) for row in (small, large)]
+        slope = np.log(times[1] / times[0]) / np.log(large["size"] / small["size"])
+        assert large["exponent"] == pytest.approx(slope)
+    small, large = by_axis["rows"]
+    for name, growth in large["growth"].items():
+        assert growth == pytest.approx((large[name] - small[name]) / (large["size"] - small["size"]) * 1e5)
+
+
+def test_shares(run: Run) -> None:
+    whole, *operators = run("shares", "--cases", FIXED, "--top", "1000")["rows"]
+    for side in ("ours", "floor"):
+        assert whole[side] == pytest.approx(sum(row[side] for row in operators))
+    assert whole["more"] == pytest.approx(sum(row["more"] for row in operators))
+    by_name = {row["operator"]: row for row in operators}
+    # Two layers of attention, forward and back, on both sides; only a training step chooses with cross entropy.
+    attention = by_name["aten::_scaled_dot_product_flash_attention_for_cpu"]
+    assert attention["ours_calls"] >= attention["floor_calls"] == 2
+    assert by_name["aten::_log_softmax"]["ours_calls"] >= 1 > by_name["aten::_log_softmax"]["floor_calls"]
+
+
+def test_generate(run: Run) -> None:
+    rows = run("generate")["rows"]
+    assert [row["case"] for row in rows] == ["smollm2_mbpp", "smollm2_cruxeval_output"]
+    for row in rows:
+        seconds = row["seconds"]
+        check_ratio(row["over_plain"], seconds["plain"], seconds["ours"])
+        check_ratio(row["over_singly"], seconds["singly"], seconds["together"])
+        check_summary(row["together"], [row["samples"] * row["new_tokens"] / each for each in seconds["together"]])
+        assert row["prompt_tokens"] + row["new_tokens"] == POSITIONS  # these prompts fill what a tiny model has
+
+
+def test_cache(run: Run) -> None:
+    (row,) = run("cache", run=in_this_process)["rows"]
+    seconds = row["seconds"]
+    check_ratio(row["ratio"], seconds["first"], seconds["second"])
+    for name in ("first", "second"):
+        assert 0 < seconds[f"{name}_ready"][0] < seconds[name][0]
+        check_summary(row[name], seconds[name])
