@@ -88,8 +88,9 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
             steps = self._training_steps(random)
         steps = [steps[i] for i in random.permutation(len(steps))]
         mine = [step[self.rank :: self.num_replicas].tolist() for step in steps if len(step) > self.rank]
+        # Reached at the first batch: a loader with workers makes two iterators, and uses the second.
         start, self.start_at = self.start_at, 0
-        return iter(mine[start:])
+        yield from mine[start:]
 
     @property
     def mean_batch_size(self) -> float:
