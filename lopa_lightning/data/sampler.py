@@ -86,11 +86,11 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         else:
             random = np.random.default_rng([self.seed, self.epoch])
             steps = self._training_steps(random)
-        steps = [steps[i] for i in random.permutation(len(steps))]
-        mine = [step[self.rank :: self.num_replicas].tolist() for step in steps if len(step) > self.rank]
+        order = [i for i in random.permutation(len(steps)).tolist() if len(steps[i]) > self.rank]
         # Reached at the first batch: a loader with workers makes two iterators, and uses the second.
         start, self.start_at = self.start_at, 0
-        yield from mine[start:]
+        for i in order[start:]:
+            yield steps[i][self.rank :: self.num_replicas].tolist()
 
     @property
     def mean_batch_size(self) -> float:
