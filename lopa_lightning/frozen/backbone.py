@@ -23,7 +23,7 @@ from lopa_lightning.frozen.injection import (
 )
 from lopa_lightning.frozen.layers import cache_input, layer_prompts
 from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size
-from lopa_lightning.frozen.stack import compiled, recompute, transformer_layers
+from lopa_lightning.frozen.stack import recompute, transformer_layers
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,11 @@ class Backbone(nn.Module):
         placement: Where virtual tokens go, see :mod:`~lopa_lightning.frozen.injection`.
         trained: Whether all of the model's weights are trained.
         gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
-        compile: Whether its layers are compiled.
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
             attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
-            layers that have these, or are computed a second time, are to be computed otherwise as well.
+            these are to be computed a second time.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class Backbone(nn.Module):
         placement: Placement = "before",
         trained: bool = False,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
     ) -> None:
         super().__init__()
         check_placement(placement)
@@ -87,13 +85,6 @@ class Backbone(nn.Module):
                     "use placement 'before' or 'after_first', or gradient_checkpointing: false"
                 )
             recompute(transformer_layers(self.body))
-        if compile:
-            if self._layers is not None or gradient_checkpointing:
-                raise LoPAError(
-                    "compile does not go with placement 'every_layer', whose layers fill a cache, nor with "
-                    "gradient_checkpointing; switch it off"
-                )
-            compiled(transformer_layers(self.body))
         self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]

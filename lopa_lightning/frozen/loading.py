@@ -51,8 +51,6 @@ class PretrainedSpec:
         trust_remote_code: Whether Python code that comes with the model may run.
         gradient_checkpointing: Whether layers are computed a second time in the backward pass instead of
             keeping what they computed: about a third more time, a small part of the memory.
-        compile: Whether layers are compiled with ``torch.compile``, for any batch and length. The first steps take
-            a minute or so; equal to uncompiled layers within rounding.
     """
 
     name: str
@@ -61,7 +59,6 @@ class PretrainedSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
-    compile: bool = False
 
     def location(self) -> str:
         """The hub id or folder that ``name`` stands for.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,22 +52,6 @@ def recompute(layers: Iterable[nn.Module]) -> None:
     """
     for layer in layers:
         layer.forward = functools.partial(_checkpointed, layer.forward)
-
-
-def compiled(layers: Iterable[nn.Module]) -> None:
-    """Compiles layers when they are first run: one by one, as they are alike, and for any batch and length.
-
-    Args:
-        layers: Changed in place; names of their weights stay.
-
-    Raises:
-        LoPAError: If there is no C++ compiler.
-    """
-    names = [os.environ.get("CXX", "g++"), "clang++"]
-    if not any(map(shutil.which, names)):
-        raise LoPAError(f"compile needs a C++ compiler, and none of {', '.join(names)} is installed")
-    for layer in layers:
-        layer.compile(dynamic=True)
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

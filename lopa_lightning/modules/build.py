@@ -144,8 +144,6 @@ class Builder:
             dropout: Whether the backbone's own dropout is active in training.
             mesh: The processes that weights are to be sharded over; None for whole ones.
         """
-        if mesh is not None and self.backbone.compile:
-            raise LoPAError("backbone.compile is for whole layers, and this strategy shards them; switch it off")
         # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
         direct = mesh if self.adapter is None and self.placement != "every_layer" else None
         model = load_model(self.backbone, self.family, direct)
@@ -185,8 +183,8 @@ class Builder:
     def _backbone(self, model: PreTrainedModel, dropout: bool = False) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
-        spec = self.backbone
-        return Backbone(model, dropout, self.placement, self.train_backbone, spec.gradient_checkpointing, spec.compile)
+        recompute = self.backbone.gradient_checkpointing
+        return Backbone(model, dropout, self.placement, self.train_backbone, recompute)
 
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
         own = None if self.encoder_spec.is_backbone else load_config(self.encoder_spec.pretrained())

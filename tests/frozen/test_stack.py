@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -72,33 +71,3 @@ def test_a_model_that_names_no_layers_is_refused(tiny: Tiny) -> None:
     model._no_split_modules = []
     with pytest.raises(LoPAError, match="LlamaModel does not say which layers it is made of"):
         transformer_layers(model)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and g++ is not installed")
-@pytest.mark.parametrize("kind", ["bert_base", "llama"])
-def test_compiled_layers_give_the_same_states_and_gradients_at_any_length(tiny: Tiny, kind: str) -> None:
-    plain, fast = (Backbone(load_model(PretrainedSpec(tiny(kind)), "encoder"), compile=c) for c in (False, True))
-    assert set(plain.state_dict()) == set(fast.state_dict())
-    for batch, length in ((2, 5), (3, 9), (4, 7)):
-        ids = torch.arange(5, 5 + batch * length).view(batch, length)
-        mask = torch.ones_like(ids)
-        mask[0, 3:] = 0
-        found = []
-        for backbone in (plain, fast):
-            prompt = torch.linspace(-1, 1, batch * 4 * 32).view(batch, 4, 32).requires_grad_()
-            hidden = backbone(prompt, ids, mask).hidden
-            hidden[:, :7].square().sum().backward()
-            found.append((hidden.detach()[:, :7], prompt.grad))
-        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-
-
-def test_compiling_is_refused_where_it_does_not_work(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(PretrainedSpec(tiny("llama")), "encoder")
-    with pytest.raises(LoPAError, match="compile does not go with placement 'every_layer'"):
-        Backbone(model, placement="every_layer", compile=True)
-    with pytest.raises(LoPAError, match="nor with gradient_checkpointing"):
-        Backbone(model, gradient_checkpointing=True, compile=True)
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(LoPAError, match=r"compile needs a C\+\+ compiler, and none of g\+\+, clang\+\+ is installed"):
-        Backbone(model, compile=True)
