@@ -24,9 +24,10 @@ class PromptMonitor(Callback):
     """Logs rates, gradient norms, throughput, and pictures of the soft prompt.
 
     Every ``log_every_n_steps``: learning rate and gradient norm of each trained group, samples and
-    tokens per second. At every validation: histograms of the prompt encoder's diagnostics (LoPA's
-    gate), norms and cosine matrix of the shared virtual tokens, and the vocabulary's words nearest
-    to them. At the end: hyperparameters with the best score.
+    tokens per second. After every epoch: the share of padding in what the backbone read. At every
+    validation: histograms of the prompt encoder's diagnostics (LoPA's gate), norms and cosine matrix of
+    the shared virtual tokens, and the vocabulary's words nearest to them. At the end: hyperparameters
+    with the best score.
 
     Args:
         enabled: False to log none of it.
@@ -83,6 +84,12 @@ class PromptMonitor(Callback):
             rates = {"samples": self._samples / seconds, "tokens": tokens / seconds}
             pl_module.log_dict({f"per_second/{k}": v * trainer.world_size for k, v in rates.items()})
             self._restart()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Logs the share of padding, virtual tokens counted, where the loader knows it."""
+        share = getattr(trainer.train_dataloader, "padding_share", None)
+        if self.enabled and share is not None:
+            pl_module.log("train/padding", share(), sync_dist=True)
 
     def _is_logging_step(self, trainer: Any, done: int = 0) -> bool:
         every = trainer.log_every_n_steps

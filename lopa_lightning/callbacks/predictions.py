@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -49,6 +50,8 @@ class PredictionWriter(BasePredictionWriter):
         Raises:
             LoPAError: If the folder cannot be made or written to.
         """
+        # Lightning's indices of a batch are not read: every batch has its own.
+        warnings.filterwarnings("ignore", "Couldn't infer the batch indices")
         log_dir = trainer.log_dir  # broadcast from the first process: every one must ask for it
         self._folder = Path(self.folder or log_dir or trainer.default_root_dir)
         if stage not in ("predict", "test") or not trainer.is_global_zero:

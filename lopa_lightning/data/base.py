@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.collate import Collate, Rows
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
@@ -45,11 +45,15 @@ class TextDataModule(LightningDataModule, ABC):
 
     Args:
         batch_size: Examples in a training batch of one process.
-        eval_batch_size: Examples in a batch otherwise; by default twice as many.
+        eval_batch_size: Most examples in a batch otherwise; by default twice as many.
         max_length: Tokens of a text for the backbone, virtual tokens not counted; None for as many as fit.
         truncation_side: Which end of a text too long is cut.
         padding_side: Where the backbone's padding goes.
-        num_workers: Processes that load batches; 0 is best where batches are small.
+        num_workers: Processes that load batches; by default none on a CPU, which they would take from the model,
+            and two for each GPU.
+        batch_tokens: Most tokens in a batch of one process, padding and virtual tokens included, in place of
+            ``batch_size``; batches then differ in size, and each counts by its examples. Evaluation keeps to it as
+            well, unless there is an ``eval_batch_size``.
     """
 
     task: TextTask | None = None
@@ -63,10 +67,12 @@ class TextDataModule(LightningDataModule, ABC):
         max_length: int | None = None,
         truncation_side: Side = "right",
         padding_side: Side = "right",
-        num_workers: int = 0,
+        num_workers: int | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "batch_tokens": batch_tokens}
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise LoPAError(f"{name} must be at least 1, got {value}")
         for name, side in {"truncation_side": truncation_side, "padding_side": padding_side}.items():
@@ -74,6 +80,8 @@ class TextDataModule(LightningDataModule, ABC):
                 raise LoPAError(f"{name} must be one of {', '.join(get_args(Side))}, got {side!r}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.batch_tokens = batch_tokens
+        self.eval_batch_tokens = None if eval_batch_size is not None else batch_tokens
         self.max_length = max_length
         self.truncation_side = truncation_side
         self.padding_side = padding_side
@@ -231,7 +239,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches of like lengths."""
-        return self._loader(self.datasets["train"][0], self.batch_size, shuffle=True)
+        return self._loader(self.datasets["train"][0], self.batch_size, self.batch_tokens, shuffle=True)
 
     def val_dataloader(self) -> list[Loader]:
         """One loader for each evaluation set."""
@@ -250,28 +258,39 @@ class TextDataModule(LightningDataModule, ABC):
         for data in self.datasets[role]:
             if len(data) < world_size:
                 raise LoPAError(f"{role}: {len(data)} examples are fewer than the {world_size} processes")
-        return [self._loader(data, self.eval_batch_size, shuffle=False) for data in self.datasets[role]]
+        sizes = self.eval_batch_size, self.eval_batch_tokens
+        return [self._loader(data, *sizes, shuffle=False) for data in self.datasets[role]]
 
-    def _loader(self, data: Dataset, batch_size: int, shuffle: bool) -> Loader:
+    def _loader(self, data: Dataset, batch_size: int, batch_tokens: int | None, shuffle: bool) -> Loader:
         spec = self._spec()
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        workers = (2 if on_gpu else 0) if self.num_workers is None else self.num_workers
         sampler = LengthGroupedSampler(
-            data.with_format("numpy")["length"][:],
+            data.with_format("numpy")["length"][:] + spec.virtual_tokens,
             batch_size,
             shuffle,
             num_replicas=self.trainer.world_size if self.trainer is not None else 1,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            batch_tokens=batch_tokens,
         )
+        weighed = shuffle and batch_tokens is not None
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
         return ResumableLoader(
-            data.remove_columns("length"),
-            batch_size=batch_size,
+            Rows(data.remove_columns("length")),
             sampler=sampler,
-            collate_fn=Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side),
+            batch_size=batch_size,
+            virtual_tokens=spec.virtual_tokens,
+            collate_fn=Collate(
+                _pad_id(spec.tokenizer),
+                instance_pad,
+                self.padding_side,
+                sampler.mean_batch_size if weighed else None,
+            ),
             share=self.trainer.limit_train_batches if shuffle and self.trainer is not None else 1.0,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=on_gpu,
         )
 
 

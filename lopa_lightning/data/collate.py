@@ -5,10 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lopa_lightning.task import IGNORED
+
+
+class Rows:
+    """Tokenised rows as a batch's columns, without a Python object for each token.
+
+    Args:
+        data: The rows.
+    """
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, rows: list[int]) -> pa.Table:
+        table: pa.Table = self.data[rows]
+        return table
+
+    __getitems__ = __getitem__  # torch asks so for the rows of a batch that it has made up itself
 
 
 class Collate:
@@ -18,6 +42,8 @@ class Collate:
         pad_id: Backbone token at padding.
         instance_pad_id: Instance encoder token at padding.
         side: Where the backbone's padding goes.
+        mean_batch_size: Examples of a batch in the mean, where batches differ in size: a batch's loss then
+            weighs by its examples.
 
     Example:
         >>> batch = Collate(pad_id=0)([{"input_ids": [5, 6], "index": 0}, {"input_ids": [7], "index": 1}])
@@ -27,12 +53,19 @@ class Collate:
                 [1, 0]]))
     """
 
-    def __init__(self, pad_id: int, instance_pad_id: int = 0, side: Literal["left", "right"] = "right") -> None:
-        self.pad_id = pad_id
-        self.instance_pad_id = instance_pad_id
+    def __init__(
+        self,
+        pad_id: int,
+        instance_pad_id: int = 0,
+        side: Literal["left", "right"] = "right",
+        mean_batch_size: float | None = None,
+    ) -> None:
         self.side = side
+        self.mean_batch_size = mean_batch_size
+        self._padding = {"input_ids": pad_id, "instance_input_ids": instance_pad_id, "labels": IGNORED}
+        self._masks = {"input_ids": "attention_mask", "instance_input_ids": "instance_attention_mask"}
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: pa.Table | Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Makes a batch.
 
         Args:
@@ -43,31 +76,35 @@ class Collate:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``) ``[B, T]``;
             ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``;
             ``index``, ``labels`` ``[B]``; where rows have a label for each token, ``labels [B, T]`` with
-            :data:`~lopa_lightning.task.IGNORED` at padding.
+            :data:`~lopa_lightning.task.IGNORED` at padding. Where batches differ in size ``weight``, this one's
+            share in a step's loss, 1 in the mean.
         """
-        batch = {"index": torch.tensor([row["index"] for row in rows])}
-        batch |= self._padded(rows, "input_ids", "attention_mask", self.pad_id, self.side)
-        if "instance_input_ids" in rows[0]:
-            batch |= self._padded(rows, "instance_input_ids", "instance_attention_mask", self.instance_pad_id, "right")
-        for key, side in (("token_type_ids", self.side), ("instance_token_type_ids", "right")):
-            if key in rows[0]:
-                batch[key] = self._padded(rows, key, "", 0, side)[key]
-        if "labels" in rows[0]:
-            if isinstance(rows[0]["labels"], list):
-                batch["labels"] = self._padded(rows, "labels", "", IGNORED, self.side)["labels"]
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows))
+        batch: dict[str, Tensor] = {}
+        for key, column in zip(table.column_names, table.columns):
+            values = column.combine_chunks()
+            if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                batch |= self._padded(key, values)
             else:
-                batch["labels"] = torch.tensor([row["labels"] for row in rows])
+                batch[key] = _tensor(values.to_numpy(zero_copy_only=False))
+        if self.mean_batch_size is not None:
+            batch["weight"] = torch.tensor(len(table) / self.mean_batch_size)
         return batch
 
-    @staticmethod
-    def _padded(
-        rows: Sequence[dict[str, Any]], key: str, mask_key: str, pad_id: int, side: Literal["left", "right"]
-    ) -> dict[str, Tensor]:
-        width = max(len(row[key]) for row in rows)
-        ids, masks = [], []
-        for row in rows:
-            values, gap = list(row[key]), width - len(row[key])
-            padding, mask = [pad_id] * gap, [1] * len(values)
-            ids.append(padding + values if side == "left" else values + padding)
-            masks.append([0] * gap + mask if side == "left" else mask + [0] * gap)
-        return {key: torch.tensor(ids), mask_key: torch.tensor(masks)}
+    def _padded(self, key: str, values: pa.ListArray) -> dict[str, Tensor]:
+        lengths = np.diff(values.offsets.to_numpy())[:, None]
+        width = int(lengths.max())
+        place = np.arange(width)
+        at_left = self.side == "left" and not key.startswith("instance_")
+        is_token = place >= width - lengths if at_left else place < lengths
+        padded = np.full(is_token.shape, self._padding.get(key, 0), dtype=np.int64)
+        padded[is_token] = values.flatten().to_numpy()
+        batch = {key: torch.from_numpy(padded)}
+        if key in self._masks:
+            batch[self._masks[key]] = torch.from_numpy(is_token.astype(np.int64))
+        return batch
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    """Numbers as torch makes them of Python's: integers in 64 bits, others in 32."""
+    return torch.from_numpy(values.astype(np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32))

@@ -128,6 +128,7 @@ class GLUEDataModule(TextClassificationDataModule):
         truncation_side: Which end of a text too long is cut.
         padding_side: Where the backbone's padding goes.
         num_workers: Processes that load batches.
+        batch_tokens: Most tokens in a batch, in place of ``batch_size``.
 
     Raises:
         LoPAError: If there is no such task.
@@ -151,7 +152,8 @@ class GLUEDataModule(TextClassificationDataModule):
         max_length: int | None = None,
         truncation_side: Side = "right",
         padding_side: Side = "right",
-        num_workers: int = 0,
+        num_workers: int | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
         if task not in GLUE_TASKS:
             raise LoPAError(f"task must be one of {', '.join(GLUE_TASKS)}, got {task!r}")
@@ -175,6 +177,7 @@ class GLUEDataModule(TextClassificationDataModule):
             truncation_side=truncation_side,
             padding_side=padding_side,
             num_workers=num_workers,
+            batch_tokens=batch_tokens,
         )
         assert self.task is not None
         suffixes = [""] if validation_from_train else [suffix for suffix, _ in row.eval_splits]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lopa_lightning.data.sampler import LengthGroupedSampler
@@ -18,13 +19,18 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
     Lightning asks for the state when it saves and hands it back before the first batch.
 
     Args:
-        *args: See torch.
+        dataset: Gives the rows of a list of indices, all at once.
+        sampler: Yields batches. Another sampler, of single rows, makes batches of ``batch_size``: Lightning
+            puts one in place of ours for ``overfit_batches``.
+        batch_size: Rows of a batch with another sampler.
         share: How much of an epoch is used, as a Trainer's ``limit_train_batches``: a number of batches, or a share.
+        virtual_tokens: Number m of virtual tokens that the backbone reads with each row.
         **kwargs: See torch.
 
     Example:
+        >>> import numpy as np
         >>> def loader():
-        ...     return ResumableLoader(range(6), batch_size=2, sampler=LengthGroupedSampler([1] * 6, 2, True))
+        ...     return ResumableLoader(np.arange(6), LengthGroupedSampler([1] * 6, 2))
         >>> first = loader()
         >>> batches = [next(each) for each in [iter(first)] for _ in range(2)]
         >>> again = loader()
@@ -33,42 +39,69 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         True
     """
 
-    def __init__(self, *args: Any, share: int | float = 1.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Iterable[Any],
+        batch_size: int = 1,
+        share: int | float = 1.0,
+        virtual_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        ours = isinstance(sampler, LengthGroupedSampler)
+        super().__init__(dataset, sampler=sampler, batch_size=None if ours else batch_size, **kwargs)
         self._used = min(len(self), share) if isinstance(share, int) else int(len(self) * share)
+        self._virtual_tokens = virtual_tokens
         self._passed_over = 0
         self._handed_out = 0
+        self._tokens = self._places = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Yields the batches of an epoch, at first from the place of the state that was loaded."""
-        if isinstance(self.sampler, LengthGroupedSampler):  # Lightning may put another in its place (overfit_batches)
-            self.sampler.start_at = self._passed_over * self.sampler.batch_size
+        if isinstance(self.sampler, LengthGroupedSampler):
+            self.sampler.start_at = self._passed_over
         self._handed_out, self._passed_over = self._passed_over, 0
+        self._tokens = self._places = 0
         for batch in super().__iter__():
             self._handed_out += 1
+            if isinstance(batch, dict) and "attention_mask" in batch:
+                self._look_at(batch["attention_mask"])
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def _look_at(self, mask: Tensor) -> None:
+        """Counts tokens while the batch still lies in the host's memory: nothing waits for a device."""
+        virtual = len(mask) * self._virtual_tokens
+        self._tokens += int(mask.sum()) + virtual
+        self._places += mask.numel() + virtual
+
+    def padding_share(self) -> float:
+        """Share of padding in what was handed out of the last epoch, of all that the backbone reads."""
+        return 1 - self._tokens / self._places if self._places else 0.0
+
+    def state_dict(self) -> dict[str, int | None]:
         """How many batches of the epoch were handed out, and what decides which these are."""
         sampler = self.sampler
         if not isinstance(sampler, LengthGroupedSampler):
             return {"batches": 0}
         return {
             "batches": self._handed_out % max(1, self._used),  # after the last one comes another epoch's first
-            "batch_size": sampler.batch_size,
+            "batch_size": sampler.batch_size if sampler.batch_tokens is None else None,
+            "batch_tokens": sampler.batch_tokens,
             "processes": sampler.num_replicas,
             "seed": sampler.seed,
             "examples": len(sampler.lengths),
+            "tokens": int(sampler.lengths.sum()),
         }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
         """Goes on from a place, in the next iteration."""
         mine = self.state_dict()
+        batches = state_dict["batches"] or 0
         deciding = [name for name in mine if name != "batches" and state_dict.get(name) != mine[name]]
         changed = [f"{name} {state_dict.get(name)}, now {mine[name]}" for name in deciding]
-        if changed and state_dict["batches"]:
+        if changed and batches:
             rank_zero_warn(
                 f"the checkpoint was saved within an epoch, and its batches were others ({'; '.join(changed)}): the "
                 "rest of that epoch is drawn anew, some examples come twice and some not"
             )
-        self._handed_out = self._passed_over = min(state_dict["batches"], self._used)
+        self._handed_out = self._passed_over = min(batches, self._used)

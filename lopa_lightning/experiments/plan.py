@@ -179,7 +179,10 @@ def main(args: Sequence[str]) -> None:
     options, rest = own_options(args)
     module, data = built(rest)
     limits = [n for n in (module.text_spec.max_tokens, options.tokens or data.max_length or _TOKENS) if n is not None]
-    print(report(sizes(module, data.batch_size, min(limits)), options.devices))
+    tokens = min(limits)
+    budget, read = data.batch_tokens, tokens + module.text_spec.virtual_tokens
+    rows = data.batch_size if budget is None else max(1, budget // read)
+    print(report(sizes(module, rows, tokens), options.devices))
 
 
 def _batch(net: PromptedModel, batch_size: int, tokens: int, module: LoPALightningModule) -> dict[str, Tensor]:

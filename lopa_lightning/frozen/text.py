@@ -25,6 +25,8 @@ class TextSpec:
         objective: How an answer is read, which decides what a template looks like.
         instance_tokenizer: The instance encoder's; None if no instance vector is needed.
         instance_max_tokens: Tokens that the instance encoder reads at most; None if not limited.
+        virtual_tokens: Number of virtual tokens that the backbone reads with each text; 0 where they stand in every
+            layer, as keys and values alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -32,6 +34,7 @@ class TextSpec:
     objective: Objective
     instance_tokenizer: PreTrainedTokenizerBase | None
     instance_max_tokens: int | None
+    virtual_tokens: int = 0
 
 
 def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[int]:

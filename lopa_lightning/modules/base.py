@@ -306,11 +306,11 @@ class LoPALightningModule(LightningModule, ABC):
             torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
+        """Loss of a batch; where batches differ in size, as they count in a step: each by its examples."""
         loss = self.loss(self(batch), batch)
         self.loss_guard.look_at(loss, batch, batch_idx, self.trainer)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
-        return loss
+        return loss * batch["weight"] if "weight" in batch else loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leaves the step out where a loss was no number and is to be skipped."""

@@ -128,13 +128,14 @@ class Builder:
         if limit is not None and m >= limit:
             raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
         room = None if limit is None else limit - m
+        read = 0 if self.placement == "every_layer" else m
         if not prompt_encoder.uses_instance:
-            return TextSpec(self.tokenizer, room, self.objective, None, None)
+            return TextSpec(self.tokenizer, room, self.objective, None, None, read)
         spec = self.encoder_spec
         own = limit if spec.is_backbone else Backbone(meta_model(spec.pretrained(), "encoder")).max_positions
         tokenizer = self.tokenizer if spec.is_backbone else load_tokenizer(spec.pretrained())
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
-        return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit)
+        return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit, read)
 
     def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.collate import Collate, Rows
 
 ROWS: list[dict[str, Any]] = [
     {"input_ids": [5, 6, 7], "index": 4},
@@ -73,3 +75,33 @@ def test_the_mask_gives_back_the_rows(texts: list[list[int]], left: bool) -> Non
     shown = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
     assert shown == texts
     assert batch["input_ids"].shape[1] == max(map(len, texts))
+
+
+def test_a_table_of_rows_is_padded_as_rows_are() -> None:
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "input_ids": random.integers(0, 99, size).tolist(),
+            "labels": random.integers(0, 99, size).tolist(),
+            "instance_input_ids": random.integers(0, 99, 9 - size).tolist(),
+            "index": index,
+        }
+        for index, size in enumerate(random.integers(1, 9, size=40))
+    ]
+    data = Rows(Dataset.from_list(rows).select(range(39, -1, -1)))  # of a selection rows lie in another order
+    taken = [3, 17, 5, 39]
+    for side in ("left", "right"):
+        collate = Collate(pad_id=1, instance_pad_id=2, side=side)  # type: ignore[arg-type]
+        batch, expected = collate(data[taken]), collate([rows[39 - row] for row in taken])
+        assert set(batch) == set(expected)
+        assert all(torch.equal(value, expected[key]) for key, value in batch.items())
+
+
+def test_labels_of_tokens_are_ignored_at_padding() -> None:
+    batch = Collate(pad_id=0, side="left")(with_key("labels", [-100, 6, 7], [8]))
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
+
+
+def test_a_batch_of_a_mean_size_weighs_one() -> None:
+    assert Collate(0, mean_batch_size=2.0)(ROWS)["weight"] == 1
+    assert Collate(0, mean_batch_size=2.0)(ROWS * 3)["weight"] == 3
