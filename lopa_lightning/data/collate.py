@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,11 +38,12 @@ class Collate:
 
         Args:
             rows: ``input_ids``, ``index``, and optionally ``token_type_ids``, ``instance_input_ids``,
-                ``instance_token_type_ids``, ``labels``.
+                ``instance_token_type_ids``, ``instance``, ``labels``.
 
         Returns:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``) ``[B, T]``;
-            ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``;
+            ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``,
+            or ``instance [B, e]``;
             ``index``, ``labels`` ``[B]``; where rows have a label for each token, ``labels [B, T]`` with
             :data:`~lopa_lightning.task.IGNORED` at padding.
         """
@@ -49,6 +51,8 @@ class Collate:
         batch |= self._padded(rows, "input_ids", "attention_mask", self.pad_id, self.side)
         if "instance_input_ids" in rows[0]:
             batch |= self._padded(rows, "instance_input_ids", "instance_attention_mask", self.instance_pad_id, "right")
+        if "instance" in rows[0]:
+            batch["instance"] = torch.from_numpy(np.stack([row["instance"] for row in rows]))
         for key, side in (("token_type_ids", self.side), ("instance_token_type_ids", "right")):
             if key in rows[0]:
                 batch[key] = self._padded(rows, key, "", 0, side)[key]

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.vectors import VectorCache
 from lopa_lightning.prompts.base import Vocabulary
 
 Objective = Literal["masked_lm", "causal_lm", "head"]
@@ -25,6 +26,7 @@ class TextSpec:
         objective: How an answer is read, which decides what a template looks like.
         instance_tokenizer: The instance encoder's; None if no instance vector is needed.
         instance_max_tokens: Tokens that the instance encoder reads at most; None if not limited.
+        instance_vectors: Where the vectors of a frozen instance encoder are kept; None if each batch is encoded anew.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -32,6 +34,7 @@ class TextSpec:
     objective: Objective
     instance_tokenizer: PreTrainedTokenizerBase | None
     instance_max_tokens: int | None
+    instance_vectors: VectorCache | None = None
 
 
 def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[int]:
