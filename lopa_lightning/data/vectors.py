@@ -37,16 +37,17 @@ class WithVectors(TorchDataset[dict[str, Any]]):
         return [{**row, "instance": vector} for row, vector in found]
 
 
-def agrees_with(cache: VectorCache, trainer: Trainer) -> bool:
+def agrees_with(cache: VectorCache, trainer: Trainer | None) -> bool:
     """Whether vectors may be read in a run: not those of a backbone that is sharded.
 
     One process could not hold it to make them, and a process that lacks them would wait for the others to run it.
 
     Args:
         cache: Where the vectors would be kept.
-        trainer: Of the run.
+        trainer: Of the run; None outside of one.
     """
-    return not (cache.encoder.spec.is_backbone and isinstance(trainer.strategy, ModelParallelStrategy))
+    is_sharded = trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+    return not (cache.encoder.spec.is_backbone and is_sharded)
 
 
 def reads_all(trainer: Trainer, role: str, batch_size: int, rows: int) -> bool:

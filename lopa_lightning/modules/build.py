@@ -211,10 +211,17 @@ class Builder:
         recompute = self.backbone.gradient_checkpointing
         return Backbone(model, dropout, self.placement, self.train_backbone, recompute)
 
+    def instance_dim(self, backbone: Backbone) -> int:
+        """Width e of an instance vector.
+
+        Args:
+            backbone: Which may be the encoder.
+        """
+        spec = self.encoder_spec
+        return backbone.hidden_dim if spec.is_backbone else hidden_size(load_config(spec.pretrained()))
+
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
-        own = None if self.encoder_spec.is_backbone else load_config(self.encoder_spec.pretrained())
-        instance_dim = backbone.hidden_dim if own is None else hidden_size(own)
-        prompt_encoder = self.make_prompt_encoder(backbone.prompt_dim, instance_dim)
+        prompt_encoder = self.make_prompt_encoder(backbone.prompt_dim, self.instance_dim(backbone))
         if self.placement == "every_layer" and prompt_encoder.token_offset() is not None:
             name = type(prompt_encoder).__name__
             raise LoPAError(f"{name} changes the text's embeddings; placement 'every_layer' does not reach them")
