@@ -264,9 +264,7 @@ def test_what_a_killed_process_left_is_cleared(tiny: Tiny, kept: Path) -> None:
     assert not left.exists()
 
 
-def test_a_place_that_cannot_be_written_is_named(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_written_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "taken")
     with pytest.raises(LoPAError, match=r"instance vectors of the val set cannot be kept at .*cache: false"):
