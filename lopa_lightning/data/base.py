@@ -148,11 +148,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _keep_vectors(self, data: Dataset, role: Role) -> None:
         cache, trainer = self._spec().instance_vectors, self.trainer
-        if (
-            cache is None
-            or data._fingerprint in self.vectors
-            or (trainer is not None and not agrees_with(cache, trainer))
-        ):
+        if cache is None or data._fingerprint in self.vectors or not agrees_with(cache, trainer):
             return
         batch_size = self.batch_size if role == "train" else self.eval_batch_size
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device

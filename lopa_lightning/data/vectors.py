@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset as TorchDataset
 
 from lopa_lightning.frozen.vectors import StoredVectors, VectorCache
@@ -64,7 +65,7 @@ def reads_all(trainer: Trainer, role: str, batch_size: int, rows: int) -> bool:
     limit: int | float = getattr(trainer, f"limit_{role}_batches")
     step = batch_size * trainer.world_size
     share = min(1.0, limit * step / rows) if isinstance(limit, int) else limit
-    if role in ("train", "val"):
+    if trainer.state.fn == TrainerFn.FITTING:
         share *= trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else float("inf")
     if role == "train" and trainer.max_steps >= 0:
         share = min(share, trainer.max_steps * trainer.accumulate_grad_batches * step / rows)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lopa_lightning.data.collate import Collate
 from lopa_lightning.data.vectors import WithVectors, reads_all
@@ -35,14 +36,16 @@ from lopa_lightning.frozen.vectors import StoredVectors
 )
 def test_a_run_reads_all_rows_if_its_epochs_together_do(limits: dict[str, Any], share: float) -> None:
     options = {"limit": 1.0, "max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": 1, **limits}
-    trainer: Any = SimpleNamespace(world_size=2, limit_train_batches=options.pop("limit"), **options)
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer: Any = SimpleNamespace(state=state, world_size=2, limit_train_batches=options.pop("limit"), **options)
     assert reads_all(trainer, "train", batch_size=2, rows=200) == (share >= 1)
 
 
-@pytest.mark.parametrize("role", ["test", "predict"])
-def test_a_test_reads_its_rows_once(role: str) -> None:
+@pytest.mark.parametrize(("role", "stage"), [("val", "validate"), ("test", "test"), ("predict", "predict")])
+def test_rows_that_are_not_trained_on_are_read_once(role: str, stage: str) -> None:
     for limit, wanted in ((1.0, True), (0.9, False), (2, False), (3, True)):
-        trainer: Any = SimpleNamespace(world_size=1, max_epochs=9, **{f"limit_{role}_batches": limit})
+        options = {f"limit_{role}_batches": limit, "state": SimpleNamespace(fn=TrainerFn(stage))}
+        trainer: Any = SimpleNamespace(world_size=1, max_epochs=9, **options)
         assert reads_all(trainer, role, batch_size=2, rows=5) == wanted
 
 
