@@ -61,7 +61,7 @@ def step_of(module: Any) -> tuple[int, int]:
         ("bert_base", ()),
         ("llama", ("--model.backbone.dtype=bfloat16",)),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
-        ("roberta", ("--model.instance_encoder.cache=false",)),
+        ("bert_base", ("--model.instance_encoder.cache=false",)),
     ],
 )
 def test_it_says_what_a_step_takes(

@@ -53,7 +53,7 @@ def test_the_instance_encoder_is_in_memory_beside_the_backbone_only_where_nothin
     tiny: Tiny, tmp_path: Path
 ) -> None:
     data, sizes = reviews(tmp_path), []
-    for encoder in ({}, {"name": tiny("bert_base")}, {"name": tiny("bert_base"), "cache": False}):
+    for encoder in ({}, {"name": tiny("bert")}, {"name": tiny("bert"), "cache": False}):
         model = module(tiny("bert"), instance_encoder=InstanceEncoderSpec(**encoder))
         trainer(tmp_path, enable_checkpointing=False, callbacks=[]).fit(model, data)
         sizes.append(sum(p.numel() for p in model.net.instance_encoder.parameters()))
