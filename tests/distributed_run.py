@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
-from lopa_lightning import NoPrompt
+from lopa_lightning import InstanceEncoderSpec, NoPrompt
+from lopa_lightning.frozen.instance import InstanceEncoder
 from tests.modules.helpers import causal, completions, module, reviews, trainer
 
 MATCHING: dict[str, Any] = {
@@ -22,11 +23,26 @@ MATCHING: dict[str, Any] = {
 }
 
 
+def encoder_at_every_step(backbone: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The same fit without vectors from the disk."""
+    seed_everything(3)
+    model = module(backbone, objective="head", instance_encoder=InstanceEncoderSpec(cache=False))
+    run = trainer(folder / "plain", epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+    run.fit(model, reviews(folder, rows=21))
+    return model.state_dict()
+
+
 def main(backbone: str, causal_backbone: str, folder: Path) -> None:
+    (folder / "plain").mkdir(exist_ok=True)
+    plain_state, encoded = encoder_at_every_step(backbone, folder), []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda part, args, result: encoded.append(len(result)) if isinstance(part, InstanceEncoder) else None
+    )
     seed_everything(3)
     model, data = module(backbone, objective="head"), reviews(folder, rows=21)
     run = trainer(folder, epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
     run.fit(model, data)
+    hook.remove()
     (validated,) = run.validate(model, data, verbose=False)
     data.setup("predict")
     run.predict(model, data)
@@ -47,6 +63,8 @@ def main(backbone: str, causal_backbone: str, folder: Path) -> None:
             "validated": validated,
             "seen": seen,
             "ignored": ignored,
+            "plain_state": plain_state,
+            "encoded": sum(encoded),
         },
         folder / f"rank{run.global_rank}.pt",
     )

@@ -66,7 +66,11 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "gradient_checkpointing": True,
             "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
         },
-        "head": {"model": "bert_base", "objective": "head"},
+        "head": {
+            "model": "bert_base",
+            "objective": "head",
+            "instance_encoder": InstanceEncoderSpec(models["bert_base"]),  # its vectors come from the disk
+        },
         "lora": {
             "model": "gpt2",
             "objective": "causal_lm",

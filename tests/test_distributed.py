@@ -94,6 +94,14 @@ def test_frozen_tensors_are_left_out_of_what_ddp_sends(ranks: Ranks, tiny: Tiny)
         assert not result["ignored"] & set(result["state"])
 
 
+def test_one_process_encodes_each_text_and_training_is_as_if_all_had(ranks: Ranks) -> None:
+    texts = set((ranks[0] / "train.csv").read_text().splitlines()[1:])  # the validation set has the same
+    assert [result["encoded"] for result in ranks[1]] == [len(texts), 0]
+    for result in ranks[1]:
+        for name, value in result["plain_state"].items():
+            torch.testing.assert_close(result["state"][name], value, rtol=0, atol=1e-6)
+
+
 def test_each_example_is_evaluated_once(ranks: Ranks) -> None:
     seen = [set(result["seen"]) for result in ranks[1]]
     assert seen[0] | seen[1] == set(range(21))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lopa_lightning import (
     CausalLMModule,
@@ -72,6 +72,25 @@ def test_minilm_learns_sentiment_from_a_few_real_reviews(tmp_path: Path, real_da
     run = quiet(tmp_path, max_epochs=3, limit_val_batches=4)
     run.fit(model, data)
     assert run.callback_metrics["val/accuracy"] > 0.6 > float(run.callback_metrics["val/majority_share"])
+
+
+def test_minilms_vectors_of_real_pairs_are_those_of_plain_transformers(real_data: Find) -> None:
+    options = {"max_train_examples": 16, "validation_from_train": 0.5, "batch_size": 8}
+    data = GLUEDataModule("rte", real_data("nyu-mll/glue"), **options)
+    model = ClassificationModule(objective="head", backbone=PretrainedSpec(MINILM))
+    data.connect(model.text_spec)
+    data.setup("fit")
+    assert model.net is None
+    (batch,) = data.train_dataloader()
+    folder = PretrainedSpec(MINILM).location()
+    plain, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    rows = data.load_split("train", "train")
+    assert sorted(batch["index"].tolist()) == list(range(8))
+    for index, vector in zip(batch["index"].tolist(), batch["instance"]):
+        pair = tokenizer(rows[index]["sentence1"], rows[index]["sentence2"], return_tensors="pt")
+        with torch.no_grad():
+            hidden = plain(**pair).last_hidden_state[0]
+        torch.testing.assert_close(vector, hidden.mean(0), rtol=0, atol=1e-6)
 
 
 def test_smollm2_reads_the_words_that_transformers_reads(tmp_path: Path, real_data: Find, real_model: Find) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from lightning.pytorch import LightningDataModule
@@ -17,16 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.data.collate import Collate, Rows
 from lopa_lightning.data.loader import ResumableLoader
+from lopa_lightning.data.rows import EmptyTextError, EncodeRows, LabelLookup, RowEncoder, is_empty
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
+from lopa_lightning.data.vectors import WithVectors, agrees_with, reads_all
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.text import TextSpec
+from lopa_lightning.frozen.vectors import StoredVectors
 from lopa_lightning.task import TextTask
 
 Role = Literal["train", "val", "test", "predict"]
 Loader = DataLoader[dict[str, Any]]
-LabelLookup = tuple[str, dict[Any, int | float]]
-"""The label column, and what each value in it means: an index or a number."""
 
 _ROLES: dict[str, list[Role]] = {
     "fit": ["train", "val"],
@@ -88,6 +89,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.text_spec: TextSpec | None = None
         self.datasets: dict[Role, list[Dataset]] = {}
+        self.vectors: dict[str, StoredVectors] = {}
 
     # What a data set defines
 
@@ -127,7 +129,7 @@ class TextDataModule(LightningDataModule, ABC):
             text_spec: A module's ``text_spec``.
         """
         self.text_spec = text_spec
-        self.datasets = {}  # what was tokenised for another module
+        self.datasets, self.vectors = {}, {}  # what was made for another module
 
     def prepare_data(self) -> None:
         """Tokenises into the data sets' cache, once on each node."""
@@ -149,6 +151,18 @@ class TextDataModule(LightningDataModule, ABC):
             if role not in self.datasets:
                 loaded = {split: self.load_split(split, role) for split in self.splits_of(role)}
                 self.datasets[role] = [self._tokenise(data, split, role) for split, data in loaded.items()]
+            for data in self.datasets[role]:
+                self._keep_vectors(data, role)
+
+    def _keep_vectors(self, data: Dataset, role: Role) -> None:
+        cache, trainer = self._spec().instance_vectors, self.trainer
+        if cache is None or data._fingerprint in self.vectors or not agrees_with(cache, trainer):
+            return
+        batch_size = self.batch_size if role == "train" else self.eval_batch_size
+        device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+        make = trainer is None or reads_all(trainer, role, batch_size, len(data))
+        if (vectors := cache.stored(data, f"the {role} set", device, make)) is not None:
+            self.vectors[data._fingerprint] = vectors
 
     def _spec(self) -> TextSpec:
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
@@ -181,7 +195,7 @@ class TextDataModule(LightningDataModule, ABC):
             to_instance = Tokenize(
                 spec.instance_tokenizer, plain_template(columns), spec.instance_max_tokens, self.truncation_side
             )
-        return _EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text)
+        return EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text)
 
     def _max_tokens(self) -> int | None:
         return min((n for n in (self._spec().max_tokens, self.max_length) if n is not None), default=None)
@@ -276,8 +290,9 @@ class TextDataModule(LightningDataModule, ABC):
         )
         weighed = shuffle and batch_tokens is not None
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
+        rows, vectors = data.remove_columns("length"), self.vectors.get(data._fingerprint)
         return ResumableLoader(
-            Rows(data.remove_columns("length")),
+            Rows(rows) if vectors is None else WithVectors(rows, vectors),
             sampler=sampler,
             batch_size=batch_size,
             virtual_tokens=spec.virtual_tokens,
@@ -292,80 +307,6 @@ class TextDataModule(LightningDataModule, ABC):
             persistent_workers=workers > 0,
             pin_memory=on_gpu,
         )
-
-
-class RowEncoder(Protocol):
-    """What ``datasets.map`` applies to a batch of rows."""
-
-    columns: Sequence[str]
-    """The columns that it reads."""
-    max_tokens: int | None
-    """Tokens of a row at most."""
-
-    def key(self) -> list[Any]:
-        """All that its result depends on beside the rows."""
-
-    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Encodes rows: ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
-
-
-class EmptyTextError(Exception):
-    """A row has no text in a column."""
-
-    def __init__(self, column: str) -> None:
-        super().__init__(column)
-        self.column = column
-
-
-def is_empty(text: Any) -> bool:
-    """Whether a row's text is missing or blank."""
-    return text is None or not str(text).strip()
-
-
-class _EncodeRows:
-    """Rows of text, with a label where there is one."""
-
-    def __init__(
-        self,
-        to_backbone: Tokenize,
-        to_instance: Tokenize | None,
-        columns: Sequence[str],
-        labels: LabelLookup | None,
-        allow_empty_text: bool,
-    ) -> None:
-        self.to_backbone = to_backbone
-        self.to_instance = to_instance
-        self.columns = columns
-        self.labels = labels
-        self.allow_empty_text = allow_empty_text
-        self.max_tokens = to_backbone.max_tokens
-
-    def key(self) -> list[Any]:
-        parts = [tokenize_key(part) for part in (self.to_backbone, self.to_instance) if part is not None]
-        return [self.allow_empty_text, self.labels, *parts]
-
-    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        for name in self.columns:
-            if not self.allow_empty_text and any(map(is_empty, rows[name])):
-                raise EmptyTextError(name)
-        texts = {name: ["" if value is None else str(value) for value in rows[name]] for name in self.columns}
-        encoded = self.to_backbone(texts)
-        if self.to_instance is not None:
-            encoded |= {f"instance_{key}": values for key, values in self.to_instance(texts).items()}
-        if self.labels is not None:
-            column, lookup = self.labels
-            encoded["labels"] = [lookup[value] for value in rows[column]]
-        return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
-
-
-def tokenize_key(tokenize: Tokenize) -> list[Any]:
-    """All that a tokenisation depends on."""
-    return [*tokenizer_key(tokenize.tokenizer), tokenize.template.pieces, tokenize.max_tokens, tokenize.side]
-
-
-def tokenizer_key(tokenizer: Any) -> list[Any]:
-    """What a tokenizer is, whatever it was used for before."""
-    return [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

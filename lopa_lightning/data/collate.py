@@ -70,11 +70,12 @@ class Collate:
 
         Args:
             rows: ``input_ids``, ``index``, and optionally ``token_type_ids``, ``instance_input_ids``,
-                ``instance_token_type_ids``, ``labels``.
+                ``instance_token_type_ids``, ``instance``, ``labels``.
 
         Returns:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``) ``[B, T]``;
-            ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``;
+            ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``,
+            or ``instance [B, e]``;
             ``index``, ``labels`` ``[B]``; where rows have a label for each token, ``labels [B, T]`` with
             :data:`~lopa_lightning.task.IGNORED` at padding. Where batches differ in size ``weight``, this one's
             share in a step's loss, 1 in the mean.
@@ -85,6 +86,8 @@ class Collate:
             values = column.combine_chunks()
             if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
                 batch |= self._padded(key, values)
+            elif pa.types.is_fixed_size_list(values.type):
+                batch[key] = _tensor(values.flatten().to_numpy().reshape(len(values), -1))
             else:
                 batch[key] = _tensor(values.to_numpy(zero_copy_only=False))
         if self.mean_batch_size is not None:

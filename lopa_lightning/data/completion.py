@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lopa_lightning.data.base import EmptyTextError, Role, RowEncoder, is_empty, tokenizer_key
+from lopa_lightning.data.base import Role
+from lopa_lightning.data.rows import EmptyTextError, RowEncoder, is_empty, tokenizer_key
 from lopa_lightning.data.source import SourceDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.text import end_of, running_ids, start_ids

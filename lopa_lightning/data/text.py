@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from lopa_lightning.data.base import LabelLookup
+from lopa_lightning.data.rows import LabelLookup
 from lopa_lightning.data.source import SourceDataModule, select
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.errors import LoPAError

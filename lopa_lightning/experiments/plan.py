@@ -188,7 +188,9 @@ def main(args: Sequence[str]) -> None:
 def _batch(net: PromptedModel, batch_size: int, tokens: int, module: LoPALightningModule) -> dict[str, Tensor]:
     ids, rows = torch.zeros(batch_size, tokens, dtype=torch.long), torch.zeros(batch_size, dtype=torch.long)
     batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if net.instance_encoder is not None:
+    if net.instance_encoder is not None and module.builder.instance_vectors is not None:
+        batch["instance"] = torch.zeros(batch_size, module.builder.instance_dim(net.backbone))
+    elif net.instance_encoder is not None:
         limit = module.text_spec.instance_max_tokens
         read = ids[:, : tokens if limit is None else min(tokens, limit)]
         batch |= {"instance_input_ids": read, "instance_attention_mask": torch.ones_like(read)}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class InstanceEncoderSpec:
         normalize: Whether vectors are scaled to a root mean square of 1. Encoders differ twentyfold in scale, and
             prompt encoders start as if it were about 1; the paper takes vectors as they come.
         trainable: Whether the encoder is trained (and saved) as well, as the paper's released NLU code does.
+        cache: Whether a frozen encoder's vectors are made once on a machine and kept beside the data sets' cache;
+            the encoder is then not in memory while prompts are trained. False to encode every batch anew.
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.
         revision: Branch, tag or commit on the hub.
         dtype: Number format of the weights.
@@ -52,6 +54,7 @@ class InstanceEncoderSpec:
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    cache: bool = True
 
     def __post_init__(self) -> None:
         _check_pooling(self.pooling)
@@ -101,22 +104,48 @@ class InstanceEncoder(nn.Module):
     """Turns the tokens of instances into vectors.
 
     Args:
-        model: A model without a head. If it is shared with the backbone, it is not registered here
-            a second time.
+        model: A model without a head, or what loads one once it is needed.
         spec: Pooling and normalisation.
-        shared: Whether ``model`` belongs to the backbone.
+        shared: Whether ``model`` belongs to the backbone. It is then not registered here a second time; nor is
+            one that is loaded later, which comes and goes.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: InstanceEncoderSpec, shared: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | Callable[[], PreTrainedModel],
+        spec: InstanceEncoderSpec,
+        shared: bool = False,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.shared = shared
-        self._has_positions = "position_ids" in accepted_inputs(model)
-        self._has_token_types = has_token_types(model)
-        # In a list, so that torch does not register the backbone's weights twice.
-        self._shared = [model] if shared else []
-        if not shared:
+        self._load: Callable[[], PreTrainedModel] | None = None
+        # In a list, so that torch does not register it.
+        self._unregistered: list[PreTrainedModel] = []
+        if not isinstance(model, PreTrainedModel):
+            self._load = model
+        elif shared:
+            self._unregistered.append(model)
+        else:
             self.model = model.requires_grad_(spec.trainable)
+
+    @property
+    def own_model(self) -> PreTrainedModel | None:
+        """The model that is registered here; None if there is none."""
+        return None if self.shared or self._load is not None else self.model
+
+    def loaded(self) -> PreTrainedModel:
+        """The model, loaded if it is not there."""
+        if self._load is not None and not self._unregistered:
+            # As if nothing happened: what is drawn next, and what may later be part of a graph.
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                self._unregistered.append(self._load())
+        return self._unregistered[0] if self._unregistered else self.model
+
+    def release(self) -> None:
+        """Gives back the memory of a model that can be loaded again."""
+        if self._load is not None:
+            self._unregistered.clear()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Encodes instances.
@@ -129,11 +158,14 @@ class InstanceEncoder(nn.Module):
         Returns:
             Float32 vectors ``[B, e]``, without gradient unless the encoder is trained.
         """
-        model = self._shared[0] if self._shared else self.model
+        model = self.loaded()
+        if self._load is not None:  # the others are where their owner put them
+            with torch.inference_mode(False):
+                cast(nn.Module, model).to(input_ids.device)
         extra = {}
-        if self._has_positions:
+        if "position_ids" in accepted_inputs(model):
             extra["position_ids"] = position_ids(attention_mask, first_position(model))
-        if token_type_ids is not None and self._has_token_types:
+        if token_type_ids is not None and has_token_types(model):
             extra["token_type_ids"] = token_type_ids
         with (
             _eval_unless(self.spec.trainable, model),

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.vectors import VectorCache
 from lopa_lightning.prompts.base import Vocabulary
 
 Objective = Literal["masked_lm", "causal_lm", "head"]
@@ -27,6 +28,7 @@ class TextSpec:
         instance_max_tokens: Tokens that the instance encoder reads at most; None if not limited.
         virtual_tokens: Number of virtual tokens that the backbone reads with each text; 0 where they stand in every
             layer, as keys and values alone.
+        instance_vectors: Where the vectors of a frozen instance encoder are kept; None if each batch is encoded anew.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -35,6 +37,7 @@ class TextSpec:
     instance_tokenizer: PreTrainedTokenizerBase | None
     instance_max_tokens: int | None
     virtual_tokens: int = 0
+    instance_vectors: VectorCache | None = None
 
 
 def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[int]:

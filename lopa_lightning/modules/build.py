@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +29,7 @@ from lopa_lightning.frozen.loading import (
     unloaded_model,
 )
 from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
+from lopa_lightning.frozen.vectors import VectorCache
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
 
 
@@ -101,6 +102,16 @@ class Builder:
         return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in names})
 
     @functools.cached_property
+    def instance_vectors(self) -> VectorCache | None:
+        """Where the instance encoder's vectors are kept; None where they change or are not to be kept."""
+        spec = self.encoder_spec
+        if spec.trainable or not spec.cache:
+            return None
+        # The backbone's own class, so that the vectors are those that it would make. It goes before the backbone comes.
+        source, family = (self.backbone, self.family) if spec.is_backbone else (spec.pretrained(), "encoder")
+        return VectorCache(source, InstanceEncoder(functools.partial(_body, source, family), spec), ckpt.fingerprint)
+
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer."""
         return load_tokenizer(self.backbone)
@@ -135,7 +146,7 @@ class Builder:
         own = limit if spec.is_backbone else Backbone(meta_model(spec.pretrained(), "encoder")).max_positions
         tokenizer = self.tokenizer if spec.is_backbone else load_tokenizer(spec.pretrained())
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
-        return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit, read)
+        return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit, read, self.instance_vectors)
 
     def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
@@ -158,13 +169,23 @@ class Builder:
         identity |= {"prompt_encoder": self._method(prompt_encoder), "instance_encoder": None}
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, identity)
+        encoder, facts = self._encoder(backbone, mesh)
         spec = self.encoder_spec
-        encoder = backbone.body if spec.is_backbone else load_model(spec.pretrained(), "encoder", mesh)
         identity["instance_encoder"] = {
             **{key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")},
-            **({} if spec.is_backbone else ckpt.fingerprint(encoder)),
+            **facts,
         }
-        return Parts(backbone, prompt_encoder, InstanceEncoder(encoder, spec, shared=spec.is_backbone), identity)
+        return Parts(backbone, prompt_encoder, encoder, identity)
+
+    def _encoder(self, backbone: Backbone, mesh: DeviceMesh | None) -> tuple[InstanceEncoder, dict[str, Any]]:
+        """The instance encoder, and which one it is where the backbone does not say so."""
+        spec = self.encoder_spec
+        if spec.is_backbone:
+            return InstanceEncoder(backbone.body, spec, shared=True), {}
+        if self.instance_vectors is not None:
+            return self.instance_vectors.encoder, self.instance_vectors.facts()
+        encoder = load_model(spec.pretrained(), "encoder", mesh)
+        return InstanceEncoder(encoder, spec), ckpt.fingerprint(encoder)
 
     def hollow(self, dropout: bool) -> Parts:
         """Builds all parts without reading weights; what numbers they have mean nothing.
@@ -177,8 +198,13 @@ class Builder:
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, {})
         spec = self.encoder_spec
-        encoder = backbone.body if spec.is_backbone else unloaded_model(spec.pretrained(), "encoder")
-        return Parts(backbone, prompt_encoder, InstanceEncoder(encoder, spec, shared=spec.is_backbone), {})
+        if spec.is_backbone:
+            encoder = InstanceEncoder(backbone.body, spec, shared=True)
+        elif self.instance_vectors is not None:
+            encoder = self.instance_vectors.encoder
+        else:
+            encoder = InstanceEncoder(unloaded_model(spec.pretrained(), "encoder"), spec)
+        return Parts(backbone, prompt_encoder, encoder, {})
 
     def _backbone(self, model: PreTrainedModel, dropout: bool = False) -> Backbone:
         if self.adapter is not None:
@@ -186,10 +212,17 @@ class Builder:
         recompute = self.backbone.gradient_checkpointing
         return Backbone(model, dropout, self.placement, self.train_backbone, recompute)
 
+    def instance_dim(self, backbone: Backbone) -> int:
+        """Width e of an instance vector.
+
+        Args:
+            backbone: Which may be the encoder.
+        """
+        spec = self.encoder_spec
+        return backbone.hidden_dim if spec.is_backbone else hidden_size(load_config(spec.pretrained()))
+
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
-        own = None if self.encoder_spec.is_backbone else load_config(self.encoder_spec.pretrained())
-        instance_dim = backbone.hidden_dim if own is None else hidden_size(own)
-        prompt_encoder = self.make_prompt_encoder(backbone.prompt_dim, instance_dim)
+        prompt_encoder = self.make_prompt_encoder(backbone.prompt_dim, self.instance_dim(backbone))
         if self.placement == "every_layer" and prompt_encoder.token_offset() is not None:
             name = type(prompt_encoder).__name__
             raise LoPAError(f"{name} changes the text's embeddings; placement 'every_layer' does not reach them")
@@ -200,3 +233,7 @@ class Builder:
         spec = ckpt.factory_spec(self.make_prompt_encoder)
         lasting = {k: v for k, v in spec["init_args"].items() if k not in prompt_encoder.start_arguments}
         return {"class_path": spec["class_path"], **lasting}
+
+
+def _body(source: PretrainedSpec, family: Family) -> PreTrainedModel:
+    return cast(PreTrainedModel, load_model(source, family).base_model)

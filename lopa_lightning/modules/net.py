@@ -156,8 +156,8 @@ class PromptedModel(nn.Module):
 
     def pretrained_models(self) -> list[PreTrainedModel]:
         """The pretrained models in it, each once."""
-        encoder = self.instance_encoder
-        return [self.backbone.model, *([] if encoder is None or encoder.shared else [encoder.model])]
+        own = None if self.instance_encoder is None else self.instance_encoder.own_model
+        return [self.backbone.model, *([] if own is None else [own])]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All trained parameters by group: the prompt encoder's own, ``head``, ``instance_encoder``, ``backbone``."""

@@ -17,6 +17,7 @@ from lopa_lightning.experiments.plan import Sizes, kept_for_backward, sizes
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.frozen import loading
 from tests.modules.helpers import trainer, write_reviews
+from tests.tiny import WIDTH
 
 Tiny = Callable[[str], str]
 
@@ -44,7 +45,10 @@ def step_of(module: Any) -> tuple[int, int]:
     ids = torch.full((BATCH, TOKENS), 7)
     rows = torch.zeros(BATCH, dtype=torch.long)
     batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch |= {"instance_input_ids": ids, "instance_attention_mask": torch.ones_like(ids)}
+    if module.instance_spec.cache:
+        batch["instance"] = torch.ones(BATCH, WIDTH)
+    else:
+        batch |= {"instance_input_ids": ids, "instance_attention_mask": torch.ones_like(ids)}
     own = {tensor.untyped_storage()._cdata for tensor in [*module.net.parameters(), *module.net.buffers()]}
     with kept_for_backward() as kept, FlopCounterMode(display=False) as flops:
         module.loss(module.net(batch)[0], batch).backward()
@@ -57,6 +61,7 @@ def step_of(module: Any) -> tuple[int, int]:
         ("bert_base", ()),
         ("llama", ("--model.backbone.dtype=bfloat16",)),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
+        ("bert_base", ("--model.instance_encoder.cache=false",)),
     ],
 )
 def test_it_says_what_a_step_takes(

@@ -49,15 +49,16 @@ def test_the_backbone_stays_in_eval_mode_unless_its_dropout_is_asked_for(
     assert any(name.startswith("net.backbone.model") for name in modes.training) == dropout
 
 
-def test_backbone_as_instance_encoder_is_one_copy_in_memory(tiny: Tiny, tmp_path: Path) -> None:
-    data = reviews(tmp_path)
-    shared, apart = module(tiny("bert")), module(tiny("bert"), instance_encoder=InstanceEncoderSpec(tiny("bert")))
-    sizes = []
-    for model in (shared, apart):
-        trainer(tmp_path, fast_dev_run=True).fit(model, data)
+def test_the_instance_encoder_is_in_memory_beside_the_backbone_only_where_nothing_is_kept(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    data, sizes = reviews(tmp_path), []
+    for encoder in ({}, {"name": tiny("bert")}, {"name": tiny("bert"), "cache": False}):
+        model = module(tiny("bert"), instance_encoder=InstanceEncoderSpec(**encoder))
+        trainer(tmp_path, enable_checkpointing=False, callbacks=[]).fit(model, data)
         sizes.append(sum(p.numel() for p in model.net.instance_encoder.parameters()))
-    assert sizes[0] == 0
-    assert sizes[1] == sum(p.numel() for p in apart.net.backbone.body.parameters())
+        assert not model.builder.instance_vectors or not model.builder.instance_vectors.encoder._unregistered
+    assert sizes == [0, 0, sum(p.numel() for p in model.net.backbone.body.parameters())]
 
 
 def test_an_instance_encoder_can_be_trained_too(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""What turns rows into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from lopa_lightning.data.template import Tokenize
+
+LabelLookup = tuple[str, dict[Any, int | float]]
+"""The label column, and what each value in it means: an index or a number."""
+
+
+class RowEncoder(Protocol):
+    """What ``datasets.map`` applies to a batch of rows."""
+
+    columns: Sequence[str]
+    """The columns that it reads."""
+    max_tokens: int | None
+    """Tokens of a row at most."""
+
+    def key(self) -> list[Any]:
+        """All that its result depends on beside the rows."""
+
+    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Encodes rows: ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
+
+
+class EmptyTextError(Exception):
+    """A row has no text in a column."""
+
+    def __init__(self, column: str) -> None:
+        super().__init__(column)
+        self.column = column
+
+
+def is_empty(text: Any) -> bool:
+    """Whether a row's text is missing or blank."""
+    return text is None or not str(text).strip()
+
+
+class EncodeRows:
+    """Rows of text, with a label where there is one.
+
+    Args:
+        to_backbone: What the backbone reads.
+        to_instance: What the instance encoder reads; None if no instance is read.
+        columns: With text.
+        labels: What the labels mean; None if there are none.
+        allow_empty_text: Whether a text may be empty.
+    """
+
+    def __init__(
+        self,
+        to_backbone: Tokenize,
+        to_instance: Tokenize | None,
+        columns: Sequence[str],
+        labels: LabelLookup | None,
+        allow_empty_text: bool,
+    ) -> None:
+        self.to_backbone = to_backbone
+        self.to_instance = to_instance
+        self.columns = columns
+        self.labels = labels
+        self.allow_empty_text = allow_empty_text
+        self.max_tokens = to_backbone.max_tokens
+
+    def key(self) -> list[Any]:
+        """All that the ids depend on."""
+        parts = [tokenize_key(part) for part in (self.to_backbone, self.to_instance) if part is not None]
+        return [self.allow_empty_text, self.labels, *parts]
+
+    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Encodes rows.
+
+        Raises:
+            EmptyTextError: If a text is empty that may not be.
+        """
+        for name in self.columns:
+            if not self.allow_empty_text and any(map(is_empty, rows[name])):
+                raise EmptyTextError(name)
+        texts = {name: ["" if value is None else str(value) for value in rows[name]] for name in self.columns}
+        encoded = self.to_backbone(texts)
+        if self.to_instance is not None:
+            encoded |= {f"instance_{key}": values for key, values in self.to_instance(texts).items()}
+        if self.labels is not None:
+            column, lookup = self.labels
+            encoded["labels"] = [lookup[value] for value in rows[column]]
+        return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+
+def tokenize_key(tokenize: Tokenize) -> list[Any]:
+    """All that a tokenisation depends on."""
+    return [*tokenizer_key(tokenize.tokenizer), tokenize.template.pieces, tokenize.max_tokens, tokenize.side]
+
+
+def tokenizer_key(tokenizer: Any) -> list[Any]:
+    """What a tokenizer is, whatever it was used for before."""
+    return [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
