@@ -86,8 +86,9 @@ class CompletionReadout(Readout):
 
         ``labels [B, T]`` stand at the tokens themselves, :data:`IGNORED` at all that is not to be foretold.
         """
-        labels = torch.full_like(states.text_mask, IGNORED)
-        labels[states.text_mask == 1] = batch["labels"][batch["attention_mask"] == 1]
+        # The text's own tokens are together, wherever virtual ones and padding are.
+        place = states.text_mask.cumsum(1) - 1 + batch["attention_mask"].argmax(1, keepdim=True)
+        labels = batch["labels"].gather(1, place.clamp(min=0)).masked_fill(states.text_mask == 0, IGNORED)
         # A token is foretold at the place before it; the first has none.
         rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         losses, hits = backbone.token_losses(states.hidden[rows, places], labels[rows, places + 1])
