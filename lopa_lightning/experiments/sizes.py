@@ -22,11 +22,11 @@ from lopa_lightning.task import IGNORED
 
 
 def _attention(*shapes: Any, **_: Any) -> int:
-    return int(sdpa_flop_count(*shapes[:3]))
+    return int(sdpa_flop_count(*shapes[:3]))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(*shapes: Any, **_: Any) -> int:
-    return int(sdpa_backward_flop_count(*shapes[:4]))
+    return int(sdpa_backward_flop_count(*shapes[:4]))  # type: ignore[no-untyped-call]
 
 
 # torch counts the attention kernels of GPUs alone.
@@ -172,7 +172,7 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
         )
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the tensors made in a block that are still there.
 
     Args:
@@ -184,7 +184,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._seen = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
@@ -220,7 +220,7 @@ class Live(TorchDispatchMode):
                 self._seen[key] = 0
 
         trained = [p for p in net.parameters() if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(leave_out) for p in trained]
+        hooks = [p.register_post_accumulate_grad_hook(leave_out) for p in trained]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -284,18 +284,17 @@ def _gathers(net: PromptedModel) -> Iterator[list[tuple[int, int]]]:
         found += [(times[id(layer)], size_of(layer.parameters())) for layer in layers]
 
 
-class _Labelled(TorchDispatchMode):
+class _Labelled(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Says how many tokens are labelled, where tensors have no numbers to tell."""
 
     def __init__(self, count: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((self.count, args[0].dim()), dtype=torch.long)
         return func(*args, **(kwargs or {}))
-
 
 
 def _batch(net: PromptedModel, step: Step) -> dict[str, Tensor]:
