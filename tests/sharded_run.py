@@ -19,7 +19,7 @@ from lopa_lightning import ClassificationModule, InstanceEncoderSpec, Pretrained
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.sharding import whole
 from lopa_lightning.strategies import FSDP2Strategy
-from tests.modules.helpers import LoPATiny, reviews, trainer
+from tests.modules.helpers import LoPATiny, causal, completions, reviews, trainer
 
 ROWS = 21
 
@@ -122,7 +122,59 @@ def main(folder: Path, models: dict[str, str]) -> None:
             results[f"{name}-{epochs}"] = fit("head", how, models, chain, epochs, ckpt_path=path)
             path = chain / f"head-{how}" / "last.ckpt"
     results["refused"] = refused(folder, models)
+    results["written"] = written(folder, models["llama"], devices=2, strategy=FSDP2Strategy())
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+def written(folder: Path, model: str, **options: Any) -> dict[str, Any]:
+    """What is predicted for each row, by sampling, and what ``generate`` writes; one process is done before the other.
+
+    Of two processes, one finds a whole batch written already, the other a row.
+    """
+    seed_everything(3)
+    sampled = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 8}
+    module = causal(model, generation=sampled, num_samples=2, stop=["e", " "])
+    data = completions(folder / "completions", batch_size=2)
+    run = trainer(folder, enable_checkpointing=False, callbacks=[found_written := Written()], **options)
+    run.predict(module, data)
+    found = {
+        i: row
+        for batch in run.predict_loop.predictions
+        for i, row in zip(batch["index"].tolist(), batch["completions"])
+    }
+    rank, world = run.global_rank, run.world_size
+    texts = ["the film was", "a terrible story , badly told", "it", "Yes , it was good"]
+    own = texts[rank * 4 // world : (rank + 1) * 4 // world]
+    greedy = {"do_sample": False, "max_new_tokens": 8}
+    return {
+        "sampled": found,
+        "left": found_written.left,
+        "greedy": module.generate(own, greedy, num_samples=1, batch_size=1),
+        "beams": module.generate(own, {"num_beams": 2, "do_sample": False, "max_new_tokens": 5}, batch_size=2),
+        "uneven": uneven(module, texts[: rank + 1]) if world > 1 else "",
+    }
+
+
+def uneven(module: Any, texts: list[str]) -> str:
+    try:
+        module.generate(texts)
+    except LoPAError as error:
+        return str(error)
+    return ""
+
+
+class Written(Callback):
+    """A run that was interrupted has left some rows."""
+
+    left = 0
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.world_size > 1 and batch_idx == 0:
+            rows = batch["index"].tolist()
+            pl_module.written = frozenset(rows if trainer.global_rank == 1 else rows[:1])
+            self.left = len(pl_module.written)
 
 
 def refused(folder: Path, models: dict[str, str]) -> dict[str, str]:

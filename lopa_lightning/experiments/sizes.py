@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lopa_lightning.frozen.stack import transformer_layers
 from lopa_lightning.modules import LoPALightningModule
@@ -148,11 +148,12 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
     with FakeTensorMode(allow_non_fake_inputs=True):
         net: PromptedModel = precision.convert_module(module.hollow_net())  # type: ignore[assignment]
         own = [*net.parameters(), *net.buffers()]
-        live, flops = Live(own), FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+        live = Live(own)
         batch = _batch(net, step)
-        with _gathers(net) as gathers, kept_for_backward(own) as kept, flops, live, live.without_gradients(net):
+        with _gathers(net) as gathers, kept_for_backward(own) as kept, live, live.without_gradients(net):
             with _Labelled(step.examples * step.completion_tokens), precision.forward_context():
                 loss = module.loss(net(batch)[0], batch)
+            kept_bytes = sum(kept.values())
             torch.autograd.backward(loss)
         trained = [p for p in net.parameters() if p.requires_grad]
         frozen = [p for p in net.parameters() if not p.requires_grad]
@@ -166,14 +167,16 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
             layer_bytes=max((size for _, size in gathers), default=0),
             gathered_bytes=root + sum(times * size for times, size in gathers),
             state_bytes=int(size_of(trained) * _states(module)),
-            kept_bytes=sum(kept.values()),
+            kept_bytes=kept_bytes,
             peak_bytes=live.most,
-            flops=flops.get_total_flops(),
+            flops=live.flops,
         )
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors made in a block that are still there.
+    """Bytes of the tensors made in a block that are still there, and the operations done in it.
+
+    torch's own counter of operations keeps what gradient checkpointing gives back.
 
     Args:
         known: Tensors that do not count.
@@ -181,15 +184,21 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         now: Bytes.
         most: Bytes at their peak.
+        flops: Floating-point operations.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now = self.most = self.flops = 0
         self._seen = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in ATTENTION_FLOPS:
+            self.flops += ATTENTION_FLOPS[packet](*(arg.shape for arg in args if isinstance(arg, Tensor)))
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -230,7 +239,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that is kept for the backward pass.
+    """Bytes of each storage that is kept for the backward pass, as long as it is.
 
     Args:
         known: Tensors that do not count.
@@ -240,8 +249,9 @@ def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in own and storage._cdata not in kept:
             kept[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, kept.pop, storage._cdata, None)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -17,6 +17,7 @@ from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
 from lopa_lightning.evaluation.pass_at_k import PassAtK
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.generation import check_samples, generate, generation_config
+from lopa_lightning.frozen.sharding import is_sharded, whole
 from lopa_lightning.frozen.text import end_of, running_ids, start_ids
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, CompletionReadout, Readout
@@ -103,7 +104,8 @@ class CausalLMModule(LoPALightningModule):
         """Completes texts: instance vector, soft prompt, text.
 
         A text too long for the backbone is cut from the left. The samples of a text depend on the seed and
-        on its place in ``texts``, not on ``batch_size``.
+        on its place in ``texts``, not on ``batch_size``. Where the backbone is sharded, every process must call
+        this, each with as many texts.
 
         Args:
             texts: Prompts.
@@ -118,7 +120,8 @@ class CausalLMModule(LoPALightningModule):
             ``num_samples`` completions of each text.
 
         Raises:
-            LoPAError: If a text is empty, or there are not as many instance texts as texts.
+            LoPAError: If a text is empty, there are not as many instance texts as texts, or not as many as on
+                the processes that the backbone is sharded over.
         """
         instances = texts if instance_texts is None else instance_texts
         if len(instances) != len(texts):
@@ -126,6 +129,7 @@ class CausalLMModule(LoPALightningModule):
         if empty := [place for place, text in enumerate(texts) if not text]:
             raise LoPAError(f"a text to complete must not be empty; text {empty[0]} is")
         self.configure_model()
+        self._check_equal(len(texts))
         start = start_ids(self.tokenizer)
         written: list[list[str]] = []
         for first in range(0, len(texts), batch_size):
@@ -143,13 +147,19 @@ class CausalLMModule(LoPALightningModule):
             batch: As in training; without labels where the texts are prompts alone.
 
         Returns:
-            ``num_samples`` completions of each row.
+            ``num_samples`` completions of each row. Where the backbone is sharded, every process must ask for them,
+            also one whose batch has no row.
         """
         is_prompt = batch["attention_mask"] == 1
         if "labels" in batch:
             is_prompt &= batch["labels"] == IGNORED
         prompts = [ids[own].tolist() for ids, own in zip(batch["input_ids"], is_prompt)]
         encoder = {key: batch[key] for key in _ENCODER_INPUTS if key in batch}
+        if not prompts:
+            if is_sharded(self._net()):  # the others wait in every layer
+                alike = {key: values.new_ones(1, *values.shape[1:]) for key, values in encoder.items()}
+                self._complete([[0, 0]], alike, [0])
+            return []
         return self._complete(prompts, encoder, batch["index"].tolist())
 
     def _encoder_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -180,11 +190,10 @@ class CausalLMModule(LoPALightningModule):
             prompts = self._cut(prompts, spec.max_tokens - int(config.max_new_tokens))
         text = self._padded(prompts, int(config.pad_token_id), "left")
         was_training = self.training
-        self.eval()
-        try:
+
+        def write() -> list[list[str]]:
             with torch.no_grad():
                 prompt, _ = net.soft_prompt(encoder)
-            seed = self.generation_seed if seed is None else seed
             return generate(
                 net.backbone,
                 prompt,
@@ -192,12 +201,25 @@ class CausalLMModule(LoPALightningModule):
                 config,
                 self.tokenizer,
                 self.num_samples if num_samples is None else num_samples,
-                [(seed, row) for row in rows],
+                [(self.generation_seed if seed is None else seed, row) for row in rows],
                 self.stop if stop is None else stop,
                 net.prompt_encoder.token_offset(),
+                is_sharded(net),
             )
+
+        self.eval()
+        try:
+            return net.run(write)
         finally:
             self.train(was_training)
+
+    def _check_equal(self, count: int) -> None:
+        if not is_sharded(self._net()):
+            return
+        counts: list[int] = [0] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(counts, count)
+        if len(set(counts)) > 1:
+            raise LoPAError(f"processes that share a backbone must complete as many texts each, got {counts}")
 
     def _cut(self, prompts: list[list[int]], room: int) -> list[list[int]]:
         """Cuts prompts from the left, behind the token that every text starts with."""
@@ -256,7 +278,7 @@ class CausalLMModule(LoPALightningModule):
         """All that the completions of a row depend on: what was trained, and how is generated."""
         digest = hashlib.sha256()
         for name, value in self.state_dict().items():
-            digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + whole(value.detach()).cpu().flatten().view(torch.uint8).numpy().tobytes())
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
         return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
 
@@ -264,7 +286,7 @@ class CausalLMModule(LoPALightningModule):
         """Completions of a batch, with ``index`` that ties each to its row; rows in ``written`` are passed over."""
         kept = [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written]
         batch = {key: values[kept] for key, values in batch.items()}
-        return {"index": batch["index"], "completions": self.complete(batch) if kept else []}
+        return {"index": batch["index"], "completions": self.complete(batch)}
 
     def prediction_rows(self, predicted: dict[str, Any]) -> list[dict[str, Any]]:
         """Records with ``index`` and ``completions``, a list of texts."""

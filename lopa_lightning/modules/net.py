@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lopa_lightning.prompts.base import PromptEncoder
 from lopa_lightning.task import IGNORED
 
 Batch = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 class Readout(nn.Module, ABC):
@@ -147,6 +149,16 @@ class PromptedModel(nn.Module):
         offset = self.prompt_encoder.token_offset()
         text = batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
         return self.readout(self.backbone(prompt, *text, offset), self.backbone, batch), instance
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Calls a function that uses parts of this model by themselves, such as one that generates.
+
+        Where weights are sharded, what lies around the layers is whole meanwhile, as in ``forward``.
+
+        Args:
+            function: Calls layers as often as on every other process.
+        """
+        return function()
 
     def soft_prompt(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Soft prompts ``[B, m, d]`` (or ``[1, m, d]`` for all) and the instance vectors that they were made of."""

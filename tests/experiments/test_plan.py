@@ -48,16 +48,19 @@ def step_of(module: Any) -> tuple[int, int]:
     module.configure_model()
     ids = torch.full((BATCH, TOKENS), 7)
     rows = torch.zeros(BATCH, dtype=torch.long)
-    batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch |= {"instance_input_ids": ids[:, :READ], "instance_attention_mask": torch.ones_like(ids)[:, :READ]}
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # without any padding, attention takes no mask
+    batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": mask}
+    batch |= {"instance_input_ids": ids[:, :READ], "instance_attention_mask": mask[:, :READ]}
     if isinstance(module, CausalLMModule):
         batch["labels"] = torch.where(torch.arange(TOKENS) < TOKENS - COMPLETED, -100, ids)
     own = [*module.net.parameters(), *module.net.buffers()]
     with kept_for_backward(own) as kept, FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops:
         with module.trainer.precision_plugin.forward_context():
             loss = module.loss(module.net(batch)[0], batch)
+        kept_bytes = sum(kept.values())
         loss.backward()
-    return flops.get_total_flops(), sum(kept.values())
+    return flops.get_total_flops(), kept_bytes
 
 
 @pytest.mark.parametrize(
