@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopa_lightning import ClassificationModule, InstanceEncoderSpec, PretrainedSpec, PromptTuning
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.experiments.sizes import Step, sizes
 from lopa_lightning.frozen.sharding import whole
 from lopa_lightning.strategies import FSDP2Strategy
 from tests.modules.helpers import LoPATiny, causal, completions, reviews, trainer
@@ -35,6 +36,42 @@ class Gathered(TorchDispatchMode):
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, result)) if torch.is_tensor(leaf)]
             self.numbers += max(tensor.numel() for tensor in tensors)
         return result
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that this process sends, where every message goes around a ring of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.small = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__.replace("_", "")
+        # Gathered, or made of a sum that is scattered: the larger of both tensors. A sum for all is both.
+        times = {"allgatherbase": 1, "reducescatterbase": 1, "allreduce": 2}.get(name, 0)
+        if func.namespace == "c10d" and times:
+            leaves = torch.utils._pytree.tree_leaves(args)
+            size = max(leaf.numel() * leaf.element_size() for leaf in leaves if torch.is_tensor(leaf))
+            world = torch.distributed.get_world_size()
+            self.bytes += times * size * (world - 1) // world
+            self.small += size <= 8
+        return result
+
+
+class CountedStep(Callback):
+    """What is sent in the second step."""
+
+    def __init__(self) -> None:
+        self.sent = Sent()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.sent.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.sent.__exit__(None, None, None)
 
 
 class CountedSaves(Callback):
@@ -89,10 +126,11 @@ def fit(kind: str, how: str, models: dict[str, str], folder: Path, epochs: int =
     """Fits, validates and predicts; everything that must be the same under both strategies."""
     seed_everything(3)
     (folder / f"{kind}-{how}").mkdir(exist_ok=True)
-    model, data, saves = made(kind, models), reviews(folder, rows=ROWS), CountedSaves()
+    model, data, saves, step = made(kind, models), reviews(folder, rows=ROWS), CountedSaves(), CountedStep()
     run = trainer(folder / f"{kind}-{how}", epochs, devices=2, strategy=strategy(how), num_sanity_val_steps=0)
-    run.callbacks.insert(0, saves)
+    run.callbacks[:0] = [saves, step]
     run.fit(model, data, **options)
+    planned = sizes(model, Step(4, 12, 12, 4)).sent(how, 2) if epochs == 1 else 0
     sharded = [name for name, part in model.net.named_modules() if isinstance(part, FSDPModule)]
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -104,6 +142,7 @@ def fit(kind: str, how: str, models: dict[str, str], folder: Path, epochs: int =
         "validated": validated,
         "sharded": sharded,
         "saves": saves.numbers,
+        "sent": (step.sent.bytes, planned, step.sent.small),
         "sizes": (held, frozen, trained),
         "dtypes": sorted({str(p.dtype) for p in model.net.backbone.parameters()}),
         "step": run.global_step,

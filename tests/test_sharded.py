@@ -88,6 +88,15 @@ def test_a_save_gathers_what_is_trained_and_nothing_frozen(ranks: Ranks, kind: s
 
 
 @each_kind
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_step_sends_what_lopa_plan_says(ranks: Ranks, kind: str, how: str) -> None:
+    for result in ranks[1]:
+        sent, planned, small = result[f"{kind}-{how}"]["sent"]
+        assert sent == pytest.approx(planned, rel=0.02, abs=64)
+        assert small == 1  # one number: whether a loss was none
+
+
+@each_kind
 def test_a_frozen_part_in_bfloat16_stays_so(ranks: Ranks, kind: str) -> None:
     expected = {"decoder": ["torch.bfloat16"]}.get(kind, ["torch.float32"])
     assert ranks[1][0][f"{kind}-fsdp"]["dtypes"] == expected

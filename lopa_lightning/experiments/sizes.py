@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from lopa_lightning.frozen.quantization import saved_bytes
 from lopa_lightning.frozen.stack import transformer_layers
 from lopa_lightning.modules import LoPALightningModule
 from lopa_lightning.modules.net import CompletionReadout, PromptedModel
@@ -162,7 +163,7 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
             trained=sum(p.numel() for p in trained),
             frozen=sum(p.numel() for p in frozen),
             trained_bytes=size_of(trained),
-            frozen_bytes=size_of(frozen),
+            frozen_bytes=size_of(frozen) - saved_bytes(net.backbone.model, module.backbone_spec.quantization),
             root_bytes=root,
             layer_bytes=max((size for _, size in gathers), default=0),
             gathered_bytes=root + sum(times * size for times, size in gathers),
