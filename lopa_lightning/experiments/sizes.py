@@ -276,14 +276,16 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 def _gathers(net: PromptedModel) -> Iterator[list[tuple[int, int]]]:
     """For each layer, how often a step needs it whole, and its bytes; to be read after the block.
 
-    Once for each forward pass, and once more for a backward pass through it.
+    Once for each forward pass, and once more for a backward pass through it. FSDP2 also fetches ahead what ran
+    before, and so the last layer of an instance encoder that has no backward pass.
     """
     layers = [layer for model in net.pretrained_models() for layer in transformer_layers(model)]
     times = dict.fromkeys(map(id, layers), 0)
+    passes: list[tuple[int, bool]] = []
 
     def count(layer: nn.Module, _: Any, output: Any) -> None:
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        times[id(layer)] += 1 + any(leaf.requires_grad for leaf in outputs)
+        passes.append((id(layer), any(leaf.requires_grad for leaf in outputs)))
 
     hooks = [layer.register_forward_hook(count) for layer in layers]
     found: list[tuple[int, int]] = []
@@ -292,6 +294,9 @@ def _gathers(net: PromptedModel) -> Iterator[list[tuple[int, int]]]:
     finally:
         for hook in hooks:
             hook.remove()
+        for place, (key, is_passed_back) in enumerate(passes):
+            is_fetched = place + 1 < len(passes) and passes[place + 1][1] and not is_passed_back
+            times[key] += 1 + (is_passed_back or is_fetched)
         found += [(times[id(layer)], size_of(layer.parameters())) for layer in layers]
 
 
