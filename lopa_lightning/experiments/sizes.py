@@ -146,7 +146,7 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
         step: The batch.
     """
     precision = module.trainer.precision_plugin
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _new_parameters():
         net: PromptedModel = precision.convert_module(module.hollow_net())  # type: ignore[assignment]
         own = [*net.parameters(), *net.buffers()]
         live = Live(own)
@@ -270,6 +270,35 @@ def size_of(tensors: Iterable[Tensor]) -> int:
         20
     """
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def _new_parameters() -> Iterator[None]:
+    """Modules that are moved or converted get new parameters: torch cannot change those without numbers in place."""
+    before = nn.Module._apply
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # tied ones stay tied; the old ones are kept, so that ids are theirs
+
+    def changed(tensor: Tensor, fn: Any) -> Tensor:
+        if id(tensor) not in made:
+            new = fn(tensor.detach())
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        return made[id(tensor)][1]
+
+    def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        for part in module.modules() if recurse else [module]:
+            for tensors in (part._parameters, part._buffers):
+                values: dict[str, Any] = tensors
+                values |= {name: changed(value, fn) for name, value in values.items() if value is not None}
+        made.clear()
+        return module
+
+    module_class: Any = nn.Module
+    module_class._apply = apply
+    try:
+        yield
+    finally:
+        module_class._apply = before
 
 
 @contextmanager

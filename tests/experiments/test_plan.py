@@ -67,7 +67,7 @@ def step_of(module: Any) -> tuple[int, int]:
     ("kind", "options"),
     [
         ("bert_base", ()),
-        ("bert_base", ("--model.train_backbone=true", "--model.prompt_encoder=lopa_lightning.NoPrompt")),
+        ("bert_base", ("--model.train_backbone=true",)),
         ("llama", ("--model.backbone.dtype=bfloat16", "--model.adapter={peft_type: LORA, r: 4}")),
         ("llama", ("--trainer.precision=bf16-mixed",)),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
