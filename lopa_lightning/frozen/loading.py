@@ -194,8 +194,8 @@ def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
 
 def _dtype(spec: PretrainedSpec, config: PretrainedConfig) -> torch.dtype:
     """The number format that weights will have."""
-    found: torch.dtype | None = config.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    return found or torch.float32
+    found: Any = config.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _load_sharded(spec: PretrainedSpec, family: Family, config: PretrainedConfig, mesh: DeviceMesh) -> Any:

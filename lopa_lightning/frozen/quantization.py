@@ -48,9 +48,10 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
         return TorchAoConfig(Int8WeightOnlyConfig())
     if not torch.cuda.is_available():
         raise LoPAError(f"quantization {quantization!r} needs a CUDA GPU; on a CPU use torchao_int8, or none")
+    make: Any = BitsAndBytesConfig
     if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
+        return make(load_in_8bit=True)
+    return make(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
