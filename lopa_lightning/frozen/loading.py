@@ -194,8 +194,9 @@ def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
 
 def _dtype(spec: PretrainedSpec, config: PretrainedConfig) -> torch.dtype:
     """The number format that weights will have."""
-    found: Any = config.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    found: Any = (config.dtype if spec.dtype == "auto" else spec.dtype) or torch.float32
+    dtype: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
+    return dtype
 
 
 def _load_sharded(spec: PretrainedSpec, family: Family, config: PretrainedConfig, mesh: DeviceMesh) -> Any:
