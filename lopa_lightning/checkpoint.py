@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.quantization import dense
 from lopa_lightning.frozen.sharding import values_at
 
 IDENTITY_KEY = "lopa_identity"
@@ -30,6 +31,7 @@ _SAMPLED_VALUES = 16
 _INCIDENTAL = {
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("quantization_config",),  # the spec's own entry says it in a word
     *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
 }
 
@@ -51,7 +53,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for name, parameter in sorted(model.named_parameters()):
         step = max(1, parameter.numel() // _SAMPLED_VALUES)
         places = torch.arange(0, parameter.numel(), step)[:_SAMPLED_VALUES]
-        sample = values_at(parameter.detach(), places).to("cpu", torch.bfloat16)
+        sample = values_at(dense(parameter.detach()), places).to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     facts = _lasting(json.loads(config.to_json_string(use_diff=False)))

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopa_lightning import ClassificationModule, InstanceEncoderSpec, PretrainedSpec, PromptTuning
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.experiments.sizes import Step, sizes
 from lopa_lightning.frozen.sharding import whole
 from lopa_lightning.strategies import FSDP2Strategy
-from tests.modules.helpers import LoPATiny, reviews, trainer
+from tests.modules.helpers import LoPATiny, causal, completions, reviews, trainer
 
 ROWS = 21
 
@@ -35,6 +36,42 @@ class Gathered(TorchDispatchMode):
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, result)) if torch.is_tensor(leaf)]
             self.numbers += max(tensor.numel() for tensor in tensors)
         return result
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that this process sends, where every message goes around a ring of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.small = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__.replace("_", "")
+        # Gathered, or made of a sum that is scattered: the larger of both tensors. A sum for all is both.
+        times = {"allgatherbase": 1, "reducescatterbase": 1, "allreduce": 2}.get(name, 0)
+        if func.namespace == "c10d" and times:
+            leaves = torch.utils._pytree.tree_leaves(args)
+            size = max(leaf.numel() * leaf.element_size() for leaf in leaves if torch.is_tensor(leaf))
+            world = torch.distributed.get_world_size()
+            self.bytes += times * size * (world - 1) // world
+            self.small += size <= 8
+        return result
+
+
+class CountedStep(Callback):
+    """What is sent in the second step."""
+
+    def __init__(self) -> None:
+        self.sent = Sent()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.sent.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.sent.__exit__(None, None, None)
 
 
 class CountedSaves(Callback):
@@ -93,10 +130,11 @@ def fit(kind: str, how: str, models: dict[str, str], folder: Path, epochs: int =
     """Fits, validates and predicts; everything that must be the same under both strategies."""
     seed_everything(3)
     (folder / f"{kind}-{how}").mkdir(exist_ok=True)
-    model, data, saves = made(kind, models), reviews(folder, rows=ROWS), CountedSaves()
+    model, data, saves, step = made(kind, models), reviews(folder, rows=ROWS), CountedSaves(), CountedStep()
     run = trainer(folder / f"{kind}-{how}", epochs, devices=2, strategy=strategy(how), num_sanity_val_steps=0)
-    run.callbacks.insert(0, saves)
+    run.callbacks[:0] = [saves, step]
     run.fit(model, data, **options)
+    planned = sizes(model, Step(4, 12, 12, 4)).sent(how, 2) if epochs == 1 else 0
     sharded = [name for name, part in model.net.named_modules() if isinstance(part, FSDPModule)]
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -108,6 +146,7 @@ def fit(kind: str, how: str, models: dict[str, str], folder: Path, epochs: int =
         "validated": validated,
         "sharded": sharded,
         "saves": saves.numbers,
+        "sent": (step.sent.bytes, planned, step.sent.small),
         "sizes": (held, frozen, trained),
         "dtypes": sorted({str(p.dtype) for p in model.net.backbone.parameters()}),
         "step": run.global_step,
@@ -126,7 +165,59 @@ def main(folder: Path, models: dict[str, str]) -> None:
             results[f"{name}-{epochs}"] = fit("head", how, models, chain, epochs, ckpt_path=path)
             path = chain / f"head-{how}" / "last.ckpt"
     results["refused"] = refused(folder, models)
+    results["written"] = written(folder, models["llama"], devices=2, strategy=FSDP2Strategy())
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+def written(folder: Path, model: str, **options: Any) -> dict[str, Any]:
+    """What is predicted for each row, by sampling, and what ``generate`` writes; one process is done before the other.
+
+    Of two processes, one finds a whole batch written already, the other a row.
+    """
+    seed_everything(3)
+    sampled = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 8}
+    module = causal(model, generation=sampled, num_samples=2, stop=["e", " "])
+    data = completions(folder / "completions", batch_size=2)
+    run = trainer(folder, enable_checkpointing=False, callbacks=[found_written := Written()], **options)
+    run.predict(module, data)
+    found = {
+        i: row
+        for batch in run.predict_loop.predictions
+        for i, row in zip(batch["index"].tolist(), batch["completions"])
+    }
+    rank, world = run.global_rank, run.world_size
+    texts = ["the film was", "a terrible story , badly told", "it", "Yes , it was good"]
+    own = texts[rank * 4 // world : (rank + 1) * 4 // world]
+    greedy = {"do_sample": False, "max_new_tokens": 8}
+    return {
+        "sampled": found,
+        "left": found_written.left,
+        "greedy": module.generate(own, greedy, num_samples=1, batch_size=1),
+        "beams": module.generate(own, {"num_beams": 2, "do_sample": False, "max_new_tokens": 5}, batch_size=2),
+        "uneven": uneven(module, texts[: rank + 1]) if world > 1 else "",
+    }
+
+
+def uneven(module: Any, texts: list[str]) -> str:
+    try:
+        module.generate(texts)
+    except LoPAError as error:
+        return str(error)
+    return ""
+
+
+class Written(Callback):
+    """A run that was interrupted has left some rows."""
+
+    left = 0
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.world_size > 1 and batch_idx == 0:
+            rows = batch["index"].tolist()
+            pl_module.written = frozenset(rows if trainer.global_rank == 1 else rows[:1])
+            self.left = len(pl_module.written)
 
 
 def refused(folder: Path, models: dict[str, str]) -> dict[str, str]:

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import seed_everything
 
 from lopa_lightning import LoPALightningModule
-from tests.modules.helpers import reviews, trainer
-from tests.sharded_run import ROWS, made
+from tests.modules.helpers import completions, reviews, trainer
+from tests.sharded_run import ROWS, made, written
 from tests.test_distributed import ROOT, launch
 
 Tiny = Callable[[str], str]
@@ -43,6 +43,7 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     torch.save(saved, folder / "single.ckpt")
     del saved["state_dict"]["net.readout.linear.bias"]
     torch.save(saved, folder / "lacking.ckpt")
+    completions(folder / "completions")  # written once, before two processes would write it
     done = launch([str(ROOT / "tests" / "sharded_run.py"), str(folder), json.dumps(models(tiny))], ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -84,6 +85,15 @@ def test_a_save_gathers_what_is_trained_and_nothing_frozen(ranks: Ranks, kind: s
         weights_and_moments = 3 * trained
         assert weights_and_moments <= gathered < weights_and_moments * 1.05 + 100
     assert frozen > 300
+
+
+@each_kind
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_step_sends_what_lopa_plan_says(ranks: Ranks, kind: str, how: str) -> None:
+    for result in ranks[1]:
+        sent, planned, small = result[f"{kind}-{how}"]["sent"]
+        assert sent == pytest.approx(planned, rel=0.02, abs=64)
+        assert small == 1  # one number: whether a loss was none
 
 
 @each_kind
@@ -130,3 +140,16 @@ def test_one_process_goes_on_from_fsdp_and_predicts_the_same(ranks: Ranks, tiny:
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(ranks: Ranks, how: str) -> None:
     for result in ranks[1]:
         assert "net.readout.linear.bias: missing in the checkpoint" in result["refused"][how]
+
+
+def test_a_sharded_backbone_writes_what_a_whole_one_writes(ranks: Ranks, tiny: Tiny, tmp_path: Path) -> None:
+    alone, both = written(tmp_path, tiny("llama")), [result["written"] for result in ranks[1]]
+    assert not set(both[0]["sampled"]) & set(both[1]["sampled"])
+    sampled = {**both[0]["sampled"], **both[1]["sampled"]}
+    assert sampled == {row: alone["sampled"][row] for row in sampled}
+    assert len(sampled) == 21 - both[0]["left"] - both[1]["left"]
+    assert (both[0]["left"], both[1]["left"] > 1) == (1, True)
+    assert len({len(text) for texts in alone["sampled"].values() for text in texts}) > 3
+    for name in ("greedy", "beams"):
+        assert [*both[0][name], *both[1][name]] == alone[name]
+    assert all("must complete as many texts each, got [1, 2]" in each["uneven"] for each in both)

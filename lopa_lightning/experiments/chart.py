@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.report import Cells
-from lopa_lightning.experiments.summary import Cell, majority_share, metric_names, score_is_accuracy
+from lopa_lightning.experiments.summary import Cell, majority_share, score_is_accuracy, score_is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def svg(cells: Cells) -> str:
 
 
 def _draw(panel: Axes, task: str, methods: dict[str, Cell]) -> None:
-    is_share = bool(metric_names(result for cell in methods.values() for result in cell.done))
+    is_share = score_is_share(methods.values())
     scale = 100 if is_share else 1
     points = []
     for name, cell in methods.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from lopa_lightning.callbacks.summary import ADVICE
 from lopa_lightning.experiments.summary import (
+    NO_SHARES,
     Cell,
     Figure,
     Row,
@@ -18,6 +19,7 @@ from lopa_lightning.experiments.summary import (
     majority_share,
     metric_names,
     samples_to_reach,
+    score_is_share,
     target,
 )
 
@@ -115,7 +117,7 @@ def _explained(rows: Sequence[Row], reach: float) -> str:
     missing = sum(row.result is None for row in rows)
     lines = [
         "Score is that of the last validation, not of the best one; mean ± sample standard deviation over seeds, in "
-        "points. Figures beside it are means over seeds.",
+        "points; where a task has no metric, the negative loss as it is. Figures beside it are means over seeds.",
         f"Samples to {100 * reach:g} %: training samples seen when the validation score first was {100 * reach:g} % of "
         "the best method's mean final score, as finely as there are validations; – where a seed never gets there.",
         "Checkpoint MB: with the optimizer's state.",
@@ -132,7 +134,8 @@ def _task_table(methods: dict[str, Cell], reach: float) -> str:
     peak = {"cuda": "peak GPU MB", "process": "peak process MB"}.get(str(next(iter(peaks), "")), "peak MB")
     header = ["method", "score", *shown, "trained parameters", "checkpoint MB", "s/step"]
     header += [peak if len(peaks) == 1 else "peak MB", f"samples to {100 * reach:g} %", "rate factor"]
-    return markdown_table(header, [_task_row(name, cell, shown, bool(names)) for name, cell in methods.items()])
+    in_points = score_is_share(methods.values())
+    return markdown_table(header, [_task_row(name, cell, shown, in_points) for name, cell in methods.items()])
 
 
 def _task_row(name: str, cell: Cell, metrics: Sequence[str], in_points: bool) -> list[str]:
@@ -141,7 +144,7 @@ def _task_row(name: str, cell: Cell, metrics: Sequence[str], in_points: bool) ->
     return [
         _escaped(name),
         score_text(cell, in_points),
-        *(figure_text(cell.metrics.get(metric)) for metric in metrics),
+        *(figure_text(cell.metrics.get(metric), metric.split(" ")[0] not in NO_SHARES) for metric in metrics),
         _number(cell.mean_of("trained"), ",.0f"),
         _number(size / 1e6 if size is not None else None, ".2f"),
         _number(cell.mean_of("seconds_per_step"), ".3g"),
@@ -153,7 +156,7 @@ def _task_row(name: str, cell: Cell, metrics: Sequence[str], in_points: bool) ->
 
 def _summary(cells: Cells) -> str:
     methods = list(next(iter(cells.values())))
-    points = {task: bool(metric_names(r for cell in row.values() for r in cell.done)) for task, row in cells.items()}
+    points = {task: score_is_share(row.values()) for task, row in cells.items()}
     body = []
     for method in methods:
         row = [cells[task][method] for task in cells]

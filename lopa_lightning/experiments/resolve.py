@@ -71,7 +71,8 @@ def built(options: Sequence[str]) -> tuple[Any, Any]:
     """Model and data of a configuration, brought together, with nothing loaded.
 
     Args:
-        options: Of ``lopa fit``, ``--config`` included. Devices and strategy are not looked for here.
+        options: Of ``lopa fit``, ``--config`` included. Devices and strategy are not looked for here;
+            precision is the Trainer's.
 
     Returns:
         The module and the data module.
@@ -79,7 +80,7 @@ def built(options: Sequence[str]) -> tuple[Any, Any]:
     Raises:
         LoPAError: If ``lopa fit`` would refuse it.
     """
-    here = ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "precision=32-true", "logger=false")
+    here = ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")
     arguments = ["fit", *options, *(f"--trainer.{option}" for option in here)]
     with _quiet():
         cli = _Resolver(args=arguments)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lopa_lightning.experiments.result import Result
 
 NOT_OFFICIAL = ("loss", "score", "majority_share")
+NO_SHARES = ("perplexity",)
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,16 @@ def score_is_accuracy(cells: Iterable[Cell]) -> bool:
     """
     metrics = [result.metrics for cell in cells for result in cell.done]
     return all("val/accuracy" in m and math.isclose(m["val/accuracy"], m["val/score"]) for m in metrics)
+
+
+def score_is_share(cells: Iterable[Cell]) -> bool:
+    """Whether a task's score is one to be shown in points, and not, for want of an official metric, a negative loss.
+
+    Args:
+        cells: Of the task.
+    """
+    metrics = [result.metrics for cell in cells for result in cell.done]
+    return bool(metrics) and not any(m.get("val/score") == -m.get("val/loss", math.nan) for m in metrics)
 
 
 def blind_methods(cells: Mapping[str, Cell]) -> list[str]:

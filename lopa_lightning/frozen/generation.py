@@ -88,6 +88,7 @@ def generate(
     seeds: Sequence[Any] = (),
     stop: Sequence[str] = (),
     offset: Tensor | None = None,
+    synced: bool = False,
 ) -> list[list[str]]:
     """Continues texts, each with its own soft prompt.
 
@@ -105,6 +106,7 @@ def generate(
         seeds: One for each text, of any type that has a ``repr``; needed to sample.
         stop: Strings that end a continuation, which does not contain them.
         offset: See :meth:`Backbone.forward`.
+        synced: Whether processes wait for each other in every layer: one that is done goes on until all are.
 
     Returns:
         Continuations, ``num_samples`` for each text.
@@ -116,6 +118,7 @@ def generate(
     beams = config.num_beams or 1
     embeddings, mask, cache = backbone.to_continue(prompt, *text, offset)
     options: dict[str, Any] = {"num_return_sequences": num_samples} if beams > 1 else {}
+    options["synced_gpus"] = synced
     repeats = 1 if beams > 1 else num_samples
     if repeats > 1:
         embeddings, mask, cache = _shared(backbone, embeddings, mask, cache, repeats)
@@ -125,7 +128,8 @@ def generate(
         options[str(cache_input(backbone.body))] = cache
     if config.do_sample and beams == 1:
         drawn = [_uniforms((seed, sample), int(config.max_new_tokens)) for seed in seeds for sample in range(repeats)]
-        options["custom_generate"] = functools.partial(_sample, uniforms=torch.stack(drawn).to(embeddings.device))
+        uniforms = torch.stack(drawn).to(embeddings.device)
+        options["custom_generate"] = functools.partial(_sample, uniforms=uniforms, synced=synced)
     tails = [ids[-1:] for ids in text[0].tolist()]
     tails = [tail for tail in tails for _ in range(num_samples)]
     if stop:
@@ -174,12 +178,15 @@ def _sample(
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
     uniforms: Tensor,
+    synced: bool,
     **options: Any,
 ) -> Any:
     """The loop of transformers itself, in which the last processor leaves one token to choose."""
     logits_processor.append(_Draw(uniforms, input_ids.shape[1]))
     generation_config.do_sample = False
-    return type(model)._sample(model, input_ids, logits_processor, generation_config=generation_config, **options)
+    # Of its own arguments, transformers hands over none that _sample has too.
+    options |= {"synced_gpus": synced, "generation_config": generation_config}
+    return type(model)._sample(model, input_ids, logits_processor, **options)
 
 
 class _Draw(LogitsProcessor):

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen.quantization import Quantization, check_quantization, quantization_config
 from lopa_lightning.frozen.straight import read_to_shards, weight_files
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -51,6 +52,11 @@ class PretrainedSpec:
         trust_remote_code: Whether Python code that comes with the model may run.
         gradient_checkpointing: Whether layers are computed a second time in the backward pass instead of
             keeping what they computed: about a third more time, a small part of the memory.
+        quantization: How the frozen matrices of the layers are kept, see
+            :mod:`~lopa_lightning.frozen.quantization`; None for as ``dtype`` says.
+
+    Raises:
+        LoPAError: If ``quantization`` is unknown.
     """
 
     name: str
@@ -59,6 +65,10 @@ class PretrainedSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        check_quantization(self.quantization)
 
     def location(self) -> str:
         """The hub id or folder that ``name`` stands for.
@@ -130,12 +140,20 @@ def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = N
 
     Raises:
         LoPAError: If there is no such model, its architecture has no such head, or the files lack
-            weights, which transformers would otherwise fill with random numbers.
+            weights, which transformers would otherwise fill with random numbers; or if it is to be quantised,
+            and that cannot be done here.
     """
     config = load_config(spec)
     options = {"dtype": spec.dtype, **_class_options(config, family)}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization is not None:
+        if mesh is not None:
+            raise LoPAError(
+                f"a backbone with quantization {spec.quantization!r} cannot be sharded: its weights are no plain "
+                "tensors; use strategy: ddp, or quantization: null"
+            )
+        options["quantization_config"] = quantization_config(spec.quantization, _dtype(spec, config))
     if mesh is not None and (sharded := _load_sharded(spec, family, config, mesh)) is not None:
         return freeze(sharded)
     try:
@@ -168,11 +186,17 @@ def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
     options = _class_options(config, family)
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
-    dtype = config.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
     model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
-        config, trust_remote_code=spec.trust_remote_code, dtype=dtype or torch.float32, **options
+        config, trust_remote_code=spec.trust_remote_code, dtype=_dtype(spec, config), **options
     )
     return freeze(model)
+
+
+def _dtype(spec: PretrainedSpec, config: PretrainedConfig) -> torch.dtype:
+    """The number format that weights will have."""
+    found: Any = (config.dtype if spec.dtype == "auto" else spec.dtype) or torch.float32
+    dtype: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
+    return dtype
 
 
 def _load_sharded(spec: PretrainedSpec, family: Family, config: PretrainedConfig, mesh: DeviceMesh) -> Any:

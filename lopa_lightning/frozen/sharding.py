@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -55,7 +55,7 @@ def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -
     its gradients would never be averaged.
 
     Args:
-        net: Its ``forward`` is the whole way from a batch to outputs.
+        net: Its ``forward`` is the whole way from a batch to outputs, and its ``run`` runs anything else.
         models: The models in it whose layers are to be groups of their own.
         mesh: The processes.
 
@@ -71,7 +71,13 @@ def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -
     for model in models:
         shard_layers(model, mesh)
     fully_shard(net, mesh=mesh)
+    register_fsdp_forward_method(net, "run")
     assert all(isinstance(parameter, DTensor) for parameter in net.parameters())
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether processes wait for each other in every layer of a net."""
+    return isinstance(net, FSDPModule)
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:

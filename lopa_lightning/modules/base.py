@@ -243,6 +243,7 @@ class LoPALightningModule(LightningModule, ABC):
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
+        self.builder.check()
         check_strategy(self.trainer.strategy)
         write_whole_checkpoints(self.trainer.strategy)
 

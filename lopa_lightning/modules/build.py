@@ -148,19 +148,32 @@ class Builder:
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
         return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit, read, self.instance_vectors)
 
+    def check(self) -> None:
+        """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be."""
+        how = self.backbone.quantization
+        if how is not None and self.train_backbone:
+            raise LoPAError(f"a backbone with quantization {how!r} cannot be trained; leave one of the two out")
+        if how == "torchao_int8" and self.adapter is not None:
+            raise LoPAError(f"adapters go with quantization bitsandbytes_8bit or bitsandbytes_4bit, not {how!r}")
+
     def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
 
         Args:
             dropout: Whether the backbone's own dropout is active in training.
             mesh: The processes that weights are to be sharded over; None for whole ones.
+
+        Raises:
+            LoPAError: If they cannot be loaded as configured.
         """
+        self.check()
         # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
         direct = mesh if self.adapter is None and self.placement != "every_layer" else None
         model = load_model(self.backbone, self.family, direct)
         identity: dict[str, Any] = {
             "format": 1,
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, **ckpt.fingerprint(model)},
+            "quantization": self.backbone.quantization,
             "backbone_training": "all" if self.train_backbone else ckpt.plain(self.adapter),
         }
         backbone = self._backbone(model, dropout)

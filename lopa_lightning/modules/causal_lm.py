@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +18,7 @@ from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
 from lopa_lightning.evaluation.pass_at_k import PassAtK
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.generation import check_samples, generate, generation_config
+from lopa_lightning.frozen.sharding import is_sharded, whole
 from lopa_lightning.frozen.text import end_of, running_ids, start_ids
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, CompletionReadout, Readout
@@ -111,7 +111,8 @@ class CausalLMModule(LoPALightningModule):
         """Completes texts: instance vector, soft prompt, text.
 
         A text too long for the backbone is cut from the left. The samples of a text depend on the seed and
-        on its place in ``texts``, not on ``batch_size``.
+        on its place in ``texts``, not on ``batch_size``. Where the backbone is sharded, every process must call
+        this, each with as many texts.
 
         Args:
             texts: Prompts.
@@ -126,7 +127,8 @@ class CausalLMModule(LoPALightningModule):
             ``num_samples`` completions of each text.
 
         Raises:
-            LoPAError: If a text is empty, or there are not as many instance texts as texts.
+            LoPAError: If a text is empty, there are not as many instance texts as texts, or not as many as on
+                the processes that the backbone is sharded over.
         """
         instances = texts if instance_texts is None else instance_texts
         if len(instances) != len(texts):
@@ -134,6 +136,7 @@ class CausalLMModule(LoPALightningModule):
         if empty := [place for place, text in enumerate(texts) if not text]:
             raise LoPAError(f"a text to complete must not be empty; text {empty[0]} is")
         self.configure_model()
+        self._check_equal(len(texts))
         start = start_ids(self.tokenizer)
         written: list[list[str]] = []
         for first in range(0, len(texts), batch_size):
@@ -155,13 +158,19 @@ class CausalLMModule(LoPALightningModule):
             num_samples: As in :meth:`generate`.
 
         Returns:
-            ``num_samples`` completions of each row.
+            ``num_samples`` completions of each row. Where the backbone is sharded, every process must ask for them,
+            also one whose batch has no row.
         """
         is_prompt = batch["attention_mask"] == 1
         if "labels" in batch:
             is_prompt &= batch["labels"] == IGNORED
         prompts = [ids[own].tolist() for ids, own in zip(batch["input_ids"], is_prompt)]
         encoder = {key: batch[key] for key in _ENCODER_INPUTS if key in batch}
+        if not prompts:
+            if is_sharded(self._net()):  # the others wait in every layer
+                alike = {key: values.new_ones(1, *values.shape[1:]) for key, values in encoder.items()}
+                self._complete([[0, 0]], alike, [0], generation, num_samples)
+            return []
         return self._complete(prompts, encoder, batch["index"].tolist(), generation, num_samples)
 
     def _encoder_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -192,11 +201,10 @@ class CausalLMModule(LoPALightningModule):
             prompts = self._cut(prompts, spec.max_tokens - int(config.max_new_tokens))
         text = self._padded(prompts, int(config.pad_token_id), "left")
         was_training = self.training
-        self.eval()
-        try:
+
+        def write() -> list[list[str]]:
             with torch.no_grad():
                 prompt, _ = net.soft_prompt(encoder)
-            seed = self.generation_seed if seed is None else seed
             return generate(
                 net.backbone,
                 prompt,
@@ -204,12 +212,25 @@ class CausalLMModule(LoPALightningModule):
                 config,
                 self.tokenizer,
                 self.num_samples if num_samples is None else num_samples,
-                [(seed, row) for row in rows],
+                [(self.generation_seed if seed is None else seed, row) for row in rows],
                 self.stop if stop is None else stop,
                 net.prompt_encoder.token_offset(),
+                is_sharded(net),
             )
+
+        self.eval()
+        try:
+            return net.run(write)
         finally:
             self.train(was_training)
+
+    def _check_equal(self, count: int) -> None:
+        if not is_sharded(self._net()):
+            return
+        counts: list[int] = [0] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(counts, count)
+        if len(set(counts)) > 1:
+            raise LoPAError(f"processes that share a backbone must complete as many texts each, got {counts}")
 
     def _cut(self, prompts: list[list[int]], room: int) -> list[list[int]]:
         """Cuts prompts from the left, behind the token that every text starts with."""
@@ -238,16 +259,9 @@ class CausalLMModule(LoPALightningModule):
         super().setup(stage)
         config = generation_config(self.generation, self.tokenizer, None)
         check_samples(config, self.num_samples)
-        matching = self.exact_match > 0 and stage in ("fit", "validate")
-        if matching and not hasattr(self._data(), "exact_matches"):
+        if self.exact_match and stage in ("fit", "validate") and not hasattr(self._data(), "exact_matches"):
             raise LoPAError("exact_match needs a data module that knows the completions, such as CompletionDataModule")
-        scoring = stage == "test" and self._scorer() is not None
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and (matching or scoring or stage == "predict"):
-            raise LoPAError(
-                "a sharded backbone cannot generate; do so on one device or under ddp, from the same checkpoint, and "
-                "meanwhile leave exact_match at 0 and score_completions: false"
-            )
-        if scoring:
+        if stage == "test" and self._scorer() is not None:
             self._scorer().check_scoring()
 
     def _data(self) -> Any:
@@ -262,11 +276,9 @@ class CausalLMModule(LoPALightningModule):
         """Loss and metrics of a batch, and which of its completions match, where that was asked for."""
         if self.exact_match:
             kept = [row for row, index in enumerate(batch["index"].tolist()) if index < self.exact_match]
-            matches: list[bool] = []
-            if kept:
-                part = _rows(batch, kept)
-                texts = [text for (text,) in self.complete(part, {"do_sample": False, "num_beams": 1}, 1)]
-                matches = self._data().exact_matches("val", part["index"].tolist(), texts)
+            part = _rows(batch, kept)
+            texts = [text for (text,) in self.complete(part, {"do_sample": False, "num_beams": 1}, 1)]
+            matches = self._data().exact_matches("val", part["index"].tolist(), texts) if kept else []
             # With nothing in it too: every process has then seen the metric.
             self.matched.update(torch.tensor(matches, dtype=torch.float, device=self.device))
         return super().validation_step(batch, batch_idx, dataloader_idx)
@@ -289,9 +301,10 @@ class CausalLMModule(LoPALightningModule):
             return found
         indices = batch["index"].tolist()
         results = [record for index in indices for record in self.written.get(index, [])]
-        if kept := [row for row, index in enumerate(indices) if index not in self.written]:
-            part = _rows(batch, kept)
-            results += scorer.score(part["index"].tolist(), self.complete(part))
+        part = _rows(batch, [row for row, index in enumerate(indices) if index not in self.written])
+        completions = self.complete(part)
+        if completions:
+            results += scorer.score(part["index"].tolist(), completions)
         problems, passed = (torch.tensor([record[key] for record in results]) for key in ("index", "passed"))
         self.solved.update(problems.to(self.device), passed.to(self.device))
         return {**found, "results": results}
@@ -308,7 +321,7 @@ class CausalLMModule(LoPALightningModule):
         """All that the completions of a row depend on: what was trained, and how is generated."""
         digest = hashlib.sha256()
         for name, value in self.state_dict().items():
-            digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + whole(value.detach()).cpu().flatten().view(torch.uint8).numpy().tobytes())
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
         return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
 
@@ -323,7 +336,7 @@ class CausalLMModule(LoPALightningModule):
         """Completions of a batch, with ``index`` that ties each to its row; rows in ``written`` are passed over."""
         kept = [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written]
         batch = _rows(batch, kept)
-        return {"index": batch["index"], "completions": self.complete(batch) if kept else []}
+        return {"index": batch["index"], "completions": self.complete(batch)}
 
     def prediction_rows(self, predicted: dict[str, Any]) -> list[dict[str, Any]]:
         """Records with ``index`` and ``completions``, a list of texts."""

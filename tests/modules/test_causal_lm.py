@@ -23,7 +23,6 @@ from lopa_lightning import (
 )
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule
-from lopa_lightning.strategies import FSDP2Strategy
 from tests.modules.helpers import COMPLETIONS as ROWS
 from tests.modules.helpers import causal, completions, trainer
 
@@ -146,22 +145,3 @@ def test_exact_match_needs_to_know_the_completions(tiny: Tiny, tmp_path: Path) -
     data.setup("validate")
     with pytest.raises(LoPAError, match="exact_match needs a data module that knows the completions"):
         trainer(tmp_path).validate(model, data.val_dataloader(), verbose=False)
-
-
-@pytest.mark.parametrize(
-    ("stage", "options"),
-    [("predict", {}), ("test", {}), ("fit", {"exact_match": 2}), ("validate", {"exact_match": "all"})],
-)
-def test_what_a_sharded_backbone_cannot_do_is_said_before_weights_are_loaded(
-    tiny: Tiny, tmp_path: Path, stage: str, options: dict[str, Any]
-) -> None:
-    model, run = causal(tiny("llama"), **options), trainer(tmp_path)
-    run._accelerator_connector.strategy = FSDP2Strategy()
-    run.datamodule, model.trainer = completions(tmp_path), run  # type: ignore[attr-defined]
-    with pytest.raises(LoPAError, match="a sharded backbone cannot generate; do so on one device or under ddp"):
-        model.setup(stage)
-    assert model.net is None
-    causal_without = causal(tiny("llama"), score_completions=False)
-    causal_without.trainer = run
-    for allowed in ("fit", "validate", "test"):
-        causal_without.setup(allowed)
