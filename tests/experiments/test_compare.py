@@ -255,9 +255,9 @@ def test_a_shipped_comparison_can_be_run(path: Path, monkeypatch: pytest.MonkeyP
     assert options == ["--a=1"]
     pairs = plan(shipped)
     assert len(pairs) == len(shipped.tasks) * len(shipped.methods)
-    assert len({pair.method for pair in pairs}) == 6
+    assert {"lopa", "prompt_tuning", "lora"} <= {pair.method for pair in pairs}
     shares = {pair.selection["data"]["init_args"]["validation_from_train"] for pair in pairs if pair.selection}
-    assert shares == {shipped.selection_share}
+    assert shares == ({shipped.selection_share} if shipped.selects else set())
     assert {pair.config["data"]["init_args"]["validation_from_train"] for pair in pairs} == {0.0}
 
 
