@@ -47,8 +47,8 @@ def rows(folder: str, texts: list[str] = ROWS, max_length: int | None = None) ->
 
 
 def cache(folder: str, calls: list[int] | None = None, **options: Any) -> VectorCache:
-    """A cache that notes how many texts each pass of the encoder reads."""
-    spec, source = InstanceEncoderSpec(folder, **options), PretrainedSpec(folder)
+    """A cache that notes how many texts each pass of the encoder reads; of vectors as they come, if nothing is said."""
+    spec, source = InstanceEncoderSpec(folder, **{"normalize": False, **options}), PretrainedSpec(folder)
     encoder = InstanceEncoder(functools.partial(load_model, source, "encoder"), spec)
     if calls is not None:
         encoder.register_forward_hook(lambda module, args, result: calls.append(len(result)))
@@ -95,7 +95,8 @@ def test_the_two_texts_of_a_pair_are_told_apart(tiny: Tiny, kept: Path) -> None:
 
 def test_an_encoder_in_bfloat16_gives_its_own_numbers_in_float32(tiny: Tiny, kept: Path) -> None:
     folder = tiny("bert_base")
-    source, spec = PretrainedSpec(folder, dtype="bfloat16"), InstanceEncoderSpec(folder, "cls", dtype="bfloat16")
+    source = PretrainedSpec(folder, dtype="bfloat16")
+    spec = InstanceEncoderSpec(folder, "cls", normalize=False, dtype="bfloat16")
     encoder = InstanceEncoder(functools.partial(load_model, source, "encoder"), spec)
     stored = VectorCache(source, encoder, ckpt.fingerprint).stored(rows(folder), "x", CPU)
     model, tokenizer = load_model(source, "encoder"), AutoTokenizer.from_pretrained(folder)
