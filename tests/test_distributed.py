@@ -25,13 +25,13 @@ Ranks = tuple[Path, list[dict[str, Any]]]
 ROOT = Path(__file__).parent.parent
 
 
-def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a script or module on two processes."""
-    cache = str(datasets.config.HF_DATASETS_CACHE)
+def launch(arguments: list[str], folder: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a script or module on two processes, with a cache of its own or that of all tests."""
+    found = str(cache or datasets.config.HF_DATASETS_CACHE)
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": cache},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": found},
         capture_output=True,
         text=True,
         timeout=900,
@@ -56,7 +56,8 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     completions(folder / "completions")
     (folder / "matching.json").write_text(json.dumps(_half_right(tiny("llama"))))
     completions(folder / "matching", json.loads((folder / "matching.json").read_text()))
-    done = launch([str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), tiny("llama"), str(folder)], ROOT)
+    arguments = [str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), tiny("llama"), str(folder)]
+    done = launch(arguments, ROOT, cache=folder / "cache")  # what others have encoded must be encoded here
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -91,7 +91,7 @@ def test_minilms_vectors_of_real_pairs_are_those_of_plain_transformers(real_data
         with torch.no_grad():
             hidden = plain(**pair).last_hidden_state[0]
         mean = hidden.mean(0)
-        torch.testing.assert_close(vector, mean / mean.square().mean().sqrt(), rtol=0, atol=5e-6)
+        torch.testing.assert_close(vector, mean / mean.square().mean().sqrt(), rtol=1e-5, atol=1e-5)
 
 
 def test_smollm2_reads_the_words_that_transformers_reads(tmp_path: Path, real_data: Find, real_model: Find) -> None:

@@ -45,6 +45,8 @@ def run(roots: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     """Runs a benchmark quickly, and returns what it wrote once that agrees with what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lopa"])
+    # Folders with the last names of the real ones would be taken for these in a cache that both share.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
     def quickly(name: str, *arguments: str, **options: Any) -> dict[str, Any]:
         folders = ["--models-root", str(roots.models), "--data-root", str(roots.data)]
