@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from lopa_lightning.callbacks import LastCheckpoint
+from lopa_lightning.experiments.live import kept_for_backward
 from lopa_lightning.experiments.resolve import built
-from lopa_lightning.experiments.sizes import Step, kept_for_backward, sizes
+from lopa_lightning.experiments.sizes import Step, sizes
 from lopa_lightning.task import IGNORED
 from tests.conftest import REAL_DATA, REAL_MODELS
 from tests.real_sharded_run import Peak

@@ -16,8 +16,9 @@ from transformers import AutoModel
 
 from lopa_lightning import CausalLMModule
 from lopa_lightning.cli import main
+from lopa_lightning.experiments.live import ATTENTION_FLOPS, Live, kept_for_backward
 from lopa_lightning.experiments.resolve import built
-from lopa_lightning.experiments.sizes import ATTENTION_FLOPS, Live, Memory, Sizes, Step, kept_for_backward, sizes
+from lopa_lightning.experiments.sizes import Memory, Sizes, Step, sizes
 from lopa_lightning.frozen import loading
 from tests.benchmarks.plan import compared
 from tests.modules.helpers import trainer, write_reviews
