@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -22,11 +23,14 @@ MATCHING: dict[str, Any] = {
     "generation": {"max_new_tokens": 3},
 }
 
+# A step as large as the gradient, where AdamW makes a whole step of a gradient that is all rounding.
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
 
 def encoder_at_every_step(backbone: str, folder: Path) -> dict[str, torch.Tensor]:
     """The same fit without vectors from the disk."""
     seed_everything(3)
-    model = module(backbone, objective="head", instance_encoder=InstanceEncoderSpec(cache=False))
+    model = module(backbone, objective="head", optimizer=SGD, instance_encoder=InstanceEncoderSpec(cache=False))
     run = trainer(folder / "plain", epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
     run.fit(model, reviews(folder, rows=21))
     return model.state_dict()
@@ -39,7 +43,7 @@ def main(backbone: str, causal_backbone: str, folder: Path) -> None:
         lambda part, args, result: encoded.append(len(result)) if isinstance(part, InstanceEncoder) else None
     )
     seed_everything(3)
-    model, data = module(backbone, objective="head"), reviews(folder, rows=21)
+    model, data = module(backbone, objective="head", optimizer=SGD), reviews(folder, rows=21)
     run = trainer(folder, epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
     run.fit(model, data)
     hook.remove()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from lopa_lightning.data.vectors import agrees_with
 from lopa_lightning.experiments.live import Live, kept_for_backward
@@ -137,7 +138,7 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
         live = Live(own)
         batch = _batch(module, net, step)
         with _gathers(net) as gathers, kept_for_backward(own) as kept, live, live.without_gradients(net):
-            with _Labelled(step.examples * step.completion_tokens), precision.forward_context():
+            with _nothing_packed(), _Answers(step.examples * step.completion_tokens), precision.forward_context():
                 loss = module.loss(net(batch)[0], batch)
             kept_bytes = sum(kept.values())
             torch.autograd.backward(loss)
@@ -229,8 +230,11 @@ def _gathers(net: PromptedModel) -> Iterator[list[tuple[int, int]]]:
         found += [(times[id(layer)], size_of(layer.parameters())) for layer in layers]
 
 
-class _Labelled(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Says how many tokens are labelled, where tensors have no numbers to tell."""
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Says how many tokens are labelled, and yes to what is asked of all of a mask: there is no padding.
+
+    Tensors without numbers cannot tell.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -239,7 +243,21 @@ class _Labelled(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((self.count, args[0].dim()), dtype=torch.long)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Without a mask, transformers looks for several texts in a row, and finds some where there are no numbers."""
+    known: Any = masking_utils
+    before = known.find_packed_sequence_indices
+    known.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        known.find_packed_sequence_indices = before
 
 
 def _batch(module: LoPALightningModule, net: PromptedModel, step: Step) -> dict[str, Tensor]:

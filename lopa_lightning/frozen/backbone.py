@@ -22,7 +22,7 @@ from lopa_lightning.frozen.injection import (
     with_offset,
 )
 from lopa_lightning.frozen.layers import cache_input, layer_prompts
-from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size
+from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size, is_causal
 from lopa_lightning.frozen.stack import recompute, transformer_layers
 
 
@@ -77,6 +77,7 @@ class Backbone(nn.Module):
             names = " and no ".join(sorted(missing))
             raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
         self._has_token_types = has_token_types(self.body)
+        self._is_causal = is_causal(self.body)
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
         if gradient_checkpointing:
             if self._layers is not None:
@@ -182,13 +183,14 @@ class Backbone(nn.Module):
             hidden = self._run(embedded, mask, places, token_type_ids, **{str(cache_input(self.body)): cache})
             return PromptedStates(hidden, attention_mask, input_ids)
         layout = prompt_layout(attention_mask, m, self.placement)
-        mask = insert(layout, 1, attention_mask)
-        hidden = self._run(
-            insert(layout, prompt.expand(batch, -1, -1), embedded),
-            mask,
-            position_ids(mask, first_position(self.body)),
-            None if token_type_ids is None else insert(layout, 0, token_type_ids),
-        )
+        prompted = insert(layout, prompt.expand(batch, -1, -1), embedded)
+        types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
+        if self._is_causal and layout.start is not None:
+            # All padding comes after the tokens that are read, which see nothing of it: attention without a mask.
+            hidden = self._run(prompted, None, None, types)
+        else:
+            mask = insert(layout, 1, attention_mask)
+            hidden = self._run(prompted, mask, position_ids(mask, first_position(self.body)), types)
         return PromptedStates(hidden, insert(layout, 0, attention_mask), insert(layout, -1, input_ids))
 
     def _embedded(
@@ -226,10 +228,15 @@ class Backbone(nn.Module):
         return embeddings, insert(layout, 1, attention_mask), None
 
     def _run(
-        self, embedded: Tensor, mask: Tensor, places: Tensor, token_type_ids: Tensor | None, **options: Any
+        self,
+        embedded: Tensor,
+        mask: Tensor | None,
+        places: Tensor | None,
+        token_type_ids: Tensor | None,
+        **options: Any,
     ) -> Tensor:
         """Last hidden states of the model; what it does not take is left out."""
-        if "position_ids" in self._accepts:
+        if places is not None and "position_ids" in self._accepts:
             options["position_ids"] = places
         if token_type_ids is not None and self._has_token_types:
             options["token_type_ids"] = token_type_ids
@@ -255,7 +262,7 @@ class Backbone(nn.Module):
         logits: Tensor = self._required_heads()[0](hidden, token_ids)
         return logits
 
-    def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Cross entropy of tokens over the whole vocabulary, of which only a chunk's logits exist at a time.
 
         Args:
@@ -264,7 +271,7 @@ class Backbone(nn.Module):
             chunk: Places at a time; by default as many as keep a chunk's logits at 64 MB.
 
         Returns:
-            Losses in float32 and whether the token was the likeliest, each ``[N]``.
+            Losses in float32 and, where no gradients are taken, whether the token was the likeliest, each ``[N]``.
 
         Raises:
             LoPAError: If the backbone was loaded without a language model head.

@@ -59,7 +59,7 @@ class VocabularyHead:
 
 def chunked_cross_entropy(
     head: VocabularyHead, hidden: Tensor, targets: Tensor, chunk: int | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Cross entropy over the vocabulary; never more than a chunk's logits are in memory.
 
     A frozen head's gradient is taken while a chunk's logits are there, and kept as ``[N, h]``: one
@@ -72,51 +72,54 @@ def chunked_cross_entropy(
         chunk: Rows at a time; by default as many as keep a chunk's logits at 64 MB.
 
     Returns:
-        Losses in float32, and whether the target had the largest logit, each ``[N]``.
+        Losses in float32, and whether the target had the largest logit, each ``[N]``; None for the latter where
+        gradients are taken: it costs a pass over all logits, and is of no use to a loss.
     """
     step = chunk or max(1, _CHUNK_BYTES // (4 * len(head.projection.weight)))
     parts = list(zip(torch.split(hidden, step), torch.split(targets, step)))
-    if torch.is_grad_enabled() and head.is_trained:
-        results = [checkpoint(_losses, head, *part, use_reentrant=False) for part in parts]
+    if not torch.is_grad_enabled():
+        results = []
+        for states, wanted in parts:
+            logits = head(states).float()
+            results.append((_cross_entropy(logits, wanted), logits.argmax(-1) == wanted))
         losses, hits = (torch.cat(values) for values in zip(*results))
-    else:
-        losses, hits = _FrozenHeadLoss.apply(hidden, head, parts)  # type: ignore[no-untyped-call]
-    return losses, hits
+        return losses, hits
+    if head.is_trained:
+        return torch.cat([checkpoint(_losses, head, *part, use_reentrant=False) for part in parts]), None
+    frozen_losses: Tensor = _FrozenHeadLoss.apply(hidden, head, parts)  # type: ignore[no-untyped-call]
+    return frozen_losses, None
 
 
-def _losses(head: VocabularyHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1) == targets
+def _losses(head: VocabularyHead, hidden: Tensor, targets: Tensor) -> Tensor:
+    return _cross_entropy(head(hidden).float(), targets)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     """Losses of places that do not depend on each other: the gradient of each is kept, and scaled in the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: VocabularyHead, parts: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: VocabularyHead, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         losses: list[Tensor] = []
-        hits: list[Tensor] = []
         gradients: list[Tensor] = []
         for states, targets in parts:
             with torch.set_grad_enabled(hidden.requires_grad):
                 states = states.detach().requires_grad_(hidden.requires_grad)
-                loss, hit = _losses(head, states, targets)
+                loss = _losses(head, states, targets)
                 if hidden.requires_grad:
                     gradients += torch.autograd.grad(loss.sum(), states)
             losses.append(loss.detach())
-            hits.append(hit)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
-        found = torch.cat(losses), torch.cat(hits)
-        ctx.mark_non_differentiable(found[1])
-        return found
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, of_losses: Tensor) -> tuple[Tensor, None, None]:
         (of_hidden,) = ctx.saved_tensors
-        return of_hidden * gradients[0].unsqueeze(-1).to(of_hidden.dtype), None, None
+        return of_hidden * of_losses.unsqueeze(-1).to(of_hidden.dtype), None, None
 
 
 class _GivenStates(nn.Module):

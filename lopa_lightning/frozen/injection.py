@@ -2,12 +2,12 @@
 
 Virtual tokens sit directly before a text's first token, or directly after it, wherever the padding
 is: ``prompt, text, pad, pad`` and ``pad, pad, prompt, text``, never ``prompt, pad, pad, text``. All
-that goes with a token (embedding, mask, token type, label) is moved by one index, the layout.
+that goes with a token (embedding, mask, token type, label) is moved by one layout.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,20 @@ Placement = Literal["before", "after_first", "every_layer"]
 or ``<s>`` and the rest, or in ``every_layer`` as keys and values, see :mod:`~lopa_lightning.frozen.layers`."""
 
 
-def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Placement = "before") -> Tensor:
+class Layout(NamedTuple):
+    """Where the content of each place of a prompted sequence comes from.
+
+    Attributes:
+        index: ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a place of the text.
+        start: The first virtual token's place, where it is the same in every row since every text starts at the
+            first place: nothing then need be looked up by the index. None where rows differ.
+    """
+
+    index: Tensor
+    start: int | None
+
+
+def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Placement = "before") -> Layout:
     """For every place of the prompted sequence, where its content comes from.
 
     Args:
@@ -27,20 +40,18 @@ def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Pl
         num_virtual_tokens: Number m of virtual tokens.
         placement: ``before`` or ``after_first``.
 
-    Returns:
-        Index ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a
-        place of the text.
-
     Example:
-        >>> prompt_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), num_virtual_tokens=2)
+        >>> prompt_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), num_virtual_tokens=2).index
         tensor([[0, 1, 2, 3, 4],
                 [2, 0, 1, 3, 4]])
     """
     m, length = num_virtual_tokens, attention_mask.shape[1]
-    start = attention_mask.argmax(dim=1, keepdim=True) + (placement == "after_first")
+    own_token = int(placement == "after_first")  # before the virtual ones
+    start = attention_mask.argmax(dim=1, keepdim=True) + own_token
     place = torch.arange(m + length, device=attention_mask.device).expand(len(attention_mask), -1)
     in_prompt = (place >= start) & (place < start + m)
-    return torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
+    index = torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
+    return Layout(index, own_token if bool(attention_mask[:, 0].all()) else None)
 
 
 def check_placement(placement: str) -> None:
@@ -49,11 +60,11 @@ def check_placement(placement: str) -> None:
         raise LoPAError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
 
 
-def insert(layout: Tensor, prompt: Tensor | int, text: Tensor) -> Tensor:
+def insert(layout: Layout, prompt: Tensor | int, text: Tensor) -> Tensor:
     """Puts the virtual tokens' part of something among the text's.
 
     Args:
-        layout: From :func:`prompt_layout`, ``[B, m + T]``.
+        layout: From :func:`prompt_layout`.
         prompt: What the virtual tokens have, ``[B, m, ...]``, or one number for all of them.
         text: What the text's tokens have, ``[B, T, ...]``.
 
@@ -65,11 +76,14 @@ def insert(layout: Tensor, prompt: Tensor | int, text: Tensor) -> Tensor:
         >>> insert(layout, -1, torch.tensor([[7, 8, 9]]))
         tensor([[ 7, -1, -1,  8,  9]])
     """
+    index, start = layout
     if isinstance(prompt, int):
-        m = layout.shape[1] - text.shape[1]
+        m = index.shape[1] - text.shape[1]
         prompt = text.new_full((len(text), m, *text.shape[2:]), prompt)
+    if start is not None:  # a gather and its backward pass cost many times as much
+        return torch.cat([text[:, :start], prompt, text[:, start:]], dim=1)
     both = torch.cat([prompt, text], dim=1)
-    index = layout.view(*layout.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
+    index = index.view(*index.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
     return both.gather(1, index)
 
 

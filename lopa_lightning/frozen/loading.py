@@ -235,6 +235,15 @@ def has_token_types(model: PreTrainedModel) -> bool:
     return "token_type_ids" in accepted_inputs(model) and getattr(model.config, "type_vocab_size", 0) > 1
 
 
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether no token sees a later one, as all of a model's attention says of itself.
+
+    False where it says nothing, as in some old architectures.
+    """
+    own = [bool(part.is_causal) for part in model.modules() if hasattr(part, "is_causal")]
+    return bool(own) and all(own)
+
+
 def hidden_size(config: PretrainedConfig) -> int:
     """Width of a model's last hidden states."""
     # OPT's smaller models project them back to the embeddings' width.

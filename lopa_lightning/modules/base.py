@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,20 +16,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.injection import Placement
 from lopa_lightning.frozen.instance import InstanceEncoderSpec
 from lopa_lightning.frozen.loading import PretrainedSpec
 from lopa_lightning.frozen.sharding import data_mesh, placed_like, shard
-from lopa_lightning.frozen.text import Objective, TextSpec
+from lopa_lightning.frozen.text import TextSpec
 from lopa_lightning.modules.build import Builder
 from lopa_lightning.modules.finite import LossGuard, OnNonfinite
-from lopa_lightning.modules.net import Batch, PromptedModel, Readout
+from lopa_lightning.modules.hooks import TaskHooks
+from lopa_lightning.modules.net import Batch, PromptedModel
 from lopa_lightning.modules.restore import check_resume, rebuild
 from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmup
 from lopa_lightning.modules.scores import Scores
@@ -40,11 +38,11 @@ from lopa_lightning.storage import write_whole_checkpoints
 from lopa_lightning.strategies import check_strategy
 
 
-class LoPALightningModule(LightningModule, ABC):
+class LoPALightningModule(TaskHooks, LightningModule):
     """A frozen backbone, shown a soft prompt for every instance.
 
-    A new task is a subclass with :meth:`configure_readout` and :meth:`loss`, and, where wanted,
-    :meth:`configure_metrics`, :meth:`predictions` and :meth:`predict_outputs`.
+    A new task is a subclass with :meth:`configure_readout` and :meth:`loss`, and what else it wants of
+    :class:`~lopa_lightning.modules.hooks.TaskHooks`.
 
     Nothing is loaded before :meth:`configure_model`. Frozen parts have no gradient, stay in eval
     mode, and are neither in the optimizer nor in a checkpoint.
@@ -73,12 +71,6 @@ class LoPALightningModule(LightningModule, ABC):
             are to be trained, or ``nonfinite_loss`` is unknown.
         TypeError: If an argument could not be stored in a checkpoint.
     """
-
-    objective: Objective = "head"
-    """How an answer is read from the backbone; decides which head it is loaded with."""
-
-    eval_suffixes: tuple[str, ...] = ("",)
-    """Name suffix of each evaluation set."""
 
     def __init__(
         self,
@@ -121,91 +113,6 @@ class LoPALightningModule(LightningModule, ABC):
         """What an interrupted run has left, by row."""
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
-
-    # What a task defines
-
-    @abstractmethod
-    def configure_readout(self, backbone: Backbone) -> Readout:
-        """Builds what reads outputs from the backbone's hidden states.
-
-        Args:
-            backbone: The loaded backbone, for its sizes.
-        """
-
-    @abstractmethod
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss, in training and in evaluation.
-
-        Args:
-            outputs: The read-out's, ``[B, ...]``.
-            batch: With ``labels``.
-
-        Returns:
-            A scalar, the mean over the batch.
-        """
-
-    def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
-        """Of how many things a batch's loss is the mean: its share in an evaluation set's loss.
-
-        Args:
-            outputs: The read-out's, ``[B, ...]``.
-            batch: The batch.
-        """
-        return len(batch["index"])
-
-    def configure_metrics(self) -> MetricCollection | None:
-        """Builds the metrics of one evaluation set; None to report the loss alone."""
-        return None
-
-    def official_metrics(self) -> list[str]:
-        """The metrics whose mean is logged as ``score``, the figure to choose a checkpoint by.
-
-        If there are none, the score is the negative loss.
-        """
-        return []
-
-    def predictions(self, outputs: Tensor) -> Tensor:
-        """What metrics compare with the labels.
-
-        Args:
-            outputs: The read-out's, ``[B, ...]``.
-        """
-        return outputs
-
-    def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """One record for each example of what ``predict`` returned for a batch, as it is written to a file.
-
-        Args:
-            predicted: ``index`` and what :meth:`predict_outputs` gave.
-        """
-        return [dict(zip(predicted, values)) for values in zip(*(value.tolist() for value in predicted.values()))]
-
-    def prediction_identity(self) -> dict[str, Any] | None:
-        """What the predictions depend on, as plain data, where they are worth writing one batch at a time.
-
-        A run that was interrupted then goes on where it stopped: what is there is put into the module's
-        ``written``. None to write them all at the end.
-        """
-        return None
-
-    def scoring_identity(self) -> dict[str, Any] | None:
-        """The same for what a test writes and scores: the ``results`` that ``test_step`` returns.
-
-        With ``results_per_row``, where a row has several.
-        """
-        return None
-
-    def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
-        """What ``predict`` returns for a batch, beside ``index``.
-
-        Args:
-            outputs: The read-out's, ``[B, ...]``.
-        """
-        return {"outputs": outputs}
-
-    def task_identity(self) -> dict[str, Any]:
-        """What a checkpoint of this task must agree in, as plain data."""
-        return {"placement": self.placement}
 
     # Building
 
@@ -253,7 +160,10 @@ class LoPALightningModule(LightningModule, ABC):
             return
         mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
         parts = self.builder.load(self.frozen_dropout, mesh)
-        self._identity: dict[str, Any] = {**parts.identity, "task": self.task_identity()}
+        self._identity: dict[str, Any] = {
+            **parts.identity,
+            "task": {"placement": self.placement, **self.task_identity()},
+        }
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
         if self._is_fitted() and not self._trained():

@@ -93,8 +93,8 @@ class CausalLMModule(LoPALightningModule):
         return MetricCollection({"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()})
 
     def task_identity(self) -> dict[str, Any]:
-        """Placement and kind of task."""
-        return {**super().task_identity(), "objective": "completion"}
+        """The kind of task."""
+        return {"objective": "completion"}
 
     # Writing
 

@@ -136,8 +136,8 @@ class ClassificationModule(LoPALightningModule):
         return rows
 
     def task_identity(self) -> dict[str, Any]:
-        """Placement, objective, labels and what reads them."""
-        return {**super().task_identity(), "objective": self.objective, **self._reading(self._required_task())}
+        """Objective, labels and what reads them."""
+        return {"objective": self.objective, **self._reading(self._required_task())}
 
     def _reading(self, task: TextTask) -> dict[str, Any]:
         """What of a task shapes what is learned for it."""

@@ -86,7 +86,8 @@ class CompletionReadout(Readout):
     def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
         """For each text, its labels' losses in sum, their number, and how many were the likeliest token: ``[B, 3]``.
 
-        ``labels [B, T]`` stand at the tokens themselves, :data:`IGNORED` at all that is not to be foretold.
+        The last is 0 where gradients are taken, and it is not asked. ``labels [B, T]`` stand at the tokens
+        themselves, :data:`IGNORED` at all that is not to be foretold.
         """
         # The text's own tokens are together, wherever virtual ones and padding are.
         place = states.text_mask.cumsum(1) - 1 + batch["attention_mask"].argmax(1, keepdim=True)
@@ -94,7 +95,8 @@ class CompletionReadout(Readout):
         # A token is foretold at the place before it; the first has none.
         rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         losses, hits = backbone.token_losses(states.hidden[rows, places], labels[rows, places + 1])
-        counted = torch.stack([losses, torch.ones_like(losses), hits.to(losses.dtype)], dim=1)
+        hits = torch.zeros_like(losses) if hits is None else hits.to(losses.dtype)
+        counted = torch.stack([losses, torch.ones_like(losses), hits], dim=1)
         return counted.new_zeros(len(labels), 3).index_add(0, rows, counted)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lopa_lightning.data.sampler import LengthGroupedSampler
@@ -213,12 +213,12 @@ def test_batches_come_in_no_order_of_length(size: dict[str, int]) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(lengths=LENGTHS, size=SIZES, replicas=REPLICAS)
+@example(lengths=[1, 1, 1, 1, 1, 1, 33, 33, 34], size={"batch_tokens": 100}, replicas=1)  # 33 may seem more than 34
 def test_a_step_takes_neighbours_in_length(lengths: list[int], size: dict[str, int], replicas: int) -> None:
     seen = epoch_of(lengths, replicas=replicas, **size)
     steps = [[lengths[row] for batch in taken for row in batch] for taken in zip(*seen)]
-    steps.sort(key=max)
-    for shorter, longer in itertools.pairwise(steps):
-        assert max(shorter) <= 1.04 * min(longer)
+    for one, other in itertools.combinations(steps, 2):
+        assert max(one) <= 1.04 * min(other) or max(other) <= 1.04 * min(one)
 
 
 @pytest.mark.parametrize("size", [{"batch_size": 4}, {"batch_tokens": 160}])

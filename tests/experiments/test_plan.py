@@ -51,14 +51,15 @@ def step_of(module: Any) -> tuple[int, int]:
     ids = torch.full((BATCH, TOKENS), 7)
     rows = torch.zeros(BATCH, dtype=torch.long)
     mask = torch.ones_like(ids)
-    mask[0, 0] = 0  # without any padding, attention takes no mask
+    mask[0, -1] = 0  # as in most batches: without any padding, an encoder's attention takes no mask
     batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": mask}
     if module.instance_spec.cache:
         batch["instance"] = torch.ones(BATCH, WIDTH)
     else:
         batch |= {"instance_input_ids": ids[:, :READ], "instance_attention_mask": mask[:, :READ]}
     if isinstance(module, CausalLMModule):
-        batch["labels"] = torch.where(torch.arange(TOKENS) < TOKENS - COMPLETED, -100, ids)
+        to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)
+        batch["labels"] = torch.where((to_come < COMPLETED) & (mask == 1), ids, -100)
     own = [*module.net.parameters(), *module.net.buffers()]
     with kept_for_backward(own) as kept, FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops:
         with module.trainer.precision_plugin.forward_context():

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from lopa_lightning.frozen.backbone import Backbone, PromptedStates
-from lopa_lightning.frozen.loading import freeze
+from lopa_lightning.frozen.loading import freeze, is_causal
 from tests.frozen.conftest import shaken
 
 SIZES: dict[str, Any] = {
@@ -99,3 +99,29 @@ def test_label_logits_are_the_models_own(name: str) -> None:
     states = backbone(prompt, item[None], torch.ones(1, len(item), dtype=torch.long))
     plain = model(inputs_embeds=torch.cat([prompt, model.get_input_embeddings()(item[None])], 1)).logits
     torch.testing.assert_close(backbone.label_logits(states.hidden[:, -2], words), plain[:, -2, words])
+
+
+@pytest.mark.parametrize("name", [*MASKED, *CAUSAL])
+def test_attention_that_says_it_is_causal_sees_nothing_of_what_comes_later(name: str) -> None:
+    model = build(name).base_model
+    ids = torch.randint(50, (1, 7))
+    states, others = (
+        model(tokens).last_hidden_state[:, :6] for tokens in (ids, torch.cat([ids[:, :6], ids[:, :1]], 1))
+    )
+    sees = not torch.allclose(states, others, rtol=0, atol=1e-6)
+    assert sees == (name in MASKED)
+    assert not (sees and is_causal(model))
+
+
+def test_a_causal_model_is_given_no_mask_where_all_padding_comes_last() -> None:
+    given: dict[str, list[bool]] = {}
+    for name in ("Qwen3", "MPNet"):
+        backbone = Backbone(build(name))
+        masks = given.setdefault(name, [])
+        backbone.body.register_forward_pre_hook(
+            lambda model, args, options, masks=masks: masks.append(options["attention_mask"] is not None),
+            with_kwargs=True,
+        )
+        for left in (False, True):
+            backbone(torch.randn(len(ITEMS), 4, backbone.prompt_dim), *padded(left))
+    assert given == {"Qwen3": [False, True], "MPNet": [True, True]}

@@ -29,7 +29,7 @@ def setting(model: PreTrainedModel) -> tuple[Backbone, Tensor, Tensor, Tensor]:
     return backbone, ids, torch.randn(2, M, backbone.prompt_dim), weights
 
 
-def ours(backbone: Backbone, ids: Tensor, prompt: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+def ours(backbone: Backbone, ids: Tensor, prompt: Tensor, chunk: int | None) -> tuple[Tensor, Tensor | None]:
     hidden = backbone(prompt, ids, torch.ones_like(ids)).hidden[:, M - 1 : -1]
     return backbone.token_losses(hidden.flatten(0, 1), ids.flatten(), chunk)
 
@@ -49,6 +49,11 @@ def test_losses_hits_and_gradients_are_those_of_all_logits_at_once(kind: str, ch
     losses, hits = ours(backbone, ids, ours_in, chunk)
     wanted, wanted_hits = in_full(model, ids, plain_in)
     torch.testing.assert_close(losses, wanted.float(), rtol=0, atol=1e-6)
+    assert hits is None  # not looked for in training
+    with torch.no_grad():
+        losses_without, hits = ours(backbone, ids, ours_in, chunk)
+    assert torch.equal(losses_without, losses)
+    assert hits is not None
     assert hits.tolist() == wanted_hits.tolist()
     (losses * weights).sum().backward()
     (wanted * weights).sum().backward()
@@ -64,6 +69,7 @@ def test_every_architectures_head_keeps_its_scales_and_caps(name: str) -> None:
         losses, hits = ours(backbone, ids, prompt, 4)
         wanted, wanted_hits = in_full(model, ids, prompt)
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
+    assert hits is not None
     assert hits.tolist() == wanted_hits.tolist()
 
 

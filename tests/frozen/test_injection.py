@@ -18,10 +18,11 @@ PLACEMENTS = ["before", "after_first"]
 def masks(draw: st.DrawFn) -> Tensor:
     """Rows of one length, each with a run of ones and padding on either or both sides."""
     length = draw(st.integers(1, 8))
+    start = draw(st.sampled_from([0, 8]))  # at most
     rows = []
     for _ in range(draw(st.integers(1, 4))):
         tokens = draw(st.integers(1, length))
-        left = draw(st.integers(0, length - tokens))
+        left = draw(st.integers(0, min(start, length - tokens)))
         rows.append([0] * left + [1] * tokens + [0] * (length - left - tokens))
     return torch.tensor(rows)
 
@@ -38,7 +39,9 @@ def spliced(mask_row: list[int], prompt: list[Any], text: list[Any], placement: 
 def test_layout_puts_the_prompt_at_the_texts_start_in_every_row(mask: Tensor, m: int, placement: str) -> None:
     length = mask.shape[1]
     expected = [spliced(row, list(range(m)), list(range(m, m + length)), placement) for row in mask.tolist()]
-    assert prompt_layout(mask, m, placement).tolist() == expected
+    layout = prompt_layout(mask, m, placement)
+    assert layout.index.tolist() == expected
+    assert layout.start == (expected[0].index(0) if mask[:, 0].all() else None)
 
 
 @settings(max_examples=100, deadline=None)

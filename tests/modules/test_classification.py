@@ -90,7 +90,7 @@ def test_metrics_and_loss_are_those_of_the_predictions(tiny: Tiny, tmp_path: Pat
 def test_it_learns_what_a_word_decides(tiny: Tiny, tmp_path: Path) -> None:
     seed_everything(1)
     model = module(tiny("llama"), objective="head", learning_rates={"head": 0.1})
-    run = trainer(tmp_path, epochs=20, num_sanity_val_steps=0)
+    run = trainer(tmp_path, epochs=40, num_sanity_val_steps=0)
     run.fit(model, reviews(tmp_path, rows=60))
     assert run.callback_metrics["val/accuracy"] > 0.9
 
@@ -102,7 +102,8 @@ def test_regression_with_a_trained_head(tiny: Tiny, tmp_path: Path) -> None:
         (tmp_path / f"{split}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
         files[split] = str(tmp_path / f"{split}.csv")
     data = TextClassificationDataModule(data_files=files, labels=[], batch_size=8)
-    model = module(tiny("bert_base"), objective="head")
+    seed_everything(1)
+    model = module(tiny("bert_base"), objective="head", learning_rates={"head": 0.1})
     run = trainer(tmp_path, epochs=20)
     run.fit(model, data)
     metrics = run.callback_metrics
