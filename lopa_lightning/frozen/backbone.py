@@ -23,7 +23,7 @@ from lopa_lightning.frozen.injection import (
 )
 from lopa_lightning.frozen.layers import cache_input, layer_prompts
 from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size, is_causal
-from lopa_lightning.frozen.stack import recompute, transformer_layers
+from lopa_lightning.frozen.stack import compile_for_training, recompute, transformer_layers
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Backbone(nn.Module):
         placement: Where virtual tokens go, see :mod:`~lopa_lightning.frozen.injection`.
         trained: Whether all of the model's weights are trained.
         gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
+        compiled: Whether torch compiles its layers for training.
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
@@ -66,6 +67,7 @@ class Backbone(nn.Module):
         placement: Placement = "before",
         trained: bool = False,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         check_placement(placement)
@@ -79,6 +81,8 @@ class Backbone(nn.Module):
         self._has_token_types = has_token_types(self.body)
         self._is_causal = is_causal(self.body)
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
+        if compiled:
+            compile_for_training(transformer_layers(self.body))
         if gradient_checkpointing:
             if self._layers is not None:
                 raise LoPAError(

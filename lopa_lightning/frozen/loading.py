@@ -52,6 +52,7 @@ class PretrainedSpec:
         trust_remote_code: Whether Python code that comes with the model may run.
         gradient_checkpointing: Whether layers are computed a second time in the backward pass instead of
             keeping what they computed: about a third more time, a small part of the memory.
+        compile: Whether torch compiles the layers at the first training step, which takes a minute and a C++ compiler.
         quantization: How the frozen matrices of the layers are kept, see
             :mod:`~lopa_lightning.frozen.quantization`; None for as ``dtype`` says.
 
@@ -65,6 +66,7 @@ class PretrainedSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = False
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:

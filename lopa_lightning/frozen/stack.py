@@ -42,6 +42,23 @@ def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layer for layer in found if id(layer) not in inner]
 
 
+def compile_for_training(layers: Iterable[nn.Module]) -> None:
+    """Lets torch compile layers at the first training step: one program for all that are alike, and for all lengths.
+
+    Without gradients they run as they are: with a cache each layer would be a program of its own.
+
+    Args:
+        layers: Changed in place.
+    """
+    for layer in layers:
+        compiled = torch.compile(layer.forward, dynamic=True)
+        layer.forward = functools.partial(_compiled, compiled, layer.forward)
+
+
+def _compiled(compiled: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+
 def recompute(layers: Iterable[nn.Module]) -> None:
     """Lets layers keep their input alone, and compute a second time what the backward pass needs.
 
