@@ -44,6 +44,8 @@ _DESCRIPTION = (
     "several methods on several tasks and seeds and tabulates them, `lopa sweep` searches hyperparameters, and "
     "`lopa plan` says what a run will take: see `lopa compare --help`, `lopa sweep --help` and `lopa plan --help`."
 )
+_SAVED = "asked to end, and saved; the same command with --ckpt_path last goes on from here\n"
+_ENDED = "asked to end; the same command goes on behind the results that it has written\n"
 _TERMINATED = 143  # what a shell or a scheduler expects of a program that SIGTERM ended
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
@@ -189,7 +191,7 @@ def main(args: ArgsType = None) -> None:
         else:
             LoPACLI(args=args)
     except SIGTERMException:
-        sys.stderr.write("asked to end, and saved; the same command with --ckpt_path last goes on from here\n")
+        sys.stderr.write(_SAVED if isinstance(given, list) and given[:1] == ["fit"] else _ENDED)
         raise SystemExit(_TERMINATED) from None
     except Exception as error:
         expected = expected_cause(error)
