@@ -7,7 +7,8 @@ that goes with a token (embedding, mask, token type, label) is moved by one layo
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ Placement = Literal["before", "after_first", "every_layer"]
 or ``<s>`` and the rest, or in ``every_layer`` as keys and values, see :mod:`~lopa_lightning.frozen.layers`."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """Where the content of each place of a prompted sequence comes from.
 
     Attributes:
@@ -76,7 +78,7 @@ def insert(layout: Layout, prompt: Tensor | int, text: Tensor) -> Tensor:
         >>> insert(layout, -1, torch.tensor([[7, 8, 9]]))
         tensor([[ 7, -1, -1,  8,  9]])
     """
-    index, start = layout
+    index, start = layout.index, layout.start
     if isinstance(prompt, int):
         m = index.shape[1] - text.shape[1]
         prompt = text.new_full((len(text), m, *text.shape[2:]), prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,3 +72,27 @@ def test_a_model_that_names_no_layers_is_refused(tiny: Tiny) -> None:
     model._no_split_modules = []
     with pytest.raises(LoPAError, match="LlamaModel does not say which layers it is made of"):
         transformer_layers(model)
+
+
+def test_compiled_layers_have_the_same_gradients_at_every_length(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))  # not to wait for g++
+    plain, compiled = (
+        Backbone(load_model(PretrainedSpec(tiny("llama")), "encoder"), gradient_checkpointing=True, compiled=fast)
+        for fast in (False, True)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for length in (10, 7, 13):
+        ids = torch.arange(5, 5 + 2 * length).view(2, length)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0
+        results = []
+        for backbone in (plain, compiled):
+            prompt = torch.ones(2, 3, 32).requires_grad_()
+            hidden = backbone(prompt, ids, mask).hidden
+            hidden.square().sum().backward()
+            with torch.no_grad():
+                torch.testing.assert_close(backbone(prompt, ids, mask).hidden, hidden, rtol=1e-5, atol=1e-5)
+            results.append((hidden, prompt.grad))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # not one for each layer and length
