@@ -158,6 +158,7 @@ def _class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+_POOL = 1500
 _GLUE, _CRUXEVAL = "nyu-mll/glue", "cruxeval-org/cruxeval"
 CASES = {
     case.name: case
@@ -211,3 +212,8 @@ def examples_of(case: Case, options: argparse.Namespace) -> int:
     if options.quick:
         return min(case.batch_size, 4)
     return int(options.examples or case.examples)
+
+
+def pool_of(case: Case, options: argparse.Namespace) -> int:
+    """Training examples that a round's are drawn from, batch by batch: as many as texts of like length want."""
+    return examples_of(case, options) if options.quick else max(_POOL, examples_of(case, options))

@@ -24,7 +24,7 @@ from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.data.completion import CompletionDataModule
 from lopa_lightning.files import write_whole
 from lopa_lightning.task import IGNORED
-from tests.benchmarks.cases import CASES, Case, Places, build_data, chosen, examples_of, places_of
+from tests.benchmarks.cases import CASES, Case, Places, build_data, chosen, examples_of, places_of, pool_of
 from tests.benchmarks.harness import Row, now, parser, ratios, report, summary
 from tests.benchmarks.training import Batch, Turns, fit, tokens
 
@@ -136,10 +136,10 @@ def data_of(case: Case, places: Places, examples: int, folder: Path) -> TextData
     return fixed_data(places, folder, examples) if case.name == FIXED else case.data(places, examples)
 
 
-def measure(case: Case, places: Places, examples: int, rounds: int, folder: Path) -> Row:
+def measure(case: Case, places: Places, examples: int, pool: int, rounds: int, folder: Path) -> Row:
     """A line of the table."""
-    turns = Turns(after_batch=floors)
-    fit(case.module(places), data_of(case, places, examples, folder), 1 + rounds, turns)
+    turns, data = Turns(after_batch=floors), data_of(case, places, pool, folder)
+    fit(case.module(places), data, 1 + rounds, turns, limit_train_batches=-(-examples // case.batch_size))
     seconds = dict(turns.seconds)
     held = tokens(turns.batches, case.num_virtual_tokens)
     step = {name: summary([1000 * each / held["batches"] for each in seconds[name]]) for name in ("ours", "floor")}
@@ -161,7 +161,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = options.parse_args(arguments)
     places, rounds = places_of(given), 2 if given.quick else given.rounds
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(case, places, examples_of(case, given), rounds, Path(folder)) for case in chosen(given, KNOWN)]
+        rows = [
+            measure(case, places, examples_of(case, given), pool_of(case, given), rounds, Path(folder))
+            for case in chosen(given, KNOWN)
+        ]
     report("floor", given, rows, _COLUMNS)
 
 

@@ -14,7 +14,7 @@ import torch
 from lopa_lightning import LoPALightningModule
 from lopa_lightning.data.base import TextDataModule
 from tests.benchmarks.alternatives import PEERS, PlainLoop, examples_in
-from tests.benchmarks.cases import Case, Places, chosen, examples_of, places_of
+from tests.benchmarks.cases import Case, Places, chosen, examples_of, places_of, pool_of
 from tests.benchmarks.harness import Row, now, parser, ratios, report, summary
 from tests.benchmarks.training import Batch, Turns, fit, tokens
 
@@ -61,11 +61,11 @@ class Peers:
         return seconds
 
 
-def measure(case: Case, places: Places, examples: int, rounds: int, names: Sequence[str]) -> Row:
+def measure(case: Case, places: Places, examples: int, pool: int, rounds: int, names: Sequence[str]) -> Row:
     """A line of the table."""
-    data = case.data(places, examples)
+    data = case.data(places, pool)
     turns = Turns(after_epoch=Peers(case, places, data, names))
-    fit(case.module(places), data, 1 + rounds, turns)
+    fit(case.module(places), data, 1 + rounds, turns, limit_train_batches=-(-examples // case.batch_size))
     seconds = dict(turns.seconds)
     held = tokens(turns.batches, case.num_virtual_tokens)
     goals = {"prompt_tuning": 1.3, "lora": 1.3, "released": _RELEASED_GOALS.get(case.name)}
@@ -86,7 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help="which alternatives")
     given = options.parse_args(arguments)
     places, rounds = places_of(given), 2 if given.quick else given.rounds
-    rows = [measure(case, places, examples_of(case, given), rounds, given.peers) for case in chosen(given)]
+    rows = [
+        measure(case, places, examples_of(case, given), pool_of(case, given), rounds, given.peers)
+        for case in chosen(given)
+    ]
     report("peers", given, rows, _COLUMNS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import statistics
@@ -167,3 +168,12 @@ def test_cache(run: Run) -> None:
     for name in ("first", "second"):
         assert 0 < seconds[f"{name}_ready"][0] < seconds[name][0]
         check_summary(row[name], seconds[name])
+
+
+def test_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))  # the real one: minutes
+    rows = run("options", "--cases", "minilm_rte")["rows"]
+    assert [row["option"] for row in rows] == ["compile", "bfloat16"]
+    for row in rows:
+        check_ratio(row["ratio"], row["seconds"]["plain"], row["seconds"][row["option"]])
+        assert row["difference"] < (1e-4 if row["option"] == "compile" else 0.2)

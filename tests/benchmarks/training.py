@@ -64,6 +64,20 @@ class Turns(Callback):
             self._round[name] += seconds
 
 
+class Until(Callback):
+    """Ends a run that is said to have no end: one of a few batches would not have its vectors made before.
+
+    Args:
+        epochs: How many.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
 def fit(module: LoPALightningModule, data: TextDataModule, epochs: int, *callbacks: Callback, **options: Any) -> None:
     """Trains for some epochs, quietly: no validation, no logger, no checkpoint."""
     seed_everything(0, verbose=False)
@@ -77,7 +91,7 @@ def fit(module: LoPALightningModule, data: TextDataModule, epochs: int, *callbac
         "limit_val_batches": 0,
         "num_sanity_val_steps": 0,
     }
-    Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**quiet, **options}).fit(module, data)
+    Trainer(max_epochs=-1, callbacks=[*callbacks, Until(epochs)], **{**quiet, **options}).fit(module, data)
 
 
 def tokens(batches: list[Batch], num_virtual_tokens: int) -> dict[str, float]:

@@ -1,0 +1,97 @@
+"""What options that promise speed give: our forward and backward pass with each, over the one without, on one batch.
+
+Beside the time: by how much the gradient of what is trained differs from the plain one's, as a share of its length.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopa_lightning import LoPALightningModule
+from tests.benchmarks.cases import Case, Places, build_module, chosen, places_of
+from tests.benchmarks.harness import Row, now, parser, ratios, report, summary, take_turns
+from tests.benchmarks.training import Batch, Turns, fit
+
+OPTIONS: dict[str, dict[str, Any]] = {"compile": {"compile": True}, "bfloat16": {"dtype": "bfloat16"}}
+_COLUMNS = {
+    "case": "case",
+    "option": "backbone option",
+    "first": "first pass, s",
+    "ours": "ms",
+    "plain": "plain, ms",
+    "ratio": "plain / ours",
+    "difference": "gradients differ by",
+}
+
+
+def a_batch(case: Case, places: Places) -> tuple[Batch, Any]:
+    """A training batch with its instance vectors, and what it is to be classified into."""
+    turns, module = Turns(), case.module(places)
+    fit(module, case.data(places, case.batch_size), 1, turns)
+    return turns.batches[0], getattr(module, "task", None)
+
+
+def loaded(case: Case, places: Places, task: Any, **backbone: Any) -> LoPALightningModule:
+    """A case's module with weights, the trained ones always the same, and with more options of its backbone."""
+    config = copy.deepcopy(case.model_config(places))
+    config["init_args"]["backbone"] |= backbone
+    module = build_module(config)
+    if task is not None:
+        module.task = task
+    torch.manual_seed(0)
+    module.configure_model()
+    return module
+
+
+def gradient(module: LoPALightningModule, batch: Batch) -> Tensor:
+    """One forward and one backward pass; the gradient of all that is trained, as one vector."""
+    torch.manual_seed(0)  # of the prompt encoder's dropout
+    module.zero_grad()
+    module.loss(module(batch), batch).backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def measure(case: Case, places: Places, names: list[str], rounds: int) -> list[Row]:
+    """The lines of a case."""
+    batch, task = a_batch(case, places)
+    modules = {"plain": loaded(case, places, task)}
+    exact, rows = gradient(modules["plain"], batch), {}
+    for name in names:
+        modules[name] = loaded(case, places, task, **OPTIONS[name])
+        start = now()
+        found = gradient(modules[name], batch)
+        first = now() - start
+        difference = float((found - exact).norm() / exact.norm())
+        rows[name] = {"case": case.name, "option": name, "first": first, "difference": difference}
+    seconds = take_turns({name: functools.partial(gradient, modules[name], batch) for name in modules}, rounds)
+    step = {name: summary([1000 * each for each in values]) for name, values in seconds.items()}
+    return [
+        {
+            **row,
+            "ours": step[name],
+            "plain": step["plain"],
+            "ratio": ratios(seconds["plain"], seconds[name]),
+            "seconds": {key: seconds[key] for key in ("plain", name)},
+        }
+        for name, row in rows.items()
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
+    options = parser("options", __doc__)
+    options.add_argument("--options", nargs="+", choices=list(OPTIONS), default=list(OPTIONS), help="which")
+    given = options.parse_args(arguments)
+    places, rounds = places_of(given), 2 if given.quick else given.rounds
+    rows = [row for case in chosen(given) for row in measure(case, places, given.options, rounds)]
+    report("options", given, rows, _COLUMNS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
