@@ -57,7 +57,7 @@ class Backbone(nn.Module):
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
             attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
-            these are to be computed a second time.
+            these are to be computed a second time or compiled.
     """
 
     def __init__(
@@ -82,6 +82,11 @@ class Backbone(nn.Module):
         self._is_causal = is_causal(self.body)
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
         if compiled:
+            if self._layers is not None:
+                raise LoPAError(
+                    "compile makes one program of all layers, and placement 'every_layer' one of each; "
+                    "use placement 'before' or 'after_first', or compile: false"
+                )
             compile_for_training(transformer_layers(self.body))
         if gradient_checkpointing:
             if self._layers is not None:

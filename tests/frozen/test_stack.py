@@ -64,6 +64,10 @@ def test_virtual_tokens_in_every_layer_are_refused(tiny: Tiny) -> None:
         Backbone(
             load_model(PretrainedSpec(tiny("llama")), "encoder"), placement="every_layer", gradient_checkpointing=True
         )
+    with pytest.raises(
+        LoPAError, match="compile makes one program of all layers, and placement 'every_layer' one of e"
+    ):
+        Backbone(load_model(PretrainedSpec(tiny("llama")), "encoder"), placement="every_layer", compiled=True)
 
 
 def test_a_model_that_names_no_layers_is_refused(tiny: Tiny) -> None:
