@@ -96,14 +96,14 @@ def test_a_run_is_that_of_an_encoder_at_every_step(
     assert "instance" in first.keys
     assert not [key for key in first.keys if key.startswith("instance_")]
     assert passes
-    assert first.values == pytest.approx(plain.values, abs=1e-6)
-    assert metrics == pytest.approx(wanted, abs=1e-6)
+    assert first.values == pytest.approx(plain.values, rel=1e-6, abs=1e-6)
+    assert metrics == pytest.approx(wanted, rel=1e-6, abs=1e-6)
     passes.clear()
 
     again, metrics = fit(made(kind, tiny, cache=True), data(), tmp_path)
     assert not passes
     assert again.values == first.values
-    assert metrics == pytest.approx(wanted, abs=1e-6)
+    assert metrics == pytest.approx(wanted, rel=1e-6, abs=1e-6)
 
 
 def test_no_weight_of_the_encoder_is_read_in_a_second_run_of_any_kind(
