@@ -23,6 +23,7 @@ from lopa_lightning.frozen.injection import (
 )
 from lopa_lightning.frozen.layers import cache_input, layer_prompts
 from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size, is_causal
+from lopa_lightning.frozen.packing import Packing, check_seen, packed_input, take_packed
 from lopa_lightning.frozen.stack import compile_for_training, recompute, transformer_layers
 
 
@@ -53,11 +54,12 @@ class Backbone(nn.Module):
         trained: Whether all of the model's weights are trained.
         gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
         compiled: Whether torch compiles its layers for training.
+        packed: Whether the texts of a batch are brought into one row, so that padding is not computed.
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
             attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
-            these are to be computed a second time or compiled.
+            these are to be computed a second time, compiled or packed; or if its attention cannot take packed rows.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Backbone(nn.Module):
         trained: bool = False,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
+        packed: bool = False,
     ) -> None:
         super().__init__()
         check_placement(placement)
@@ -95,6 +98,14 @@ class Backbone(nn.Module):
                     "use placement 'before' or 'after_first', or gradient_checkpointing: false"
                 )
             recompute(transformer_layers(self.body))
+        if packed:
+            if self._layers is not None:
+                raise LoPAError(
+                    "pack brings texts into one row, and placement 'every_layer' fills a cache of many; "
+                    "use placement 'before' or 'after_first', or pack: false"
+                )
+            take_packed(self.body)
+        self._packed = packed
         self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
@@ -189,17 +200,20 @@ class Backbone(nn.Module):
             cache = self._layers.cache(prompt, batch)
             mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
             places = position_ids(attention_mask, first_position(self.body) + m)
-            hidden = self._run(embedded, mask, places, token_type_ids, **{str(cache_input(self.body)): cache})
+            given = {str(cache_input(self.body)): cache}
+            hidden = self._run(embedded, places, token_type_ids, attention_mask=mask, **given)
             return PromptedStates(hidden, attention_mask, input_ids)
         layout = prompt_layout(attention_mask, m, self.placement)
         prompted = insert(layout, prompt.expand(batch, -1, -1), embedded)
         types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
-        if self._is_causal and layout.start is not None:
+        if self._packed and not bool(attention_mask.all()):
+            hidden = self._run_packed(prompted, insert(layout, 1, attention_mask), types)
+        elif self._is_causal and layout.start is not None:
             # All padding comes after the tokens that are read, which see nothing of it: attention without a mask.
-            hidden = self._run(prompted, None, None, types)
+            hidden = self._run(prompted, None, types)
         else:
             mask = insert(layout, 1, attention_mask)
-            hidden = self._run(prompted, mask, position_ids(mask, first_position(self.body)), types)
+            hidden = self._run(prompted, position_ids(mask, first_position(self.body)), types, attention_mask=mask)
         return PromptedStates(hidden, insert(layout, 0, attention_mask), insert(layout, -1, input_ids))
 
     def _embedded(
@@ -236,14 +250,16 @@ class Backbone(nn.Module):
         embeddings = insert(layout, prompt.expand(batch, -1, -1), embedded)
         return embeddings, insert(layout, 1, attention_mask), None
 
-    def _run(
-        self,
-        embedded: Tensor,
-        mask: Tensor | None,
-        places: Tensor | None,
-        token_type_ids: Tensor | None,
-        **options: Any,
-    ) -> Tensor:
+    def _run_packed(self, embedded: Tensor, mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Last hidden states where padding is not computed, and 0 there."""
+        packing = Packing.of(mask)
+        types = None if token_type_ids is None else packing.batch.pack(token_type_ids)
+        places = packing.positions(first_position(self.body))
+        hidden = self._run(packing.batch.pack(embedded), places, types, **packed_input(packing))
+        check_seen(packing, self.body)
+        return packing.batch.unpack(hidden)
+
+    def _run(self, embedded: Tensor, places: Tensor | None, token_type_ids: Tensor | None, **options: Any) -> Tensor:
         """Last hidden states of the model; what it does not take is left out."""
         if places is not None and "position_ids" in self._accepts:
             options["position_ids"] = places
@@ -252,7 +268,7 @@ class Backbone(nn.Module):
         if "use_cache" in self._accepts:
             # Nothing is generated here, and a cache that is returned holds every layer's keys and values.
             options["use_cache"] = False
-        hidden: Tensor = self.body(inputs_embeds=embedded, attention_mask=mask, **options).last_hidden_state
+        hidden: Tensor = self.body(inputs_embeds=embedded, **options).last_hidden_state
         return hidden
 
     def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class Builder:
             "quantization": self.backbone.quantization,
             "backbone_training": "all" if self.train_backbone else ckpt.plain(self.adapter),
         }
-        backbone = self._backbone(model, dropout, self.backbone.compile)
+        backbone = self._backbone(model, dropout, live=True)
         prompt_encoder = self._prompt_encoder(backbone)
         prompt_encoder.initialize(vocabulary(self.tokenizer, len(backbone.embedding_weight), backbone.virtual_tokens))
         identity |= {"prompt_encoder": self._method(prompt_encoder), "instance_encoder": None}
@@ -219,11 +219,19 @@ class Builder:
             encoder = InstanceEncoder(unloaded_model(spec.pretrained(), "encoder"), spec)
         return Parts(backbone, prompt_encoder, encoder, {})
 
-    def _backbone(self, model: PreTrainedModel, dropout: bool = False, compiled: bool = False) -> Backbone:
+    def _backbone(self, model: PreTrainedModel, dropout: bool = False, live: bool = False) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
-        recompute = self.backbone.gradient_checkpointing
-        return Backbone(model, dropout, self.placement, self.train_backbone, recompute, compiled)
+        spec = self.backbone
+        return Backbone(
+            model,
+            dropout,
+            self.placement,
+            trained=self.train_backbone,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            compiled=spec.compile and live,
+            packed=spec.pack,
+        )
 
     def instance_dim(self, backbone: Backbone) -> int:
         """Width e of an instance vector.

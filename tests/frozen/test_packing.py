@@ -1,0 +1,151 @@
+"""Texts that are packed into one row: what they are alone, and what the architecture must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lopa_lightning import PretrainedSpec
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.frozen import packing as packing_module
+from lopa_lightning.frozen.backbone import Backbone
+from lopa_lightning.frozen.loading import load_model
+from lopa_lightning.frozen.packing import Packing, Rectangle
+from tests.frozen.test_architectures import CAUSAL, ITEMS, MASKED, build, own_states, padded
+
+Tiny = Callable[[str], str]
+REFUSED = {"Bloom", "DebertaV2", "Gemma2", "MPNet"}  # biases of positions, softcaps, attention of their own
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans())
+def test_packed_is_what_the_mask_selects_and_comes_back_to_its_places(lengths: list[int], left: bool) -> None:
+    width = max(lengths) + 2
+    mask = torch.stack([F.pad(torch.ones(n), (width - n, 0) if left else (0, width - n)) for n in lengths])
+    rectangle, numbers = Rectangle.of(mask), torch.arange(1.0, mask.numel() + 1).view(mask.shape)
+    packed = rectangle.pack(numbers)
+    assert packed.tolist() == [numbers[mask == 1].tolist()]
+    assert torch.equal(rectangle.unpack(packed), numbers * mask)
+
+    packing = Packing.of(mask)
+    assert packing.positions(2)[0].tolist() == [2 + place for n in lengths for place in range(n)]
+    assert packing.mask.sum(1).tolist() == lengths
+    assert packing.starts.diff().tolist() == lengths
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_gradients_of_moves_are_those_of_finite_differences(pack: bool) -> None:
+    rectangle = Rectangle.of(torch.tensor([[0, 1, 1], [1, 0, 0]]))
+    start = torch.randn(2, 3, 2) if pack else torch.randn(1, 3, 2)
+    moved = rectangle.pack if pack else rectangle.unpack
+    assert torch.autograd.gradcheck(moved, start.double().requires_grad_())
+
+
+@pytest.mark.parametrize("name", sorted({*MASKED, *CAUSAL} - REFUSED))
+@pytest.mark.parametrize("left", [False, True])
+def test_states_and_gradients_are_those_of_padded_texts(name: str, left: bool) -> None:
+    model = build(name)
+    weights = torch.randn(len(ITEMS), 4 + padded(left)[0].shape[1], 32)
+    results = []
+    for packed in (False, True):
+        backbone = Backbone(model, packed=packed)
+        prompt = torch.linspace(-1, 1, len(ITEMS) * 4 * backbone.prompt_dim).view(len(ITEMS), 4, -1).requires_grad_()
+        states = backbone(prompt, *padded(left))
+        own = [own_states(states, row) for row in range(len(ITEMS))]
+        (states.hidden * weights * states.text_mask.unsqueeze(-1)).sum().backward()
+        results.append((own, prompt.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_architectures_whose_attention_is_more_are_refused(name: str) -> None:
+    def run(packed: bool) -> None:
+        backbone = Backbone(build(name), packed=packed)
+        backbone(torch.randn(len(ITEMS), 4, backbone.prompt_dim), *padded(left=False))
+
+    run(packed=False)
+    with pytest.raises(LoPAError, match="pack: false"):
+        run(packed=True)
+
+
+def test_a_window_that_holds_every_text_is_none() -> None:
+    for window, fits in ((11, True), (10, False)):
+        model: Any = build("Mistral")
+        for layer in model.base_model.layers:
+            layer.self_attn.sliding_window = window
+        model.config.sliding_window = window
+        backbone = Backbone(model, packed=True)
+        prompt = torch.randn(len(ITEMS), 4, backbone.prompt_dim)
+        if fits:
+            backbone(prompt, *padded(left=False))
+        else:
+            with pytest.raises(LoPAError, match="sliding_window of 10, which packed rows are not computed with"):
+                backbone(prompt, *padded(left=False))
+
+
+def test_no_place_of_padding_is_computed(tiny: Tiny) -> None:
+    backbone = Backbone(load_model(PretrainedSpec(tiny("llama")), "encoder"), packed=True)
+    shapes = []
+    backbone.body.register_forward_pre_hook(
+        lambda model, args, options: shapes.append(tuple(options["inputs_embeds"].shape)), with_kwargs=True
+    )
+    ids, mask = padded(left=False)
+    backbone(torch.randn(len(ITEMS), 4, 32), ids, mask)
+    backbone(torch.randn(len(ITEMS), 4, 32), ids, torch.ones_like(mask))  # nothing to leave out
+    assert shapes == [(1, int(mask.sum()) + 4 * len(ITEMS), 32), (len(ITEMS), 4 + ids.shape[1], 32)]
+
+
+def test_layers_may_be_computed_twice(tiny: Tiny) -> None:
+    gradients = []
+    for again in (False, True):
+        model = load_model(PretrainedSpec(tiny("bert_base")), "encoder")
+        backbone = Backbone(model, packed=True, gradient_checkpointing=again)
+        prompt = torch.ones(len(ITEMS), 4, 32, requires_grad=True)
+        backbone(prompt, *padded(left=False)).hidden.square().sum().backward()
+        gradients.append(prompt.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("name", ["Electra", "Qwen3", "XLMRoberta"])
+def test_kernels_for_texts_of_several_lengths_are_given_each_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, by torch's nested tensors; those have no causal kernel on a CPU, so each text goes alone."""
+    calls = []
+
+    def one_by_one(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        calls.append(options)
+        if not query.is_nested:
+            return sdpa(query, key, value, **options)
+        texts = [sdpa(*(x[None] for x in heads), **options)[0] for heads in zip(query, key, value, strict=True)]
+        rows = torch.cat([text.transpose(0, 1) for text in texts])
+        lengths = torch.tensor([0, *(text.shape[1] for text in texts)])
+        return torch.nested.nested_tensor_from_jagged(rows, lengths.cumsum(0)).transpose(1, 2)
+
+    sdpa = F.scaled_dot_product_attention
+    model = build(name)
+    plain = Backbone(model)
+    prompt = torch.randn(len(ITEMS), 4, plain.prompt_dim)
+    expected = plain(prompt, *padded(left=False))
+    backbone = Backbone(model, packed=True)
+    monkeypatch.setattr(packing_module, "_has_kernels", lambda states: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", one_by_one)
+    got = backbone(prompt, *padded(left=False))
+    for row in range(len(ITEMS)):
+        torch.testing.assert_close(own_states(got, row), own_states(expected, row), rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
+    assert {options["is_causal"] for options in calls} == {name in CAUSAL}
+
+
+def test_what_does_not_go_with_packed_rows_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(LoPAError, match="pack and compile do not go together"):
+        PretrainedSpec("any", pack=True, compile=True)
+    model = load_model(PretrainedSpec(tiny("llama"), attn_implementation="eager"), "encoder")
+    with pytest.raises(LoPAError, match="pack needs attn_implementation: sdpa, and that of LlamaModel is 'eager'"):
+        Backbone(model, packed=True)
+    model = load_model(PretrainedSpec(tiny("llama")), "encoder")
+    with pytest.raises(LoPAError, match="pack brings texts into one row, and placement 'every_layer'"):
+        Backbone(model, placement="every_layer", packed=True)
