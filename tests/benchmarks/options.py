@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 
 from lopa_lightning import LoPALightningModule
-from tests.benchmarks.cases import Case, Places, build_module, chosen, places_of
+from tests.benchmarks.cases import Case, Places, build_module, chosen, places_of, pool_of
 from tests.benchmarks.harness import Row, now, parser, ratios, report, summary, take_turns
-from tests.benchmarks.training import Batch, Turns, fit
+from tests.benchmarks.training import Batch, Turns, fit, tokens
 
-OPTIONS: dict[str, dict[str, Any]] = {"compile": {"compile": True}, "bfloat16": {"dtype": "bfloat16"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pack": {"pack": True},
+    "compile": {"compile": True},
+    "bfloat16": {"dtype": "bfloat16"},
+}
 _COLUMNS = {
     "case": "case",
     "option": "backbone option",
+    "padding": "padding",
     "first": "first pass, s",
     "ours": "ms",
     "plain": "plain, ms",
@@ -30,10 +35,16 @@ _COLUMNS = {
 }
 
 
-def a_batch(case: Case, places: Places) -> tuple[Batch, Any]:
-    """A training batch with its instance vectors, and what it is to be classified into."""
+def a_batch(case: Case, places: Places, pool: int) -> tuple[Batch, Any]:
+    """A training batch with its instance vectors, and what it is to be classified into.
+
+    Args:
+        case: Which.
+        places: Where models and data are.
+        pool: Examples that it is drawn from, so that texts are of like length.
+    """
     turns, module = Turns(), case.module(places)
-    fit(module, case.data(places, case.batch_size), 1, turns)
+    fit(module, case.data(places, pool), 1, turns, limit_train_batches=1)
     return turns.batches[0], getattr(module, "task", None)
 
 
@@ -57,9 +68,10 @@ def gradient(module: LoPALightningModule, batch: Batch) -> Tensor:
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
-def measure(case: Case, places: Places, names: list[str], rounds: int) -> list[Row]:
+def measure(case: Case, places: Places, pool: int, names: list[str], rounds: int) -> list[Row]:
     """The lines of a case."""
-    batch, task = a_batch(case, places)
+    batch, task = a_batch(case, places, pool)
+    padding = tokens([batch], case.num_virtual_tokens)["padding"]
     modules = {"plain": loaded(case, places, task)}
     exact, rows = gradient(modules["plain"], batch), {}
     for name in names:
@@ -68,7 +80,7 @@ def measure(case: Case, places: Places, names: list[str], rounds: int) -> list[R
         found = gradient(modules[name], batch)
         first = now() - start
         difference = float((found - exact).norm() / exact.norm())
-        rows[name] = {"case": case.name, "option": name, "first": first, "difference": difference}
+        rows[name] = {"case": case.name, "option": name, "padding": padding, "first": first, "difference": difference}
     seconds = take_turns({name: functools.partial(gradient, modules[name], batch) for name in modules}, rounds)
     step = {name: summary([1000 * each for each in values]) for name, values in seconds.items()}
     return [
@@ -86,10 +98,15 @@ def measure(case: Case, places: Places, names: list[str], rounds: int) -> list[R
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark."""
     options = parser("options", __doc__)
+    options.add_argument("--examples", type=int, default=None, help="training examples that the batch is drawn from")
     options.add_argument("--options", nargs="+", choices=list(OPTIONS), default=list(OPTIONS), help="which")
     given = options.parse_args(arguments)
     places, rounds = places_of(given), 2 if given.quick else given.rounds
-    rows = [row for case in chosen(given) for row in measure(case, places, given.options, rounds)]
+    rows = [
+        row
+        for case in chosen(given)
+        for row in measure(case, places, given.examples or pool_of(case, given), given.options, rounds)
+    ]
     report("options", given, rows, _COLUMNS)
 
 
