@@ -1,6 +1,7 @@
 """Peak resident memory of training above the loaded weights, each case and alternative in a process of its own.
 
-Counted by Linux (VmHWM, set back once weights are loaded and read).
+Counted by Linux (VmHWM, set back once weights are loaded and read). The floor is the frozen model's forward pass and
+its backward pass to the input embeddings, on the batches that ours has.
 """
 
 from __future__ import annotations
@@ -10,25 +11,42 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lopa_lightning.files import write_whole
 from tests.benchmarks.alternatives import PEERS, examples_in
 from tests.benchmarks.cases import CASES, Case, Places, chosen, examples_of, places_of
+from tests.benchmarks.floor import floor_of
 from tests.benchmarks.harness import Row, Spawn, parser, ratios, report, spawn, summary
 from tests.benchmarks.resident import Peak, forget_peak, resident, touch
 from tests.benchmarks.training import fit
 
-_NAMES = ["ours", *PEERS]
+_NAMES = ["ours", "floor", *PEERS]
 _COLUMNS = {
     "case": "case",
     "ours": "ours, MiB",
+    "floor": "floor",
     "prompt_tuning": "(a) PEFT prompt tuning",
     "lora": "(b) PEFT LoRA r=8",
     "released": "(c) released recipe",
     "over_prompt_tuning": "ours / (a)",
     "over_released": "ours / (c)",
     "goals": "goals",
+    "floor_over_released": "floor / (c)",
 }
+
+
+class PeakOfFloor(Peak):
+    """MiB at most in the floor's passes, on the batches of an epoch that is not looked at itself."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        for batch in trainer.train_dataloader:
+            floor_of(pl_module, batch, "padded")
+        super().on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """What training took is not the floor's."""
 
 
 def measure(case: Case, places: Places, examples: int, name: str) -> dict[str, float]:
@@ -38,11 +56,11 @@ def measure(case: Case, places: Places, examples: int, name: str) -> dict[str, f
         case: Backbone and sizes.
         places: Where models and data are.
         examples: Of the epoch.
-        name: ``ours``, or one of :data:`~tests.benchmarks.alternatives.PEERS`.
+        name: ``ours``, ``floor`` or one of :data:`~tests.benchmarks.alternatives.PEERS`.
     """
     module, data = case.module(places), case.data(places, examples)
-    if name == "ours":
-        peak = Peak()
+    if name in ("ours", "floor"):
+        peak = Peak() if name == "ours" else PeakOfFloor()
         fit(module, data, 1, peak)
         return {"loaded": peak.loaded, "above": peak.above}
     data.connect(module.text_spec)
@@ -76,6 +94,7 @@ def compared(case: Case, options: argparse.Namespace, run: Spawn) -> Row:
         **{name: summary(values) for name, values in above.items()},
         "over_prompt_tuning": ratios(above["ours"], above["prompt_tuning"]),
         "over_released": ratios(above["ours"], above["released"]),
+        "floor_over_released": ratios(above["floor"], above["released"]),
         "goals": "<= 1.0, <= 0.5",
         "above": above,
         "loaded": loaded,

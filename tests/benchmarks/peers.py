@@ -1,7 +1,8 @@
 """Examples per second of a training epoch: ours, PEFT's prompt tuning and LoRA, and the paper's recipe as released.
 
 All train on the same examples in each round; ours as a Trainer's epoch, which makes its batches by length, the others
-as plain loops over shuffled batches.
+as plain loops over shuffled batches. Beside them the bare floor of our batches, which tells how far ahead a step of
+ours could be at most.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from lopa_lightning import LoPALightningModule
 from lopa_lightning.data.base import TextDataModule
 from tests.benchmarks.alternatives import PEERS, PlainLoop, examples_in
 from tests.benchmarks.cases import Case, Places, chosen, examples_of, places_of, pool_of
+from tests.benchmarks.floor import floor_of
 from tests.benchmarks.harness import Row, now, parser, ratios, report, summary
 from tests.benchmarks.training import Batch, Turns, fit, tokens
 
@@ -29,12 +31,15 @@ _COLUMNS = {
     "over_lora": "ours / (b)",
     "over_released": "ours / (c)",
     "goals": "goals",
+    "floor_over_prompt_tuning": "floor / (a)",
+    "floor_over_lora": "floor / (b)",
+    "floor_over_released": "floor / (c)",
 }
 _RELEASED_GOALS = {"smollm2_mbpp": 4.0, "minilm_rte": 2.0}
 
 
 class Peers:
-    """Epochs of the alternatives, on the examples that our epoch had.
+    """Epochs of the alternatives and of the floor, on the examples that our epoch had.
 
     Args:
         case: Backbone and sizes.
@@ -53,7 +58,7 @@ class Peers:
         if not self.loops:
             self.loops = {name: PEERS[name](self.case, self.places) for name in self.names}
         examples = examples_in(batches, self.data)
-        seconds = {}
+        seconds = {"floor": sum(floor_of(module, batch) for batch in batches)}
         for name in list(self.loops)[:: -1 if number % 2 else 1]:
             start = now()
             self.loops[name].epoch(examples, number)
@@ -74,6 +79,7 @@ def measure(case: Case, places: Places, examples: int, pool: int, rounds: int, n
         **held,
         **{name: summary([held["examples"] / each for each in values]) for name, values in seconds.items()},
         **{f"over_{name}": ratios(seconds[name], seconds["ours"]) for name in names},
+        **{f"floor_over_{name}": ratios(seconds[name], seconds["floor"]) for name in names},
         "goals": ", ".join(f">= {goals[name]}" for name in names if goals[name]),
         "seconds": seconds,
     }
