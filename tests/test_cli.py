@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,19 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main(arguments)
     assert stop.value.code == 0
     assert len(capsys.readouterr().out) > 200
+
+
+@pytest.mark.parametrize("arguments", ["--help", f"fit --config {ROOT / 'configs' / 'glue_rte.yaml'} --print_config"])
+def test_what_reads_no_data_and_no_weights_imports_none_of_what_does(arguments: str) -> None:
+    script = "import atexit, sys; atexit.register(lambda: sys.stderr.write('|'.join(sys.modules))); " + (
+        "from lopa_lightning.cli import main; main(sys.argv[1:])"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, *arguments.split()], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    heavy = {"bitsandbytes", "datasets", "optuna", "pandas", "peft", "torchao"}
+    imported = set(ended.stderr.rpartition("\n")[2].split("|"))
+    assert "lightning.pytorch" in imported
+    assert not heavy & imported
 
 
 def test_print_config_shows_the_merged_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from datasets import Dataset
-from datasets.fingerprint import Hasher
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -25,6 +23,9 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.text import TextSpec
 from lopa_lightning.frozen.vectors import StoredVectors
 from lopa_lightning.task import TextTask
+
+if TYPE_CHECKING:  # takes a second to import, and a command that reads no data does without
+    from datasets import Dataset
 
 Role = Literal["train", "val", "test", "predict"]
 Loader = DataLoader[dict[str, Any]]
@@ -201,6 +202,8 @@ class TextDataModule(LightningDataModule, ABC):
         return min((n for n in (self._spec().max_tokens, self.max_length) if n is not None), default=None)
 
     def _tokenise(self, data: Dataset, split: str, role: Role) -> Dataset:
+        from datasets.fingerprint import Hasher
+
         what = f"{role} ({split})"
         if len(data) == 0:
             raise LoPAError(f"{what}: the split has no rows")

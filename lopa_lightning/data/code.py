@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
-
-from datasets import Dataset, DatasetDict
+from typing import TYPE_CHECKING, Any
 
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.completion import CompletionDataModule, Layout
 from lopa_lightning.evaluation.sandbox import Limits, isolation, require_permission, run_programs
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 
 class CodeDataModule(CompletionDataModule):
@@ -81,5 +82,7 @@ class CodeDataModule(CompletionDataModule):
 
 def halves(data: Dataset) -> DatasetDict:
     """The first half of the rows to train on, the second to test, as the paper does."""
+    from datasets import DatasetDict
+
     middle = len(data) // 2
     return DatasetDict({"train": data.select(range(middle)), "test": data.select(range(middle, len(data)))})

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lopa_lightning.task import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Rows:

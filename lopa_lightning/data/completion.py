@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.data.base import Role
@@ -15,6 +14,9 @@ from lopa_lightning.data.source import SourceDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.text import end_of, running_ids, start_ids
 from lopa_lightning.task import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)

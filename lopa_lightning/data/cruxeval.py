@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from datasets import DatasetDict
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.code import CodeDataModule, halves
@@ -14,6 +12,9 @@ from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.extraction import cruxeval_answer
 from lopa_lightning.evaluation.programs import cruxeval_answer_program
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 Predict = Literal["input", "output"]
 

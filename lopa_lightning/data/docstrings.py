@@ -8,12 +8,13 @@ import hashlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, DatasetDict
+from typing import TYPE_CHECKING, Any
 
 from lopa_lightning.data.text import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 LIBRARIES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 _MIN_CHARACTERS = 20
@@ -44,6 +45,8 @@ class DocstringDataModule(TextClassificationDataModule):
 
     @functools.cached_property
     def _raw(self) -> DatasetDict:
+        from datasets import Dataset, DatasetDict
+
         rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
         for text, library in sorted(self._examples().items()):
             rows[_split_of(text)].append({"text": text, "library": library})

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from datasets import DatasetDict, concatenate_datasets
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.code import CodeDataModule, halves
@@ -15,6 +13,9 @@ from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.extraction import code_block, first_function
 from lopa_lightning.evaluation.programs import mbpp_program
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 Style = Literal["docstring", "asserts"]
 Division = Literal["halves", "own"]
@@ -154,6 +155,8 @@ class MBPPDataModule(CodeDataModule):
         self.style, self.division, self.num_shots = style, division, num_shots
 
     def _stored(self) -> DatasetDict:
+        from datasets import concatenate_datasets
+
         stored = super()._stored()
         self._solved = {row["task_id"]: row for row in stored["prompt"]} if self.num_shots else {}
         if self.division == "own":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from lopa_lightning.data.base import Role, TextDataModule
 from lopa_lightning.errors import LoPAError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -84,6 +85,9 @@ class SourceDataModule(TextDataModule):
         return self._stored()
 
     def _stored(self) -> DatasetDict:
+        from datasets import DatasetDict, load_dataset
+        from datasets.exceptions import DatasetsError
+
         if self.data_files is None:
             what: Any = self.path
             arguments: dict[str, Any] = {"path": self.path, "name": self.config_name, "revision": self.revision}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
 
 from lopa_lightning.data.rows import LabelLookup
 from lopa_lightning.data.source import SourceDataModule, select
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.task import TextTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class TextClassificationDataModule(SourceDataModule):
@@ -118,6 +120,8 @@ def _check_shots(shots_per_label: int | None, max_train_examples: int | None, ha
 
 
 def _class_name(feature: Any, value: Any) -> str:
+    from datasets import ClassLabel
+
     if isinstance(feature, ClassLabel) and value is not None and 0 <= value < len(feature.names):
         return str(feature.names[value])
     return _written(value)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pyarrow as pa
-from datasets import Dataset
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lopa_lightning.data.collate import Rows
 from lopa_lightning.frozen.vectors import StoredVectors, VectorCache
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class WithVectors(Rows):
