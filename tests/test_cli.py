@@ -238,12 +238,12 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out) > 200
 
 
-@pytest.mark.parametrize("arguments", ["--help", f"fit --config {ROOT / 'configs' / 'glue_rte.yaml'} --print_config"])
-def test_what_reads_no_data_and_no_weights_imports_none_of_what_does(arguments: str) -> None:
+def test_what_reads_no_data_and_no_weights_imports_none_of_what_does() -> None:
+    arguments = ["fit", "--config", str(ROOT / "configs" / "glue_rte.yaml"), "--print_config"]
     script = "import atexit, sys; atexit.register(lambda: sys.stderr.write('|'.join(sys.modules))); " + (
         "from lopa_lightning.cli import main; main(sys.argv[1:])"
     )
-    ended = subprocess.run([sys.executable, "-c", script, *arguments.split()], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     heavy = {"bitsandbytes", "datasets", "optuna", "pandas", "peft", "torchao"}
     imported = set(ended.stderr.rpartition("\n")[2].split("|"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import seed_everything
 
-from lopa_lightning import PretrainedSpec
+from lopa_lightning import CausalLMModule, ClassificationModule, PretrainedSpec
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen import packing as packing_module
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.loading import load_model
 from lopa_lightning.frozen.packing import Packing, Rectangle
 from tests.frozen.test_architectures import CAUSAL, ITEMS, MASKED, build, own_states, padded
+from tests.modules.helpers import LoPATiny, completions, reviews, trainer
 
 Tiny = Callable[[str], str]
 REFUSED = {"Bloom", "DebertaV2", "Gemma2", "MPNet"}  # biases of positions, softcaps, attention of their own
@@ -149,3 +152,36 @@ def test_what_does_not_go_with_packed_rows_is_refused(tiny: Tiny) -> None:
     model = load_model(PretrainedSpec(tiny("llama")), "encoder")
     with pytest.raises(LoPAError, match="pack brings texts into one row, and placement 'every_layer'"):
         Backbone(model, placement="every_layer", packed=True)
+
+
+@pytest.mark.parametrize("kind", ["reviews", "completions"])
+def test_a_run_is_that_of_padded_batches(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    values = []
+    for pack in (False, True):
+        options: Any = {"backbone": PretrainedSpec(tiny("llama"), pack=pack), "prompt_encoder": LoPATiny}
+        if kind == "reviews":
+            model: Any = ClassificationModule(objective="causal_lm", **options)
+            data: Any = reviews(tmp_path)
+        else:
+            model, data = CausalLMModule(**options), completions(tmp_path / "data")
+        seed_everything(3)
+        run = trainer(tmp_path, epochs=2, callbacks=[], enable_checkpointing=False)
+        run.fit(model, data)
+        values.append({name: float(value) for name, value in run.callback_metrics.items()})
+    assert values[1]["train/loss"] != 0
+    assert values[1] == pytest.approx(values[0], rel=1e-4, abs=1e-5)
+
+
+def test_generation_is_that_of_a_model_that_takes_no_packed_rows(tiny: Tiny) -> None:
+    texts = ["the film was", "the cast and the film was the best of a good"]
+    written = []
+    for pack in (False, True):
+        model = CausalLMModule(
+            backbone=PretrainedSpec(tiny("llama"), pack=pack),
+            prompt_encoder=LoPATiny,
+            generation={"max_new_tokens": 6, "do_sample": False},
+        )
+        seed_everything(3)
+        model.configure_model()
+        written.append(model.generate(texts))
+    assert written[0] == written[1]
