@@ -90,6 +90,7 @@ class Packing:
         aligned: Where they lie with each text from the first place on, as long as the longest.
         mask: Of the aligned ones, ``[B, L]``.
         starts: Where each text starts in the row and, last, its end, ``[B + 1]``.
+        shortest: Tokens of the shortest text.
         seen: The attention modules that looked at this.
     """
 
@@ -97,6 +98,7 @@ class Packing:
     aligned: Rectangle
     mask: Tensor
     starts: Tensor
+    shortest: int
     seen: list[nn.Module] = field(default_factory=list)
 
     @classmethod
@@ -107,8 +109,9 @@ class Packing:
             mask: Not 0 at tokens, ``[B, L]``; those of a row are contiguous.
         """
         lengths = mask.bool().sum(1)
-        aligned = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
-        return cls(Rectangle.of(mask), Rectangle.of(aligned), aligned, F.pad(lengths.cumsum(0), (1, 0)))
+        shortest, longest = torch.stack(lengths.aminmax()).tolist()
+        aligned = torch.arange(longest, device=mask.device) < lengths[:, None]
+        return cls(Rectangle.of(mask), Rectangle.of(aligned), aligned, F.pad(lengths.cumsum(0), (1, 0)), shortest)
 
     def positions(self, first: int) -> Tensor:
         """Positions of the row's tokens, counted within each text, ``[1, N]``.
@@ -216,7 +219,10 @@ def _variable_length(
     heads = (query.transpose(1, 2), repeat_kv(key.transpose(1, 2), groups), repeat_kv(value.transpose(1, 2), groups))
     nested = [
         torch.nested.nested_tensor_from_jagged(
-            states[0].transpose(0, 1).contiguous(), packing.starts, max_seqlen=packing.mask.shape[1]
+            states[0].transpose(0, 1).contiguous(),
+            packing.starts,
+            min_seqlen=packing.shortest,
+            max_seqlen=packing.mask.shape[1],
         ).transpose(1, 2)
         for states in heads
     ]
