@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lopa_lightning.data.collate import Collate, Rows
@@ -68,7 +68,6 @@ def test_ids_and_masks_are_integers() -> None:
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=6), st.booleans())
 def test_the_mask_gives_back_the_rows(texts: list[list[int]], left: bool) -> None:
     batch = Collate(pad_id=0, side="left" if left else "right")([{"input_ids": t, "index": 0} for t in texts])

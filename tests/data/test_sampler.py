@@ -55,13 +55,13 @@ def real_lengths(spread: float, count: int = 4000) -> Any:
 # Every example
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, size=SIZES, epoch=st.integers(0, 3))
 def test_an_epoch_of_one_process_is_a_permutation(lengths: list[int], size: dict[str, int], epoch: int) -> None:
     assert sorted(rows_of(epoch_of(lengths, epoch=epoch, **size))) == list(range(len(lengths)))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, size=SIZES, replicas=REPLICAS, epoch=st.integers(0, 3))
 def test_processes_train_on_equally_many_in_each_step_and_together_on_all(
     lengths: list[int], size: dict[str, int], replicas: int, epoch: int
@@ -73,7 +73,7 @@ def test_processes_train_on_equally_many_in_each_step_and_together_on_all(
     assert set(rows_of(seen)) == set(range(len(lengths)))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, size=SIZES, replicas=REPLICAS)
 def test_evaluation_sees_each_example_once_on_processes_of_as_many_batches(
     lengths: list[int], size: dict[str, int], replicas: int
@@ -93,7 +93,7 @@ def test_evaluation_sees_each_example_once_on_processes_of_as_many_batches(
 # Sizes
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, tokens=st.integers(100, 900), replicas=REPLICAS, shuffle=st.booleans(), epoch=st.integers(0, 2))
 def test_a_budget_is_never_exceeded(lengths: list[int], tokens: int, replicas: int, shuffle: bool, epoch: int) -> None:
     assume(len(lengths) >= replicas and 2 * max(lengths) <= tokens)
@@ -101,7 +101,7 @@ def test_a_budget_is_never_exceeded(lengths: list[int], tokens: int, replicas: i
     assert all(len(batch) * max(lengths[row] for row in batch) <= tokens for batches in seen for batch in batches)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, tokens=st.integers(100, 900), replicas=REPLICAS, seed=st.integers(0, 5))
 def test_a_budget_makes_as_many_batches_in_every_epoch(
     lengths: list[int], tokens: int, replicas: int, seed: int
@@ -123,7 +123,7 @@ def test_a_budget_is_used() -> None:
     assert sampler.mean_batch_size == np.mean([len(batch) for batch in batches])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, rows=st.integers(1, 9), replicas=REPLICAS)
 def test_all_batches_but_one_are_of_the_size_asked_for(lengths: list[int], rows: int, replicas: int) -> None:
     for batches in epoch_of(lengths, replicas=replicas, batch_size=rows):
@@ -187,7 +187,7 @@ def test_the_process_wide_random_state_is_neither_read_nor_moved() -> None:
     assert epoch_of([5, 4, 3, 2, 1] * 9, batch_size=4) == first
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, size=SIZES, replicas=REPLICAS, start=st.integers(0, 200), epoch=st.integers(0, 2))
 def test_what_is_passed_over_is_what_an_uninterrupted_epoch_had_first(
     lengths: list[int], size: dict[str, int], replicas: int, start: int, epoch: int
@@ -211,7 +211,7 @@ def test_batches_come_in_no_order_of_length(size: dict[str, int]) -> None:
 # Companions and padding
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, size=SIZES, replicas=REPLICAS)
 @example(lengths=[1, 1, 1, 1, 1, 1, 33, 33, 34], size={"batch_tokens": 100}, replicas=1)  # 33 may seem more than 34
 def test_a_step_takes_neighbours_in_length(lengths: list[int], size: dict[str, int], replicas: int) -> None:

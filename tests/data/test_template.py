@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -149,7 +149,6 @@ def test_pairs_are_lines_where_there_is_no_separator(tokenizer: TokenizerOf) -> 
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
-@settings(deadline=None)
 @given(text=TEXTS, room=st.integers(1, 25), side=SIDES)
 def test_a_long_text_loses_one_end_and_the_template_nothing(
     tokenizer: TokenizerOf, text_spec: SpecOf, kind: str, text: str, room: int, side: Side
@@ -184,7 +183,6 @@ def test_a_long_text_loses_one_end_and_the_template_nothing(
     assert ids[-len(end) :] == end
 
 
-@settings(deadline=None)
 @given(first=TEXTS, second=TEXTS, room=st.integers(1, 25), side=SIDES)
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_long_pair_stays_a_pair(
@@ -209,7 +207,6 @@ def test_a_long_pair_stays_a_pair(
 WORDS = st.lists(st.sampled_from(["great", "film", "the", "was"]), max_size=30)
 
 
-@settings(deadline=None)
 @given(words=WORDS, room=st.integers(1, 20), side=SIDES)
 def test_of_one_token_words_as_many_stay_as_fit(
     tokenizer: TokenizerOf, words: list[str], room: int, side: Side
@@ -239,7 +236,6 @@ def test_the_longest_field_is_cut_first(
     assert tokens == ["[CLS]", *["great"] * kept_first, "[SEP]", *["film"] * kept_second, "[MASK]", "[SEP]"]
 
 
-@settings(deadline=None)
 @given(first=st.sampled_from(["", " ", "a", "\u0301"]), second=st.sampled_from(["", " ", "  \n", "\u0301 "]))
 def test_a_text_without_tokens_of_its_own_can_be_cut(tokenizer: TokenizerOf, first: str, second: str) -> None:
     # An unknown word is one token; a space within it makes known words of its end.
@@ -264,7 +260,6 @@ def test_a_character_of_several_tokens_goes_as_a_whole(tokenizer: TokenizerOf, k
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-@settings(deadline=None)
 @given(data=st.data())
 def test_a_text_brings_no_special_tokens(tokenizer: TokenizerOf, kind: str, data: st.DataObject) -> None:
     read = tokenizer(kind)

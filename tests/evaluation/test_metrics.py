@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
@@ -43,7 +43,6 @@ def matthews(preds: np.ndarray, target: np.ndarray, classes: int) -> float:
 # Classes
 
 
-@settings(deadline=None)
 @given(answers(), st.integers(1, 3))
 def test_classification_metrics_follow_their_formulas(given_: tuple[int, list[int], list[int]], parts: int) -> None:
     classes, preds, target = given_
@@ -56,7 +55,6 @@ def test_classification_metrics_follow_their_formulas(given_: tuple[int, list[in
     assert read["majority_share"] == pytest.approx(np.bincount(t).max() / len(t), abs=1e-6)
 
 
-@settings(deadline=None)
 @given(answers(), st.integers(1, 3))
 def test_matthews_correlation_follows_its_formula(given_: tuple[int, list[int], list[int]], parts: int) -> None:
     classes, preds, target = given_
@@ -119,7 +117,6 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
 
 
-@settings(deadline=None)
 @given(NUMBERS, st.integers(1, 3))
 def test_correlations_follow_their_formulas(pairs: list[tuple[float, float]], parts: int) -> None:
     preds, target = np.array(pairs).T

@@ -53,7 +53,7 @@ def test_impossible_numbers_are_refused(n: int, c: int, k: int) -> None:
         pass_at_k(n, c, k)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SAMPLES, st.integers(1, 4))
 def test_the_metric_is_the_mean_over_problems(samples: list[tuple[int, bool]], parts: int) -> None:
     outcomes: dict[int, list[bool]] = {}

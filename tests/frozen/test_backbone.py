@@ -40,7 +40,7 @@ def padded(texts: list[Tensor], side: str, generator: torch.Generator) -> tuple[
 def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, load: Load) -> None:
     backbone = Backbone(load(kind), placement=placement)
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(st.lists(st.integers(1, 12), min_size=2, max_size=4), st.integers(0, 2**32))
     def check(lengths: list[int], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -34,7 +34,7 @@ def spliced(mask_row: list[int], prompt: list[Any], text: list[Any], placement: 
     return text[:cut] + prompt + text[cut:]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(masks(), st.integers(1, 5), st.sampled_from(PLACEMENTS))
 def test_layout_puts_the_prompt_at_the_texts_start_in_every_row(mask: Tensor, m: int, placement: str) -> None:
     length = mask.shape[1]
@@ -44,7 +44,7 @@ def test_layout_puts_the_prompt_at_the_texts_start_in_every_row(mask: Tensor, m:
     assert layout.start == (expected[0].index(0) if mask[:, 0].all() else None)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(masks(), st.integers(1, 5), st.sampled_from(PLACEMENTS), st.integers(0, 2**32))
 def test_insert_moves_vectors_and_numbers_as_the_layout_says(mask: Tensor, m: int, placement: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ def test_insert_moves_vectors_and_numbers_as_the_layout_says(mask: Tensor, m: in
     assert inserted.dtype == ids.dtype
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(masks(), st.integers(1, 5), st.sampled_from(PLACEMENTS))
 def test_text_and_prompt_form_one_unbroken_run(mask: Tensor, m: int, placement: str) -> None:
     layout = prompt_layout(mask, m, placement)
@@ -74,7 +74,7 @@ def test_text_and_prompt_form_one_unbroken_run(mask: Tensor, m: int, placement: 
         assert row == [0] * start + [1] * tokens + [0] * (len(row) - start - tokens)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(masks(), st.integers(1, 5), st.sampled_from(PLACEMENTS), st.integers(0, 2**32))
 def test_gradients_come_back_to_the_place_they_were_taken_from(mask: Tensor, m: int, placement: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def test_gradients_come_back_to_the_place_they_were_taken_from(mask: Tensor, m: 
         assert gradient == arriving[start : start + m]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(masks(), st.integers(0, 3))
 def test_a_tokens_position_is_the_number_of_tokens_before_it(mask: Tensor, offset: int) -> None:
     for row, positions in zip(mask.tolist(), position_ids(mask, offset).tolist()):

@@ -35,7 +35,7 @@ def masks(draw: st.DrawFn) -> Tensor:
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(masks(), st.sampled_from(POOLINGS), st.integers(0, 2**32))
 def test_pool_takes_what_counts_and_nothing_else(mask: Tensor, pooling: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

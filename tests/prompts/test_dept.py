@@ -17,7 +17,7 @@ def test_parameters_on_t5_base_are_those_of_prompt_tuning_with_100_tokens(m: int
     assert sum(p.numel() for p in dept.parameters()) == 76800 == 100 * 768
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32))
 def test_prompt_offset_and_their_gradients_are_the_equations(d: int, m: int, s: int, rank: int, seed: int) -> None:
     dept = randomized(DePT(d, 0, num_virtual_tokens=m, max_length=s, rank=rank), seed)

@@ -16,7 +16,7 @@ def kronecker(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.kron(left, right) for left, right in zip(a, b)]).sum(0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans(), st.lists(st.integers(1, 3), max_size=3))
 def test_phm_multiplies_with_a_sum_of_kronecker_products(n: int, i: int, o: int, bias: bool, shape: list[int]) -> None:
     layer = randomized(PHMLinear(n * i, n * o, n, bias), seed=n)

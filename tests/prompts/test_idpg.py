@@ -41,7 +41,7 @@ def formula(p: dict[str, Tensor], x: Tensor, phm: int) -> Tensor:
     return torch.stack(prompts)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from([0, 1, 2, 3]),
     st.integers(1, 3),

@@ -77,7 +77,7 @@ sizes = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(sizes, st.integers(1, 3), st.integers(0, 2**32))
 def test_soft_prompt_and_its_gradients_are_the_equations(
     combine: str, size: dict[str, int], batch: int, seed: int

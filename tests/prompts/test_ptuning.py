@@ -51,7 +51,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes, st.integers(0, 2**32))
 def test_mlps_soft_prompt_and_its_gradients_are_the_equations(size: dict[str, int], seed: int) -> None:
     prompt = randomized(PTuning(**size), seed)
