@@ -54,7 +54,8 @@ class PretrainedSpec:
             keeping what they computed: about a third more time, a small part of the memory.
         compile: Whether torch compiles the layers at the first training step, which takes a minute and a C++ compiler.
         pack: Whether the texts of a batch are brought into one row in which each sees itself alone, so that padding
-            is not computed; not for every architecture, see :mod:`~lopa_lightning.frozen.packing`.
+            is not computed; not for every architecture, not with ``compile`` or virtual tokens in every layer, see
+            :mod:`~lopa_lightning.frozen.packing`.
         quantization: How the frozen matrices of the layers are kept, see
             :mod:`~lopa_lightning.frozen.quantization`; None for as ``dtype`` says.
 

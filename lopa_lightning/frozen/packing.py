@@ -7,6 +7,9 @@ on to a model's attention function.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from lopa_lightning.errors import LoPAError
 
-ATTENTION = "sdpa_packed"
-"""What the attention of a model that is given packed rows is called. Of others it is ``sdpa``."""
+_OTHER = "use another backbone, or pack: false"
+_NOT_PLAIN = ("softcap", "s_aux", "sinks", "position_bias", "attention_bias", "indices", "block_indices")
+"""What transformers' attention functions may be given that changes what they compute."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,19 @@ class Packing:
 
     Attributes:
         batch: Where tokens lie in the batch that they come from, padded on either side.
-        aligned: Where they lie with each text from the first place on, as long as the longest.
-        mask: Of the aligned ones, ``[B, L]``.
+        mask: Of the same texts, each from the first place on, as long as the longest, ``[B, L]``.
         starts: Where each text starts in the row and, last, its end, ``[B + 1]``.
         shortest: Tokens of the shortest text.
+        given: The mask that the model is given with a row, which hides nothing. Of four dimensions it is handed on as
+            it is; in place of none, transformers would make one of ``[N, N]``.
         seen: The attention modules that looked at this.
     """
 
     batch: Rectangle
-    aligned: Rectangle
     mask: Tensor
     starts: Tensor
     shortest: int
+    given: Tensor
     seen: list[nn.Module] = field(default_factory=list)
 
     @classmethod
@@ -111,52 +115,89 @@ class Packing:
         lengths = mask.bool().sum(1)
         shortest, longest = torch.stack(lengths.aminmax()).tolist()
         aligned = torch.arange(longest, device=mask.device) < lengths[:, None]
-        return cls(Rectangle.of(mask), Rectangle.of(aligned), aligned, F.pad(lengths.cumsum(0), (1, 0)), shortest)
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        return cls(Rectangle.of(mask), aligned, starts, shortest, aligned.new_ones(1, 1, 1, 1))
 
-    def positions(self, first: int) -> Tensor:
-        """Positions of the row's tokens, counted within each text, ``[1, N]``.
+    @functools.cached_property
+    def aligned(self) -> Rectangle:
+        """Where tokens lie under ``mask``."""
+        return Rectangle.of(self.mask)
 
-        Args:
-            first: Position of a text's first token.
-        """
-        places = torch.arange(first, first + self.mask.shape[1], device=self.mask.device)
-        return self.aligned.pack(places.expand(self.mask.shape))
+    def options(self) -> dict[str, Any]:
+        """What a model is given with a row, beside embeddings and positions."""
+        return {"attention_mask": self.given, "packing": self}
+
+    def check_seen(self, model: PreTrainedModel) -> None:
+        """Raises a LoPAError unless a model's attention looked at this once in each layer."""
+        layers, seen = model.config.num_hidden_layers, len(self.seen)
+        if seen != layers:
+            raise LoPAError(
+                f"{seen} attentions were told which texts are in a row by the {layers} layers of "
+                f"{type(model).__name__}, so not each has one that takes packed rows; {_OTHER}"
+            )
 
 
-def take_packed(model: PreTrainedModel) -> None:
-    """Lets the attention of a model take packed rows.
+def take_packed(model: PreTrainedModel) -> int | None:
+    """Lets the attention of models take packed rows.
 
     Args:
-        model: Changed in place.
+        model: That will be given some.
+
+    Returns:
+        The longest text that attention takes packed, its sliding window; None where it is not limited.
 
     Raises:
-        LoPAError: If its attention is not torch's ``sdpa``.
+        LoPAError: If this one's attention is known not to be torch's, over whole texts.
     """
-    found = model.config._attn_implementation
-    if found not in ("sdpa", ATTENTION):
+    config, name = model.config, type(model).__name__
+    if not getattr(model, "_supports_sdpa", False):
+        raise LoPAError(f"pack needs torch's attention (sdpa), which {name} has not; {_OTHER}")
+    if config._attn_implementation != "sdpa":
         raise LoPAError(
-            f"pack needs attn_implementation: sdpa, and that of {type(model).__name__} is {found!r} (flash attention "
-            "leaves padding out by itself); use another, or pack: false"
+            f"pack needs attn_implementation: sdpa, got {config._attn_implementation!r} for {name} (flash attention "
+            "leaves padding out by itself); leave it out, or pack: false"
         )
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise LoPAError(f"pack needs layers of attention alone; {name} has {', '.join(others)}; {_OTHER}")
+    AttentionInterface.register("sdpa", attention)
+    slides = not kinds or "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if slides else None
 
 
-def packed_input(packing: Packing) -> dict[str, Any]:
-    """What a model that takes packed rows is given with one, beside embeddings and positions."""
-    # A mask of four dimensions is passed on as it is. Without one, transformers would make that of [N, N].
-    return {"attention_mask": packing.mask[:1, None, None], "packing": packing}
+def check_same(packed: Tensor, padded: Tensor, model: PreTrainedModel) -> None:
+    """Raises a LoPAError unless texts are the same packed as padded, but for rounding.
 
+    What mixes tokens outside of attention, or counts positions by itself, shows in nothing else.
 
-def check_seen(packing: Packing, model: PreTrainedModel) -> None:
-    """Raises a LoPAError unless the attention of each of a model's layers looked at the packing in a forward pass."""
-    layers = model.config.num_hidden_layers
-    if len(packing.seen) != layers:
+    Args:
+        packed: Hidden states of texts that were packed, ``[N, h]``.
+        padded: Of the same ones padded.
+        model: Whose they are.
+    """
+    kinds = {packed.dtype, *(parameter.dtype for parameter in model.parameters())}
+    limit = 0.1 if kinds & {torch.bfloat16, torch.float16} else 1e-3
+    difference = float((packed - padded).float().norm() / padded.float().norm())
+    if not difference < limit:
         raise LoPAError(
-            f"{type(model).__name__} hands what texts are in a row on to {len(packing.seen)} of its {layers} layers' "
-            "attention, so texts would see each other; use pack: false"
+            f"{type(model).__name__} does not compute a text in a row with others as it does alone (hidden states "
+            f"differ by {difference:.1%}); {_OTHER}"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients, dropout or autocast."""
+    modes = {module: module.training for module in model.modules()}
+    kind = next(model.parameters()).device.type
+    for module in modes:
+        module.training = False
+    try:
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def attention(
@@ -175,7 +216,7 @@ def attention(
         query: ``[B, H, L, d_h]``.
         key: ``[B, H_kv, L, d_h]``.
         value: As ``key``.
-        attention_mask: Of rows that are not packed.
+        attention_mask: Of rows that are not packed; of others the packing's ``given``.
         packing: Of packed rows; B is then 1.
         **options: Others that transformers' attention functions are given.
 
@@ -188,8 +229,8 @@ def attention(
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     packing.seen.append(module)
+    _check_plain(module, attention_mask, packing, options)
     is_causal = _sees_no_later_token(module, options.pop("is_causal", None))
-    _check_plain(module, packing, options)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     if _has_kernels(query):
         return _variable_length(module, query, key, value, packing, is_causal, options), None
@@ -243,17 +284,18 @@ def _sees_no_later_token(module: nn.Module, told: bool | None) -> bool:
     says: bool | None = getattr(module, "is_causal", None) if told is None else told
     if says is None:
         raise LoPAError(
-            f"{type(module).__name__} does not say whether a token sees those after it (is_causal); use pack: false"
+            f"{type(module).__name__} does not say whether a token sees those after it (is_causal); {_OTHER}"
         )
     return says
 
 
-def _check_plain(module: nn.Module, packing: Packing, options: dict[str, Any]) -> None:
+def _check_plain(module: nn.Module, mask: Tensor | None, packing: Packing, options: dict[str, Any]) -> None:
     """Raises a LoPAError if attention is more than a softmax of queries and keys, over all of a text."""
+    more = [f"has {name}" for name in _NOT_PLAIN if options.get(name) is not None]
     window = options.get("sliding_window")
-    more = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if window is not None and window < packing.mask.shape[1]:
-        more.append(f"sliding_window of {window}")
+        more.append(f"sees {window} of {packing.mask.shape[1]} tokens")
+    if mask is None or mask.data_ptr() != packing.given.data_ptr():
+        more.append("has a mask of its own")
     if more:
-        name = type(module).__name__
-        raise LoPAError(f"{name} has a {', '.join(more)}, which packed rows are not computed with; use pack: false")
+        raise LoPAError(f"{type(module).__name__} {' and '.join(more)}, which packed rows do without; {_OTHER}")

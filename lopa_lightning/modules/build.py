@@ -121,7 +121,7 @@ class Builder:
         """The model's shapes, from configs alone."""
         model = meta_model(self.backbone, self.family)
         with torch.device("meta"):
-            backbone = self._backbone(model)
+            backbone = self._backbone(model, dataclasses.replace(self.backbone, compile=False))
             prompt_encoder = self._prompt_encoder(backbone)
         return Skeleton(backbone.max_positions, prompt_encoder)
 
@@ -176,7 +176,7 @@ class Builder:
             "quantization": self.backbone.quantization,
             "backbone_training": "all" if self.train_backbone else ckpt.plain(self.adapter),
         }
-        backbone = self._backbone(model, dropout, live=True)
+        backbone = self._backbone(model, self.backbone, dropout)
         prompt_encoder = self._prompt_encoder(backbone)
         prompt_encoder.initialize(vocabulary(self.tokenizer, len(backbone.embedding_weight), backbone.virtual_tokens))
         identity |= {"prompt_encoder": self._method(prompt_encoder), "instance_encoder": None}
@@ -206,7 +206,9 @@ class Builder:
         Args:
             dropout: Whether the backbone's own dropout is active in training.
         """
-        backbone = self._backbone(unloaded_model(self.backbone, self.family), dropout)
+        # A mask without numbers has no padding to leave out.
+        plain = dataclasses.replace(self.backbone, compile=False, pack=False)
+        backbone = self._backbone(unloaded_model(plain, self.family), plain, dropout)
         prompt_encoder = self._prompt_encoder(backbone)
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, {})
@@ -219,17 +221,16 @@ class Builder:
             encoder = InstanceEncoder(unloaded_model(spec.pretrained(), "encoder"), spec)
         return Parts(backbone, prompt_encoder, encoder, {})
 
-    def _backbone(self, model: PreTrainedModel, dropout: bool = False, live: bool = False) -> Backbone:
+    def _backbone(self, model: PreTrainedModel, spec: PretrainedSpec, dropout: bool = False) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
-        spec = self.backbone
         return Backbone(
             model,
             dropout,
             self.placement,
             trained=self.train_backbone,
             gradient_checkpointing=spec.gradient_checkpointing,
-            compiled=spec.compile and live,
+            compiled=spec.compile,
             packed=spec.pack,
         )
 

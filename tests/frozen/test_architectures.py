@@ -57,10 +57,12 @@ ITEMS = [torch.arange(5, 12), torch.arange(20, 23), torch.arange(40, 45)]
 WIDTH = 9
 
 
-def build(name: str) -> transformers.PreTrainedModel:
+def build(name: str, **options: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config: PretrainedConfig = getattr(transformers, f"{name}Config")(**{**MASKED, **CAUSAL}[name])
-    model = freeze((AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM).from_config(config))
+    config: PretrainedConfig = getattr(transformers, f"{name}Config")(
+        **{**SIZES, **{**MASKED, **CAUSAL}.get(name, {})}, **options
+    )
+    model = freeze((AutoModelForCausalLM if name in CAUSAL else AutoModelForMaskedLM).from_config(config))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -16,14 +16,17 @@ from lightning.pytorch import seed_everything
 from lopa_lightning import CausalLMModule, ClassificationModule, PretrainedSpec
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen import packing as packing_module
+from lopa_lightning.frozen.adapters import adapt
 from lopa_lightning.frozen.backbone import Backbone
+from lopa_lightning.frozen.injection import position_ids
 from lopa_lightning.frozen.loading import load_model
 from lopa_lightning.frozen.packing import Packing, Rectangle
-from tests.frozen.test_architectures import CAUSAL, ITEMS, MASKED, build, own_states, padded
+from tests.frozen.test_architectures import CAUSAL, ITEMS, MASKED, WIDTH, build, own_states, padded
 from tests.modules.helpers import LoPATiny, completions, reviews, trainer
 
 Tiny = Callable[[str], str]
-REFUSED = {"Bloom", "DebertaV2", "Gemma2", "MPNet"}  # biases of positions, softcaps, attention of their own
+REFUSED = {"Bloom", "DebertaV2", "Gemma2", "MobileBert", "MPNet"}
+"""Biases of positions, softcaps, attention of their own, and embeddings that see their neighbours."""
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans())
@@ -36,7 +39,7 @@ def test_packed_is_what_the_mask_selects_and_comes_back_to_its_places(lengths: l
     assert torch.equal(rectangle.unpack(packed), numbers * mask)
 
     packing = Packing.of(mask)
-    assert packing.positions(2)[0].tolist() == [2 + place for n in lengths for place in range(n)]
+    assert packing.batch.pack(position_ids(mask, 2))[0].tolist() == [2 + place for n in lengths for place in range(n)]
     assert packing.mask.sum(1).tolist() == lengths
     assert packing.starts.diff().tolist() == lengths
 
@@ -68,7 +71,8 @@ def test_states_and_gradients_are_those_of_padded_texts(name: str, left: bool) -
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_architectures_whose_attention_is_more_are_refused(name: str) -> None:
     def run(packed: bool) -> None:
-        backbone = Backbone(build(name), packed=packed)
+        model = build(name, **({"embedding_size": 16} if name == "MobileBert" else {}))
+        backbone = Backbone(model, packed=packed)
         backbone(torch.randn(len(ITEMS), 4, backbone.prompt_dim), *padded(left=False))
 
     run(packed=False)
@@ -76,19 +80,24 @@ def test_architectures_whose_attention_is_more_are_refused(name: str) -> None:
         run(packed=True)
 
 
-def test_a_window_that_holds_every_text_is_none() -> None:
-    for window, fits in ((11, True), (10, False)):
-        model: Any = build("Mistral")
-        for layer in model.base_model.layers:
-            layer.self_attn.sliding_window = window
-        model.config.sliding_window = window
+def test_texts_that_may_be_longer_than_a_window_are_padded() -> None:
+    rows = []
+    for window in (13, 12):  # of 4 virtual tokens and 9 places
+        model: Any = build("Mistral", sliding_window=window)
         backbone = Backbone(model, packed=True)
-        prompt = torch.randn(len(ITEMS), 4, backbone.prompt_dim)
-        if fits:
-            backbone(prompt, *padded(left=False))
-        else:
-            with pytest.raises(LoPAError, match="sliding_window of 10, which packed rows are not computed with"):
-                backbone(prompt, *padded(left=False))
+        backbone.body.register_forward_pre_hook(
+            lambda model, args, options: rows.append(len(options["inputs_embeds"])), with_kwargs=True
+        )
+        backbone(torch.randn(len(ITEMS), 4, backbone.prompt_dim), *padded(left=False))
+    assert rows == [2, 1, 1, 2, 1, len(ITEMS)]  # each after the check of two short ones
+
+
+def test_a_window_that_the_config_did_not_name_is_refused() -> None:
+    model: Any = build("Mistral")
+    backbone = Backbone(model, packed=True)
+    model.config.sliding_window = 10
+    with pytest.raises(LoPAError, match="MistralAttention sees 10 of 11 tokens, which packed rows do without"):
+        backbone(torch.randn(len(ITEMS), 4, backbone.prompt_dim), *padded(left=False))
 
 
 def test_no_place_of_padding_is_computed(tiny: Tiny) -> None:
@@ -100,18 +109,50 @@ def test_no_place_of_padding_is_computed(tiny: Tiny) -> None:
     ids, mask = padded(left=False)
     backbone(torch.randn(len(ITEMS), 4, 32), ids, mask)
     backbone(torch.randn(len(ITEMS), 4, 32), ids, torch.ones_like(mask))  # nothing to leave out
-    assert shapes == [(1, int(mask.sum()) + 4 * len(ITEMS), 32), (len(ITEMS), 4 + ids.shape[1], 32)]
+    check = [(2, 5, 32), (1, 8, 32)]
+    assert shapes == [*check, (1, int(mask.sum()) + 4 * len(ITEMS), 32), (len(ITEMS), 4 + ids.shape[1], 32)]
 
 
-def test_layers_may_be_computed_twice(tiny: Tiny) -> None:
-    gradients = []
-    for again in (False, True):
-        model = load_model(PretrainedSpec(tiny("bert_base")), "encoder")
-        backbone = Backbone(model, packed=True, gradient_checkpointing=again)
+def test_what_mixes_tokens_outside_of_attention_is_refused() -> None:
+    for name in ("Qwen3", "XLMRoberta"):
+        model: Any = build(name)
+        layers = model.base_model.layers if name == "Qwen3" else model.base_model.encoder.layer
+        layers[0].register_forward_hook(lambda layer, args, output: output + output.roll(1, dims=1))
+        for length in (WIDTH, 3):  # with padding or without: all processes begin together
+            backbone = Backbone(model, packed=True)
+            ids = padded(left=False)[0][:, :length]
+            with pytest.raises(LoPAError, match="does not compute a text in a row with others as it does alone"):
+                backbone(torch.randn(len(ITEMS), 4, 32), ids, torch.ones_like(ids))
+
+
+def test_layers_of_another_kind_are_refused_before_anything_is_computed() -> None:
+    model = build("Qwen3")
+    model.config.layer_types = ["hybrid", "full_attention"]
+    with pytest.raises(LoPAError, match="pack needs layers of attention alone; Qwen3Model has hybrid"):
+        Backbone(model, packed=True)
+
+
+@pytest.mark.parametrize("changed", ["layers computed twice", "all weights trained", "LoRA", "bf16-mixed"])
+def test_gradients_are_those_of_padded_texts_where_the_model_is_changed(changed: str, tiny: Tiny) -> None:
+    weights, results = torch.randn(len(ITEMS), 4 + WIDTH, 32), []
+    for packed in (False, True):
+        model = load_model(PretrainedSpec(tiny("llama")), "encoder")
+        if changed == "LoRA":
+            torch.manual_seed(0)
+            adapt(model, {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": False})
+        twice, trained = changed == "layers computed twice", changed == "all weights trained"
+        backbone = Backbone(model, packed=packed, gradient_checkpointing=twice, trained=trained).train()
         prompt = torch.ones(len(ITEMS), 4, 32, requires_grad=True)
-        backbone(prompt, *padded(left=False)).hidden.square().sum().backward()
-        gradients.append(prompt.grad)
-    torch.testing.assert_close(gradients[1], gradients[0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=changed == "bf16-mixed"):
+            states = backbone(prompt, *padded(left=False))
+            (states.hidden * weights * states.text_mask.unsqueeze(-1)).sum().backward()
+        named = {name: each.grad for name, each in backbone.named_parameters() if each.grad is not None}
+        results.append({"prompt": prompt.grad, **named})
+        assert model.training == trained
+    assert (len(results[0]) > 1) == (changed in ("all weights trained", "LoRA"))
+    loose = 0.05 if changed == "bf16-mixed" else 1e-4
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=loose, atol=loose * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["Electra", "Qwen3", "XLMRoberta"])
@@ -120,9 +161,9 @@ def test_kernels_for_texts_of_several_lengths_are_given_each_text(name: str, mon
     calls = []
 
     def one_by_one(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        calls.append(options)
         if not query.is_nested:
             return sdpa(query, key, value, **options)
+        calls.append(options)
         texts = [sdpa(*(x[None] for x in heads), **options)[0] for heads in zip(query, key, value, strict=True)]
         rows = torch.cat([text.transpose(0, 1) for text in texts])
         lengths = torch.tensor([0, *(text.shape[1] for text in texts)])
@@ -139,7 +180,7 @@ def test_kernels_for_texts_of_several_lengths_are_given_each_text(name: str, mon
     got = backbone(prompt, *padded(left=False))
     for row in range(len(ITEMS)):
         torch.testing.assert_close(own_states(got, row), own_states(expected, row), rtol=1e-4, atol=1e-5)
-    assert len(calls) == 2
+    assert len(calls) == 2 * 2  # layers, and passes: of the check, and this
     assert {options["is_causal"] for options in calls} == {name in CAUSAL}
 
 
@@ -147,7 +188,7 @@ def test_what_does_not_go_with_packed_rows_is_refused(tiny: Tiny) -> None:
     with pytest.raises(LoPAError, match="pack and compile do not go together"):
         PretrainedSpec("any", pack=True, compile=True)
     model = load_model(PretrainedSpec(tiny("llama"), attn_implementation="eager"), "encoder")
-    with pytest.raises(LoPAError, match="pack needs attn_implementation: sdpa, and that of LlamaModel is 'eager'"):
+    with pytest.raises(LoPAError, match="pack needs attn_implementation: sdpa, got 'eager' for LlamaModel"):
         Backbone(model, packed=True)
     model = load_model(PretrainedSpec(tiny("llama")), "encoder")
     with pytest.raises(LoPAError, match="pack brings texts into one row, and placement 'every_layer'"):
