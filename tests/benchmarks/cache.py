@@ -56,7 +56,7 @@ def config(model: Mapping[str, Any], data: Mapping[str, Any], found: Path) -> di
 
 
 def start(folder: Path, settings: Mapping[str, Any], found: Path, run: Spawn) -> dict[str, float]:
-    """One run of ``lopa fit``: seconds until the Trainer was ready and until the first step had ended, and peak MiB.
+    """One run of ``lopa fit``: seconds until the Trainer was ready and until the first step had ended, and memory.
 
     Args:
         folder: Holds the config, and the cache that the run uses.
@@ -69,7 +69,11 @@ def start(folder: Path, settings: Mapping[str, Any], found: Path, run: Spawn) ->
     began = time.time()
     run(["lopa_lightning.cli", "fit", "--config", str(path)], {"HF_DATASETS_CACHE": str(folder / "cache")})
     values = json.loads(found.read_text())
-    return {"ready": values["ready"] - began, "first_step": values["at"] - began, "peak": values["peak"]}
+    return {"ready": values["ready"] - began, "first_step": values["at"] - began, **_memory(values)}
+
+
+def _memory(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: values[name] for name in ("peak", "own")}
 
 
 def both(model: Mapping[str, Any], data: Mapping[str, Any], run: Spawn) -> list[dict[str, float]]:

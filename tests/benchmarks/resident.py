@@ -18,9 +18,14 @@ from lopa_lightning.files import write_whole
 _MIB = 2**10  # of the kibibytes that the kernel counts in
 
 
-def resident(peak: bool = False) -> float:
-    """MiB that this process holds, or held at most since :func:`forget_peak`."""
-    name = "VmHWM" if peak else "VmRSS"
+def resident(peak: bool = False, own: bool = False) -> float:
+    """MiB that this process holds.
+
+    Args:
+        peak: At most, since :func:`forget_peak`.
+        own: Without pages of files, which the system takes back when it wants to; not known at most.
+    """
+    name = "VmHWM" if peak else "RssAnon" if own else "VmRSS"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / _MIB
 
@@ -64,7 +69,7 @@ class FirstStep(Callback):
 
     Args:
         path: JSON file with ``ready`` (before the first batch is fetched) and ``at``, seconds since the epoch of the
-            system's clock, and ``peak``, MiB.
+            system's clock, and MiB: ``peak``, at most, and ``own``, of these now without pages of files.
     """
 
     def __init__(self, path: str) -> None:
@@ -76,6 +81,6 @@ class FirstStep(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 1:
-            found = {"ready": self.ready, "at": time.time(), "peak": resident(peak=True)}
+            found = {"ready": self.ready, "at": time.time(), "peak": resident(peak=True), "own": resident(own=True)}
             write_whole(self.path, json.dumps(found) + "\n")
             trainer.should_stop = True
