@@ -178,3 +178,13 @@ def test_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in rows:
         check_ratio(row["ratio"], row["seconds"]["plain"], row["seconds"][row["option"]])
         assert row["difference"] < (0.2 if row["option"] == "bfloat16" else 1e-4)
+
+
+def test_startup(run: Run) -> None:
+    started: list[str] = []
+    rows = run("startup", run=lambda arguments, additions: started.append(" ".join(arguments[:2])))["rows"]
+    imports, *commands = rows
+    assert sorted(set(started)) == ["lopa_lightning.cli --help", "lopa_lightning.cli fit", "tests.benchmarks.imports"]
+    for row in commands:
+        check_ratio(row["ratio"], row["seconds"], imports["seconds"])
+        check_summary(row["seconds_each"], row["seconds"])
