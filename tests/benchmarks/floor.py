@@ -3,7 +3,7 @@
 The floor has the batch's own tokens and as many virtual ones, without padding: a rectangle of as many rows of the mean
 length. No loss but a sum, no labels, no optimizer, no loader. ``padded`` is the same on the batch as it was padded;
 ``with_loss`` puts in the sum's place what nobody who learns completions can leave out: the vocabulary's logits at the
-labelled tokens, and their cross entropy.
+labelled tokens, and their cross entropy. Floating-point operations, which no other program disturbs, are counted as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from lopa_lightning import CausalLMModule, LoPALightningModule
 from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.data.completion import CompletionDataModule
+from lopa_lightning.experiments.live import Live
 from lopa_lightning.files import write_whole
 from lopa_lightning.task import IGNORED
 from tests.benchmarks.cases import CASES, Case, Places, build_data, chosen, examples_of, places_of, pool_of
@@ -41,6 +42,7 @@ _COLUMNS = {
     "goal": "goal",
     "over_padded": "ours / padded floor",
     "over_with_loss": "ours / floor with loss",
+    "operations": "operations: ours / floor",
 }
 
 
@@ -114,6 +116,23 @@ def floors(module: LoPALightningModule, batches: list[Batch], number: int) -> di
     return {kind: floor_of(module, batches[0], kind) for kind in kinds[:: -1 if number % 2 else 1]}
 
 
+def operations(module: LoPALightningModule, batches: list[Batch]) -> float:
+    """Floating-point operations of our forward and backward passes over those of the floor.
+
+    Args:
+        module: With loaded weights.
+        batches: Ones that it was trained on.
+    """
+    counted = {"ours": 0, "floor": 0}
+    for batch in batches:
+        with Live([]) as ours:
+            module.loss(module(batch), batch).backward()
+        with Live([]) as floor:
+            floor_of(module, batch)
+        counted = {"ours": counted["ours"] + ours.flops, "floor": counted["floor"] + floor.flops}
+    return counted["ours"] / counted["floor"]
+
+
 def fixed_data(places: Places, folder: Path, examples: int) -> TextDataModule:
     """Rows of exactly as many tokens as the case allows: MBPP's prompts one after another, cut from the left."""
     case = KNOWN[FIXED]
@@ -138,8 +157,8 @@ def data_of(case: Case, places: Places, examples: int, folder: Path) -> TextData
 
 def measure(case: Case, places: Places, examples: int, pool: int, rounds: int, folder: Path) -> Row:
     """A line of the table."""
-    turns, data = Turns(after_batch=floors), data_of(case, places, pool, folder)
-    fit(case.module(places), data, 1 + rounds, turns, limit_train_batches=-(-examples // case.batch_size))
+    turns, data, module = Turns(after_batch=floors), data_of(case, places, pool, folder), case.module(places)
+    fit(module, data, 1 + rounds, turns, limit_train_batches=-(-examples // case.batch_size))
     seconds = dict(turns.seconds)
     held = tokens(turns.batches, case.num_virtual_tokens)
     step = {name: summary([1000 * each / held["batches"] for each in seconds[name]]) for name in ("ours", "floor")}
@@ -150,6 +169,7 @@ def measure(case: Case, places: Places, examples: int, pool: int, rounds: int, f
         "ratio": ratios(seconds["ours"], seconds["floor"]),
         "goal": f"<= {_GOALS.get(case.name, 1.10)}",
         **{f"over_{kind}": ratios(seconds["ours"], seconds[kind]) for kind in seconds if kind not in step},
+        "operations": operations(module, turns.batches),
         "seconds": seconds,
     }
 
