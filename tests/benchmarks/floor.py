@@ -3,7 +3,7 @@
 The floor has the batch's own tokens and as many virtual ones, without padding: a rectangle of as many rows of the mean
 length. No loss but a sum, no labels, no optimizer, no loader. ``padded`` is the same on the batch as it was padded;
 ``with_loss`` puts in the sum's place what nobody who learns completions can leave out: the vocabulary's logits at the
-labelled tokens, and their cross entropy. Floating-point operations, which no other program disturbs, are counted as well.
+labelled tokens, and their cross entropy. Floating-point operations, which no other program disturbs, are counted too.
 """
 
 from __future__ import annotations
