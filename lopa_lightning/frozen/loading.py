@@ -60,7 +60,7 @@ class PretrainedSpec:
             :mod:`~lopa_lightning.frozen.quantization`; None for as ``dtype`` says.
 
     Raises:
-        LoPAError: If ``quantization`` is unknown, or layers are to be both compiled and packed.
+        LoPAError: If ``quantization`` is unknown, or ``pack`` is to go with ``compile`` or another attention than sdpa.
     """
 
     name: str
@@ -77,6 +77,11 @@ class PretrainedSpec:
         check_quantization(self.quantization)
         if self.pack and self.compile:
             raise LoPAError("pack and compile do not go together: compiled layers take no packed rows; leave one out")
+        if self.pack and self.attn_implementation not in (None, "sdpa"):
+            raise LoPAError(
+                f"pack needs attn_implementation: sdpa, got {self.attn_implementation!r} (flash attention leaves "
+                "padding out by itself); leave one of the two out"
+            )
 
     def location(self) -> str:
         """The hub id or folder that ``name`` stands for.

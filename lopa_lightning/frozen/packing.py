@@ -154,8 +154,7 @@ def take_packed(model: PreTrainedModel) -> int | None:
         raise LoPAError(f"pack needs torch's attention (sdpa), which {name} has not; {_OTHER}")
     if config._attn_implementation != "sdpa":
         raise LoPAError(
-            f"pack needs attn_implementation: sdpa, got {config._attn_implementation!r} for {name} (flash attention "
-            "leaves padding out by itself); leave it out, or pack: false"
+            f"pack needs torch's attention (sdpa); that of {name} is {config._attn_implementation!r}; {_OTHER}"
         )
     kinds = set(getattr(config, "layer_types", None) or [])
     if others := sorted(kinds - {"full_attention", "sliding_attention"}):

@@ -187,8 +187,10 @@ def test_kernels_for_texts_of_several_lengths_are_given_each_text(name: str, mon
 def test_what_does_not_go_with_packed_rows_is_refused(tiny: Tiny) -> None:
     with pytest.raises(LoPAError, match="pack and compile do not go together"):
         PretrainedSpec("any", pack=True, compile=True)
+    with pytest.raises(LoPAError, match="pack needs attn_implementation: sdpa, got 'flash_attention_2'"):
+        PretrainedSpec("any", pack=True, attn_implementation="flash_attention_2")
     model = load_model(PretrainedSpec(tiny("llama"), attn_implementation="eager"), "encoder")
-    with pytest.raises(LoPAError, match="pack needs attn_implementation: sdpa, got 'eager' for LlamaModel"):
+    with pytest.raises(LoPAError, match="that of LlamaModel is 'eager'; use another backbone, or pack: false"):
         Backbone(model, packed=True)
     model = load_model(PretrainedSpec(tiny("llama")), "encoder")
     with pytest.raises(LoPAError, match="pack brings texts into one row, and placement 'every_layer'"):
