@@ -101,7 +101,6 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
         "encoder": {
             "model": "bert",
             "gradient_checkpointing": True,
-            "pack": True,
             "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
         },
         "head": {
@@ -120,7 +119,6 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
         models[options.pop("model")],
         dtype=options.pop("dtype", "float32"),
         gradient_checkpointing=options.pop("gradient_checkpointing", False),
-        pack=options.pop("pack", False),
     )
     defaults: dict[str, Any] = {"objective": "masked_lm", "prompt_encoder": LoPATiny}
     return ClassificationModule(

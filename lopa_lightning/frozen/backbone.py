@@ -23,7 +23,6 @@ from lopa_lightning.frozen.injection import (
 )
 from lopa_lightning.frozen.layers import cache_input, layer_prompts
 from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size, is_causal
-from lopa_lightning.frozen.packing import Packing, check_same, evaluating, take_packed
 from lopa_lightning.frozen.stack import compile_for_training, recompute, transformer_layers
 
 
@@ -54,12 +53,11 @@ class Backbone(nn.Module):
         trained: Whether all of the model's weights are trained.
         gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
         compiled: Whether torch compiles its layers for training.
-        packed: Whether the texts of a batch are brought into one row, so that padding is not computed.
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
             attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
-            these are to be computed a second time, compiled or packed; or if its attention cannot take packed rows.
+            these are to be computed a second time or compiled.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class Backbone(nn.Module):
         trained: bool = False,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
-        packed: bool = False,
     ) -> None:
         super().__init__()
         check_placement(placement)
@@ -98,14 +95,6 @@ class Backbone(nn.Module):
                     "use placement 'before' or 'after_first', or gradient_checkpointing: false"
                 )
             recompute(transformer_layers(self.body))
-        if packed:
-            if self._layers is not None:
-                raise LoPAError(
-                    "pack brings texts into one row, and placement 'every_layer' fills a cache of many; "
-                    "use placement 'before' or 'after_first', or pack: false"
-                )
-            self._longest_packed = take_packed(self.body)
-        self._is_packed, self._is_checked = packed, not packed
         self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
@@ -206,11 +195,7 @@ class Backbone(nn.Module):
         layout = prompt_layout(attention_mask, m, self.placement)
         prompted = insert(layout, prompt.expand(batch, -1, -1), embedded)
         types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
-        if not self._is_checked:  # in the first pass of a run, which all processes begin together
-            self._check_packed()
-        if self._is_packed and self._takes_packed(attention_mask, m):
-            hidden = self._run_packed(prompted, insert(layout, 1, attention_mask), types)
-        elif self._is_causal and layout.start is not None:
+        if self._is_causal and layout.start is not None:
             # All padding comes after the tokens that are read, which see nothing of it: attention without a mask.
             hidden = self._run(prompted, None, types, attention_mask=None)
         else:
@@ -251,31 +236,6 @@ class Backbone(nn.Module):
         layout = prompt_layout(attention_mask, m, self.placement)
         embeddings = insert(layout, prompt.expand(batch, -1, -1), embedded)
         return embeddings, insert(layout, 1, attention_mask), None
-
-    def _takes_packed(self, attention_mask: Tensor, num_virtual_tokens: int) -> bool:
-        """Whether a batch has padding to leave out, and no text that may be longer than attention reaches."""
-        limit, longest = self._longest_packed, attention_mask.shape[1] + num_virtual_tokens
-        return (limit is None or longest <= limit) and not bool(attention_mask.all())
-
-    def _run_packed(self, embedded: Tensor, mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """Last hidden states where padding is not computed, and 0 there."""
-        packing = Packing.of(mask)
-        types = None if token_type_ids is None else packing.batch.pack(token_type_ids)
-        places = packing.batch.pack(position_ids(mask, first_position(self.body)))
-        hidden = self._run(packing.batch.pack(embedded), places, types, **packing.options())
-        packing.check_seen(self.body)
-        return packing.batch.unpack(hidden)
-
-    def _check_packed(self) -> None:
-        """Raises a LoPAError unless two short texts are the same in one row as padded."""
-        ids = torch.arange(10, device=self.embedding_weight.device).view(2, 5) % len(self.embedding_weight)
-        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], device=ids.device)
-        with evaluating(self.model):
-            embedded = self.model.get_input_embeddings()(ids)
-            padded = self._run(embedded, position_ids(mask, first_position(self.body)), None, attention_mask=mask)
-            packed = self._run_packed(embedded, mask, None)
-        check_same(packed[mask == 1], padded[mask == 1], self.body)
-        self._is_checked = True
 
     def _run(self, embedded: Tensor, places: Tensor | None, token_type_ids: Tensor | None, **options: Any) -> Tensor:
         """Last hidden states of the model; what it does not take is left out."""

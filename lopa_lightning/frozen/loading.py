@@ -53,14 +53,11 @@ class PretrainedSpec:
         gradient_checkpointing: Whether layers are computed a second time in the backward pass instead of
             keeping what they computed: about a third more time, a small part of the memory.
         compile: Whether torch compiles the layers at the first training step, which takes a minute and a C++ compiler.
-        pack: Whether the texts of a batch are brought into one row in which each sees itself alone, so that padding
-            is not computed; not for every architecture, not with ``compile`` or virtual tokens in every layer, see
-            :mod:`~lopa_lightning.frozen.packing`.
         quantization: How the frozen matrices of the layers are kept, see
             :mod:`~lopa_lightning.frozen.quantization`; None for as ``dtype`` says.
 
     Raises:
-        LoPAError: If ``quantization`` is unknown, or ``pack`` is to go with ``compile`` or another attention than sdpa.
+        LoPAError: If ``quantization`` is unknown.
     """
 
     name: str
@@ -70,18 +67,10 @@ class PretrainedSpec:
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
-    pack: bool = False
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_quantization(self.quantization)
-        if self.pack and self.compile:
-            raise LoPAError("pack and compile do not go together: compiled layers take no packed rows; leave one out")
-        if self.pack and self.attn_implementation not in (None, "sdpa"):
-            raise LoPAError(
-                f"pack needs attn_implementation: sdpa, got {self.attn_implementation!r} (flash attention leaves "
-                "padding out by itself); leave one of the two out"
-            )
 
     def location(self) -> str:
         """The hub id or folder that ``name`` stands for.

@@ -206,8 +206,7 @@ class Builder:
         Args:
             dropout: Whether the backbone's own dropout is active in training.
         """
-        # A mask without numbers has no padding to leave out.
-        plain = dataclasses.replace(self.backbone, compile=False, pack=False)
+        plain = dataclasses.replace(self.backbone, compile=False)
         backbone = self._backbone(unloaded_model(plain, self.family), plain, dropout)
         prompt_encoder = self._prompt_encoder(backbone)
         if not prompt_encoder.uses_instance:
@@ -231,7 +230,6 @@ class Builder:
             trained=self.train_backbone,
             gradient_checkpointing=spec.gradient_checkpointing,
             compiled=spec.compile,
-            packed=spec.pack,
         )
 
     def instance_dim(self, backbone: Backbone) -> int:

@@ -19,7 +19,6 @@ from tests.benchmarks.harness import Row, now, parser, ratios, report, summary, 
 from tests.benchmarks.training import Batch, Turns, fit, tokens
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "pack": {"pack": True},
     "compile": {"compile": True},
     "bfloat16": {"dtype": "bfloat16"},
 }
