@@ -84,6 +84,24 @@ def test_what_a_model_wrote_is_run_and_scored(tiny: Tiny, monkeypatch: pytest.Mo
     assert logged["test/pass@2"] == pytest.approx(0.5)
 
 
+def test_an_answer_that_the_harness_skips_is_no_sample(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the model: the call again for the output, which is skipped, and in every second row the answer."""
+    monkeypatch.setattr(
+        CausalLMModule,
+        "complete",
+        lambda _, batch: [["f(1)", f"{i + 7 if i % 2 else 0}"] for i in batch["index"].tolist()],
+    )
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(CausalLMModule, "log", lambda _, name, value, **__: logged.update({name: float(value)}))
+    arguments = [*small("cruxeval_output", tiny), "--data.allow_code_execution=true", "--model.num_samples=2"]
+    main(["test", *arguments, "--predictions.folder=out", "--trainer.logger=false"])
+    assert [(row["skipped"], row["passed"]) for row in read_results("out")][:4] == [
+        *((True, False), (False, False), (True, False), (False, True))
+    ]
+    assert logged["test/pass@1"] == pytest.approx(0.5)  # 0.25 if the skipped ones counted where one passes
+    assert logged["test/pass@2"] == pytest.approx(0.5)
+
+
 def test_an_interrupted_predict_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*small("cruxeval_output", tiny), "--data.eval_batch_size=2", "--trainer.logger=false"]
     arguments += ["--model.num_samples=2"]

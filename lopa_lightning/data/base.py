@@ -36,7 +36,7 @@ _ROLES: dict[str, list[Role]] = {
     "test": ["test"],
     "predict": ["predict"],
 }
-_FORMAT = 2  # of tokenised data; a new number makes cached data stale
+_FORMAT = 3  # of tokenised data; a new number makes cached data stale
 
 
 class TextDataModule(LightningDataModule, ABC):

@@ -48,6 +48,15 @@ class CodeDataModule(CompletionDataModule):
             completion: What the model wrote.
         """
 
+    def skips(self, row: dict[str, Any], completion: str) -> bool:
+        """Whether the benchmark's own harness passes over a completion, so that it is no sample of its problem.
+
+        Args:
+            row: The problem, as it is stored.
+            completion: What the model wrote.
+        """
+        return False
+
     def check_scoring(self) -> None:
         """Refuses to run code without the user's permission."""
         require_permission(self.allow_code_execution)
@@ -62,7 +71,13 @@ class CodeDataModule(CompletionDataModule):
         (split,) = self.splits_of("test")
         rows = self.load_split(split, "test")
         written: list[dict[str, Any]] = [
-            {"index": index, "sample": sample, "completion": text, "program": self.program(rows[index], text)}
+            {
+                "index": index,
+                "sample": sample,
+                "completion": text,
+                "program": self.program(rows[index], text),
+                "skipped": self.skips(rows[index], text),
+            }
             for index, texts in zip(indices, completions)
             for sample, text in enumerate(texts)
         ]

@@ -11,7 +11,7 @@ from lopa_lightning.data.code import CodeDataModule, halves
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.extraction import cruxeval_answer
-from lopa_lightning.evaluation.programs import cruxeval_answer_program
+from lopa_lightning.evaluation.programs import cruxeval_answer_program, is_skipped
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -89,7 +89,8 @@ def _answer(given: str, output: str) -> str:
 class CRUXEvalDataModule(CodeDataModule):
     """CRUXEval with the published direct prompt; the first 400 functions train, the other 400 test, as in the paper.
 
-    A tenth of the training half is validated on.
+    A tenth of the training half is validated on. Answers are read, run and counted as by the benchmark's own harness,
+    which skips what is no answer: of several samples of a problem that one solves, these are left out of pass@k.
 
     Args:
         predict: ``output``: what a function gives for an input; ``input``: an input that gives an output.
@@ -117,6 +118,10 @@ class CRUXEvalDataModule(CodeDataModule):
         """The function with the answer that the completion holds."""
         answer = self.answer(completion)
         return cruxeval_answer_program(row["code"], row["input"], row["output"], answer, self.predict)
+
+    def skips(self, row: dict[str, Any], completion: str) -> bool:
+        """Whether the answer is none by the rules of the benchmark's own harness."""
+        return is_skipped(row["input"], self.answer(completion), self.predict)
 
     def answer(self, completion: str) -> str:
         """The literal, or the call, that stands in a completion."""

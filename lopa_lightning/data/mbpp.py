@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -30,21 +30,23 @@ class DocstringLayout:
     """A signature and a docstring with the tests as examples, as in MBXP (Athiwaratkun et al. 2022, arXiv 2210.14868).
 
     The function is the one that the tests call. Code is written anew from its syntax tree: one style for
-    problems of many authors. What stands beside the function (helpers, constants) moves into it, so that it is
-    whole without the rest; imports, and classes, which tests may need, stand before it.
+    problems of many authors. What stands beside the function in the reference solution (imports, helpers, constants)
+    moves into it, so that it is whole without the rest and the prompt shows nothing of the solution. Only classes that
+    the tests make objects of are a part of the problem, and stand before it.
     """
 
     @property
     def columns(self) -> list[str]:
         """Of the data set."""
-        return ["text", "code", "test_list"]
+        return ["text", "code", "test_list", "test_setup_code"]
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
         """Makes an example of a problem."""
-        tree = ast.parse(row["code"].replace("\r\n", "\n"))
+        tree = _parsed(row["code"])
         tests = [_test(line) for line in row["test_list"]]
         function = _tested(tree, tests)
-        before = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef)]
+        needed = _names([*row["test_list"], row["test_setup_code"]])
+        before = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in needed]
         helpers = [node for node in tree.body if node is not function and node not in before]
         helpers = [node for node in helpers if not _sets_argument(node, function)]
         body = (
@@ -58,6 +60,14 @@ class DocstringLayout:
         lines = "\n".join(ast.unparse(node) for node in [*helpers, *body]).split("\n")
         completion = "\n".join(f"    {line}" if line else "" for line in lines)
         return Example(prompt, completion, prompt)
+
+
+def _parsed(code: str) -> ast.Module:
+    return ast.parse(code.replace("\r\n", "\n"))
+
+
+def _names(lines: Sequence[str]) -> set[str]:
+    return {node.id for line in lines for node in ast.walk(_parsed(line)) if isinstance(node, ast.Name)}
 
 
 def _test(line: str) -> ast.Compare:
@@ -176,8 +186,20 @@ class MBPPDataModule(CodeDataModule):
         return first_function(completion) if self.style == "docstring" else code_block(completion)
 
     def program(self, row: dict[str, Any], completion: str) -> str:
-        """The function with its tests."""
+        """The function with its tests, and with the imports that these need."""
         code = self.answer(completion)
         if self.style == "docstring":
             code = self.layout("test")(row).prompt + code
-        return mbpp_program(code, row["test_list"], row["test_setup_code"])
+        setup = filter(None, [*_imports_of_tests(row), row["test_setup_code"]])
+        return mbpp_program(code, row["test_list"], "\n".join(setup))
+
+
+def _imports_of_tests(row: Mapping[str, Any]) -> list[str]:
+    """The reference solution's imports whose names its tests use, such as ``sys`` in problem 596."""
+    needed = _names([*row["test_list"], row["test_setup_code"]])
+    imports = [node for node in _parsed(row["code"]).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [
+        ast.unparse(node)
+        for node in imports
+        if needed & {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    ]

@@ -85,7 +85,7 @@ def cruxeval_answer(text: str, mode: Mode) -> str:
 
     The reply ends at ``[/ANSWER]``, and starts after ``[ANSWER]`` where the model thought aloud first. An
     output is what stands after the first ``==`` (up to a second one), an input the call before it and after
-    ``assert``.
+    ``assert f``, from that ``f`` on.
 
     Args:
         text: The reply, without the prompt.
@@ -110,6 +110,6 @@ def cruxeval_answer(text: str, mode: Mode) -> str:
         text = text.split("[ANSWER]")[1]
     if "==" in text:
         text = text.split("==")[1 if mode == "output" else 0]
-    if mode == "input" and "assert" in text:
-        text = text.split("assert")[1]
+    if mode == "input" and "assert f" in text:
+        text = "f" + text.split("assert f")[1].strip()
     return text.strip()

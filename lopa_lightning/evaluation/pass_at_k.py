@@ -15,6 +15,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lopa_lightning.errors import LoPAError
 
+_SKIPPED = -1
+
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Share of the sets of ``k`` among the samples of a problem that have a correct one.
@@ -50,6 +52,9 @@ class PassAtK(Metric):
     effective one, ``n p (1 - p) / var(v)``, at most the number of samples. With one sample for each problem this is
     Wilson's own interval, and it has a width where none or all are solved.
 
+    A benchmark's harness may skip samples, as CRUXEval's does. Skipped samples of a problem with one that passes are
+    left out of n, which raises pass@k; where none passes they count. Where fewer than k are left, the value is 1.
+
     Args:
         k: Which to report.
         confidence: Coverage of the interval.
@@ -82,15 +87,16 @@ class PassAtK(Metric):
         self.add_state("problems", [], dist_reduce_fx="cat")
         self.add_state("passed", [], dist_reduce_fx="cat")
 
-    def update(self, problems: Tensor, passed: Tensor) -> None:
+    def update(self, problems: Tensor, passed: Tensor, skipped: Tensor | None = None) -> None:
         """Adds samples.
 
         Args:
             problems: Which problem each sample answers, any integers ``[N]``.
             passed: Whether it is right ``[N]``.
+            skipped: Whether the harness skips it ``[N]``; it then counts as not right.
         """
         self.problems.append(problems.long())
-        self.passed.append(passed.long())
+        self.passed.append(passed.long() if skipped is None else passed.long().masked_fill(skipped.bool(), _SKIPPED))
 
     def compute(self) -> dict[str, Tensor]:
         """``pass@k``, ``pass@k_low`` and ``pass@k_high`` for each k; not a number before any sample.
@@ -103,14 +109,24 @@ class PassAtK(Metric):
         problems, passed = (dim_zero_cat(state) if len(state) else nothing for state in (self.problems, self.passed))
         _, which = torch.unique(problems, return_inverse=True)
         samples = torch.bincount(which).tolist()
-        correct = torch.bincount(which[passed > 0], minlength=len(samples)).tolist()
+        correct, skipped = (
+            torch.bincount(which[passed == value], minlength=len(samples)).tolist() for value in (1, _SKIPPED)
+        )
         values: dict[str, float] = {}
         for k in self.k:
-            shares = [pass_at_k(n, c, k) for n, c in zip(samples, correct)]
+            shares = [_share(n, c, s, k) for n, c, s in zip(samples, correct, skipped)]
             mean = math.fsum(shares) / len(shares) if shares else math.nan
             low, high = _interval(shares, sum(samples), self.confidence)
             values |= {f"pass@{k}": mean, f"pass@{k}_low": low, f"pass@{k}_high": high}
         return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
+
+
+def _share(samples: int, correct: int, skipped: int, k: int) -> float:
+    """:func:`pass_at_k` by the rule of CRUXEval's harness for skipped samples."""
+    left = samples - skipped
+    if not correct or k > samples:
+        return pass_at_k(samples, correct, k)
+    return pass_at_k(left, correct, k) if k <= left else 1.0
 
 
 def _gather_integers(state: Tensor, group: Any = None) -> list[Tensor]:

@@ -15,7 +15,7 @@ def mbpp_program(code: str, tests: Sequence[str], setup: str = "") -> str:
     Args:
         code: The solution; for a completion, the prompt and the completion.
         tests: ``test_list``, and ``challenge_test_list`` where wanted: one statement each.
-        setup: ``test_setup_code``, which uses what the solution defines.
+        setup: What the tests need beside the solution: ``test_setup_code``, which uses what the solution defines.
 
     Example:
         >>> print(mbpp_program("def f(x):\n    return x", ["assert f(1) == 1"]))
@@ -40,11 +40,28 @@ def cruxeval_program(code: str, input: str, output: str) -> str:
     return f"{code}\nassert f({input}) == {output}"
 
 
+def is_skipped(input: str, answer: str, mode: Mode) -> bool:
+    """Whether CRUXEval's own harness passes over an answer, without running it.
+
+    So it does with an answer that is no call of ``f`` where an input was asked for, and with one that repeats the
+    call where its value was asked for. They are right by no means; how they count is said by
+    :class:`~lopa_lightning.evaluation.pass_at_k.PassAtK`.
+
+    Args:
+        input: The arguments that the data set has.
+        answer: What :func:`~lopa_lightning.evaluation.extraction.cruxeval_answer` found.
+        mode: What was asked for.
+
+    Raises:
+        LoPAError: If ``mode`` is unknown.
+    """
+    if mode not in get_args(Mode):
+        raise LoPAError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    return "f(" not in answer if mode == "input" else f"f({input})" in answer
+
+
 def cruxeval_answer_program(code: str, input: str, output: str, answer: str, mode: Mode) -> str:
     r"""CRUXEval's function with a model's answer, by the rules of the benchmark's own harness.
-
-    An answer that is no call of ``f`` where an input was asked for, or that repeats the call where its value was
-    asked for, fails whatever it is worth.
 
     Args:
         code: The function ``f``.
@@ -54,7 +71,7 @@ def cruxeval_answer_program(code: str, input: str, output: str, answer: str, mod
         mode: What was asked for.
 
     Returns:
-        A program that passes if the answer is right.
+        A program that passes if the answer is right; one that fails if the harness skips it, see :func:`is_skipped`.
 
     Raises:
         LoPAError: If ``mode`` is unknown.
@@ -65,10 +82,7 @@ def cruxeval_answer_program(code: str, input: str, output: str, answer: str, mod
             return n * n
         assert 9 == f(-3)
     """
-    if mode not in get_args(Mode):
-        raise LoPAError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    if mode == "input" and "f(" not in answer:
-        return "assert False, 'the answer does not call f'"
-    if mode == "output" and f"f({input})" in answer:
-        return "assert False, 'the answer repeats the call'"
+    if is_skipped(input, answer, mode):
+        what = "does not call f" if mode == "input" else "repeats the call"
+        return f"assert False, 'the answer {what}'"
     return f"{code}\nassert {output} == {answer}"

@@ -305,8 +305,8 @@ class CausalLMModule(LoPALightningModule):
         completions = self.complete(part)
         if completions:
             results += scorer.score(part["index"].tolist(), completions)
-        problems, passed = (torch.tensor([record[key] for record in results]) for key in ("index", "passed"))
-        self.solved.update(problems.to(self.device), passed.to(self.device))
+        columns = [[record.get(key, False) for record in results] for key in ("index", "passed", "skipped")]
+        self.solved.update(*(torch.tensor(column, device=self.device) for column in columns))
         return {**found, "results": results}
 
     def on_test_epoch_end(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from lopa_lightning.data import CRUXEvalDataModule, MBPPDataModule
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.evaluation.sandbox import run_programs
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 
 Find = Callable[[str], str]
@@ -27,7 +28,6 @@ def test_the_docstring_prompt_is_built_from_the_problems_code_and_tests(tmp_path
     data = MBPPDataModule(path=str(tmp_path))
     example = data.layout("test")(PROBLEM)
     assert example.prompt == (
-        "import math\n"
         "def f(x, k=2):\n"
         '    """Write a function with \\"\\"\\"quotes\\"\\"\\" and a \\\\n.\n'
         "    >>> f(1, 2)\n"
@@ -38,7 +38,9 @@ def test_the_docstring_prompt_is_built_from_the_problems_code_and_tests(tmp_path
         "    3\n"
         '    """\n'
     )
-    assert example.completion == ("    LIMIT = 3\n    def helper(a):\n        return a\n    return helper(x) + LIMIT")
+    assert example.completion == (
+        "    import math\n    LIMIT = 3\n    def helper(a):\n        return a\n    return helper(x) + LIMIT"
+    )
     assert example.instance == example.prompt
     space: dict[str, Any] = {}
     exec(example.prompt + example.completion, space)
@@ -51,6 +53,36 @@ def test_what_follows_the_function_is_not_run(tmp_path: Path) -> None:
     program = data.program(PROBLEM, "    return x + 3\n\nprint(open('/etc/passwd'))\n")
     assert "print" not in program
     assert program.endswith("    return x + 3\n\nassert f( 1,2)==4\nassert set(f(2)) != {'a\\n'}\nassert f(0) == 3")
+
+
+NEEDY = {
+    "text": "Measure pairs.",
+    "code": "import sys, os.path\r\nfrom math import pi as p\r\nclass Pair:\r\n  x = 1\r\nclass Own:\r\n  y = 2\r\n"
+    "def size(pair):\r\n  return sys.getsizeof(pair.x) * Own.y",
+    "test_list": ["assert size(Pair()) == 2 * sys.getsizeof(1)", "assert os.path.sep", "assert size(Pair())"],
+    "test_setup_code": "",
+}
+
+
+@pytest.mark.parametrize("style", ["docstring", "asserts"])
+def test_what_tests_need_of_the_solution_is_the_harnesss_and_not_the_prompts(tmp_path: Path, style: Any) -> None:
+    data = MBPPDataModule(path=str(tmp_path), style=style)
+    row = {**NEEDY, "test_list": [NEEDY["test_list"][0]] if style == "docstring" else NEEDY["test_list"]}
+    written = (
+        "    return 2 * (1).__sizeof__()"
+        if style == "docstring"
+        else "class Pair: x = 1\ndef size(pair):\n    return 2 * (1).__sizeof__()"
+    )
+    program = data.program(row, written)
+    assert program.splitlines()[-1 - len(row["test_list"])] == "import sys, os.path"
+    assert "math" not in program
+    exec(program, {})
+    if style == "docstring":
+        example = data.layout("test")(row)
+        assert example.prompt.startswith('class Pair:\n    x = 1\ndef size(pair):\n    """Measure pairs.\n')
+        own = "    import sys, os.path\n    from math import pi as p\n    class Own:\n        y = 2\n    return"
+        assert str(example.completion).startswith(own)
+        exec(data.program(row, str(example.completion)), {})
 
 
 def test_mbpps_halves_are_by_id_and_its_own_splits_are_as_stored(tmp_path: Path) -> None:
@@ -141,6 +173,17 @@ def test_unknown_choices_are_listed(make: Callable[[], Any], message: str) -> No
 
 
 @pytest.mark.real
+def test_real_solutions_pass_as_completions_of_their_prompts(real_data: Find) -> None:
+    data = MBPPDataModule(path=real_data("google-research-datasets/mbpp"))
+    rows = [row for split in ("train", "test") for row in data.raw()[split]]
+    some = [row for row in rows if row["task_id"] in (342, 367, 596, 601, 927) or row["task_id"] % 60 == 3]
+    layout = data.layout("test")
+    outcomes = run_programs([data.program(row, str(layout(row).completion)) for row in some])
+    assert [(row["task_id"], outcome) for row, outcome in zip(some, outcomes) if not outcome.passed] == []
+    assert len(some) > 20
+
+
+@pytest.mark.real
 def test_every_real_problem_is_laid_out(real_data: Find) -> None:
     data = MBPPDataModule(path=real_data("google-research-datasets/mbpp"))
     raw, layout = data.raw(), data.layout("train")
@@ -150,5 +193,8 @@ def test_every_real_problem_is_laid_out(real_data: Find) -> None:
             example = layout(row)
             compile(f"{example.prompt}{example.completion}", str(row["task_id"]), "exec")
             assert example.prompt.count("\n    >>> ") == 3
+            assert "import " not in example.prompt.split('"""')[0]
+            before = example.prompt.split("def ", 1)[0]
+            assert before == "" or (before.startswith("class ") and row["task_id"] in (367, 601, 927))
     cruxeval = CRUXEvalDataModule(path=real_data("cruxeval-org/cruxeval")).raw()
     assert (len(cruxeval["train"]), len(cruxeval["test"]), cruxeval["test"]["id"][0]) == (400, 400, "sample_400")

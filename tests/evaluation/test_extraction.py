@@ -88,6 +88,9 @@ def test_code_is_found_in_an_answer(text: str, expected: str) -> None:
         ("f('a', [1]) == {'b': 2}\n[/ANSWER]", "{'b': 2}", "f('a', [1])"),
         ("So f(1) == 2.\n[ANSWER]\nassert f(1) == 3\n[/ANSWER]", "3", "f(1)"),
         ("assert f('a==b') == 'c'", "b')", "f('a"),  # the benchmark's harness splits here as well
+        ('assert f("assert x") == 1', "1", 'f("assert x")'),  # an input is what stands from `assert f` on
+        ('assert f ("a") == 1', "1", 'f("a")'),
+        ("assert 1 == f(2)", "f(2)", "assert 1"),
         ("", "", ""),
     ],
 )

@@ -71,6 +71,30 @@ def test_the_metric_is_the_mean_over_problems(samples: list[tuple[int, bool]], p
         assert 0 <= read[f"pass@{k}_low"] <= read[f"pass@{k}"] <= read[f"pass@{k}_high"] <= 1
 
 
+def by_the_harness(samples: list[bool | None], k: int) -> float:
+    """CRUXEval's ``evaluate_score``: what is skipped (None) is no result, unless nothing passes."""
+    results = [passed for passed in samples if passed is not None]
+    if True not in results:
+        results = [False] * len(samples)
+    if len(results) - results.count(True) < k:
+        return 1.0
+    return by_enumeration(results, k)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.sampled_from([True, False, None]), min_size=3, max_size=6), min_size=1, max_size=4))
+def test_skipped_samples_count_as_in_cruxevals_harness(outcomes: list[list[bool | None]]) -> None:
+    metric = PassAtK(k=[1, 2, 3])
+    for problem, samples in enumerate(outcomes):
+        passed, skipped = ([sample is value for sample in samples] for value in (True, None))
+        metric.update(torch.full((len(samples),), problem), torch.tensor(passed), torch.tensor(skipped))
+    read = computed(metric)
+    for k in metric.k:
+        expected = np.mean([by_the_harness(samples, k) for samples in outcomes])
+        assert read[f"pass@{k}"] == pytest.approx(expected, abs=1e-6)
+        assert 0 <= read[f"pass@{k}_low"] <= read[f"pass@{k}"] <= read[f"pass@{k}_high"] <= 1
+
+
 @pytest.mark.parametrize(("n", "right"), [(1, 0), (10, 0), (10, 3), (400, 399), (50, 50)])
 def test_with_one_sample_each_the_interval_is_wilsons(n: int, right: int) -> None:
     metric = PassAtK()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.evaluation.programs import cruxeval_answer_program, cruxeval_program, mbpp_program
+from lopa_lightning.evaluation.programs import cruxeval_answer_program, cruxeval_program, is_skipped, mbpp_program
 from lopa_lightning.evaluation.sandbox import run_programs
 
 SQUARE = "def f(n):\n    return n * n"
@@ -47,6 +47,22 @@ def test_cruxeval_answers_pass_by_the_benchmarks_rules(answer: str, mode: str, p
         assert not passes
     else:
         assert passes
+
+
+@pytest.mark.parametrize(
+    ("answer", "mode", "skipped"),
+    [
+        ("9", "output", False),
+        ("f(4)", "output", False),  # a call, but not the one that was asked for: it is run
+        ("f(3)", "output", True),
+        ("1 + f(3)", "output", True),
+        ("f(3)", "input", False),
+        ("", "input", True),
+        ("9", "input", True),
+    ],
+)
+def test_what_is_no_answer_to_cruxeval_is_skipped(answer: str, mode: str, skipped: bool) -> None:
+    assert is_skipped("3", answer, mode) == skipped  # type: ignore[arg-type]
 
 
 def test_cruxeval_program_compares_the_value() -> None:
