@@ -28,9 +28,8 @@ def placed(found: Sizes, devices: Sequence[int]) -> list[dict[str, Any]]:
     places = [("single", 1), *((strategy, count) for count in devices for strategy in ("ddp", "fsdp"))]
     rows = []
     for strategy, count in places:
-        memory = found.memory(strategy, count)
-        parts = {**dataclasses.asdict(memory), "total": memory.total}
-        rows.append({"strategy": strategy, "devices": count, **parts, "sent": found.sent(strategy, count)})
+        sent = found.sent(strategy, count)
+        rows.append({"strategy": strategy, "devices": count, **found.memory(strategy, count), "sent": sent})
     return rows
 
 
@@ -48,8 +47,7 @@ def report(found: Sizes, step: Step, devices: Sequence[int]) -> str:
         f"trained       {found.trained:,} parameters, {_shown(found.trained_bytes)}",
         f"frozen        {found.frozen:,} parameters, {_shown(found.frozen_bytes)}",
         f"checkpoint    {_shown(found.checkpoint_bytes)}: what is trained, and the optimizer's state",
-        f"batch         {step.examples} examples of {step.tokens} tokens on each device; "
-        f"{_shown(found.kept_bytes)} kept for the backward pass",
+        f"batch         {step.examples} examples of {step.tokens} tokens on each device",
         f"step          {found.flops / 1e12:.3g} TFLOP on each device",
         "",
         "of each device:" + "".join(f"{name:>13}" for name in columns),

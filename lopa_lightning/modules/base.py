@@ -182,10 +182,11 @@ class LoPALightningModule(TaskHooks, LightningModule):
         """Whether a Trainer is about to train it; a model as it comes may be validated and tested."""
         return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
-    def hollow_net(self) -> PromptedModel:
-        """The model without any number in it, for a look at its shapes. It is built anew and not kept."""
-        parts = self.builder.hollow(self.frozen_dropout)
-        readout = self.configure_readout(parts.backbone)
+    def meta_net(self) -> PromptedModel:
+        """Builds the model on the ``meta`` device, for a look at its shapes: no weight is read. It is not kept."""
+        with torch.device("meta"):
+            parts = self.builder.unloaded(self.frozen_dropout)
+            readout = self.configure_readout(parts.backbone)
         return PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone).train()
 
     def _make_hyperparameters_plain(self) -> None:

@@ -200,8 +200,8 @@ class Builder:
         encoder = load_model(spec.pretrained(), "encoder", mesh)
         return InstanceEncoder(encoder, spec), ckpt.fingerprint(encoder)
 
-    def hollow(self, dropout: bool) -> Parts:
-        """Builds all parts without reading weights; what numbers they have mean nothing.
+    def unloaded(self, dropout: bool) -> Parts:
+        """Builds all parts without reading weights; their values mean nothing.
 
         Args:
             dropout: Whether the backbone's own dropout is active in training.

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from lopa_lightning import CausalLMModule, LoPALightningModule
 from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.data.completion import CompletionDataModule
-from lopa_lightning.experiments.live import Live
+from lopa_lightning.experiments.sizes import StepTracker
 from lopa_lightning.files import write_whole
 from lopa_lightning.task import IGNORED
 from tests.benchmarks.cases import CASES, Case, Places, build_data, chosen, examples_of, places_of, pool_of
@@ -125,9 +125,9 @@ def operations(module: LoPALightningModule, batches: list[Batch]) -> float:
     """
     counted = {"ours": 0, "floor": 0}
     for batch in batches:
-        with Live([]) as ours:
+        with StepTracker([]) as ours:
             module.loss(module(batch), batch).backward()
-        with Live([]) as floor:
+        with StepTracker([]) as floor:
             floor_of(module, batch)
         counted = {"ours": counted["ours"] + ours.flops, "floor": counted["floor"] + floor.flops}
     return counted["ours"] / counted["floor"]

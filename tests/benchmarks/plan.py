@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from lopa_lightning.callbacks import LastCheckpoint
-from lopa_lightning.experiments.live import kept_for_backward
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Step, sizes
 from lopa_lightning.task import IGNORED
@@ -102,8 +101,7 @@ def planned(module: Any, step: Step) -> dict[str, int]:
         "frozen parameters": said.frozen,
         "checkpoint bytes": said.checkpoint_bytes,
         "FLOP of a step": said.flops,
-        "bytes kept for the backward": said.kept_bytes,
-        "bytes over loaded weights": memory.gradients + memory.optimizer + memory.activations,
+        "bytes over loaded weights": memory["total"] - memory["weights"],
     }
 
 
@@ -114,12 +112,6 @@ def measured(case: str, batch: dict[str, torch.Tensor]) -> dict[str, int]:
     with module.trainer.precision_plugin.forward_context(), FlopCounterMode(display=False) as flops:
         module.loss(module.net(batch)[0], batch).backward()
     module, _ = built(arguments(case))
-    module.configure_model()
-    own = [*module.net.parameters(), *module.net.buffers()]
-    with module.trainer.precision_plugin.forward_context(), kept_for_backward(own) as kept:
-        loss = module.loss(module.net(batch)[0], batch)
-    kept_bytes = sum(kept.values())
-    del loss
     with tempfile.TemporaryDirectory() as folder:
         memory, path = SecondStep(), Path(folder, "last.ckpt")
         options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -132,7 +124,6 @@ def measured(case: str, batch: dict[str, torch.Tensor]) -> dict[str, int]:
             "frozen parameters": sum(p.numel() for p in module.parameters() if not p.requires_grad),
             "checkpoint bytes": path.stat().st_size,
             "FLOP of a step": flops.get_total_flops(),
-            "bytes kept for the backward": kept_bytes,
             # Gradients and the optimizer's two moments were there before the step.
             "bytes over loaded weights": memory.most + 3 * state,
         }

@@ -16,9 +16,14 @@ from transformers import AutoModel
 
 from lopa_lightning import CausalLMModule
 from lopa_lightning.cli import main
-from lopa_lightning.experiments.live import ATTENTION_FLOPS, Live, kept_for_backward
 from lopa_lightning.experiments.resolve import built
-from lopa_lightning.experiments.sizes import Memory, Sizes, Step, sizes
+from lopa_lightning.experiments.sizes import (
+    ATTENTION_FLOPS,
+    Sizes,
+    Step,
+    StepTracker,
+    sizes,
+)
 from lopa_lightning.frozen import loading
 from tests.benchmarks.plan import compared
 from tests.modules.helpers import trainer, write_reviews
@@ -46,8 +51,9 @@ def arguments(backbone: str, *options: str) -> list[str]:
 
 
 def step_of(module: Any) -> tuple[int, int]:
-    """Operations of a real step, and bytes that it keeps for the backward pass."""
+    """Operations of a real step by torch's own counter, and the bytes of its tensors at their peak."""
     module.configure_model()
+    module.net = module.trainer.precision_plugin.convert_module(module.net)
     ids = torch.full((BATCH, TOKENS), 7)
     rows = torch.zeros(BATCH, dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -60,13 +66,15 @@ def step_of(module: Any) -> tuple[int, int]:
     if isinstance(module, CausalLMModule):
         to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)
         batch["labels"] = torch.where((to_come < COMPLETED) & (mask == 1), ids, -100)
-    own = [*module.net.parameters(), *module.net.buffers()]
-    with kept_for_backward(own) as kept, FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops:
-        with module.trainer.precision_plugin.forward_context():
+    precision = module.trainer.precision_plugin
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops, precision.forward_context():
+        module.loss(module.net(batch)[0], batch).backward()
+    module.zero_grad(set_to_none=True)
+    with StepTracker([*module.net.parameters(), *module.net.buffers()]) as tracked:
+        with precision.forward_context():
             loss = module.loss(module.net(batch)[0], batch)
-        kept_bytes = sum(kept.values())
         loss.backward()
-    return flops.get_total_flops(), kept_bytes
+    return flops.get_total_flops(), tracked.peak
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,7 @@ def step_of(module: Any) -> tuple[int, int]:
         ("bert_base", ("--model.train_backbone=true",)),
         ("llama", ("--model.backbone.dtype=bfloat16", "--model.adapter={peft_type: LORA, r: 4}")),
         ("llama", ("--trainer.precision=bf16-mixed",)),
+        ("llama", ("--trainer.precision=bf16-true",)),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
         ("bert_base", ("--model.instance_encoder.cache=false",)),
     ],
@@ -110,33 +119,33 @@ def check(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             patched.setattr(auto_class, "from_pretrained", None)
         said = sizes(module, STEP)
     assert module.net is None
-    flops, kept = step_of(module)
+    flops, peak = step_of(module)
     assert said.flops == flops
-    assert said.kept_bytes == pytest.approx(kept, rel=0.01)
+    assert said.peak_bytes == pytest.approx(peak, rel=0.01)
     trained = [p for p in module.parameters() if p.requires_grad]
     frozen = [p for p in module.parameters() if not p.requires_grad]
     assert (said.trained, said.frozen) == (sum(p.numel() for p in trained), sum(p.numel() for p in frozen))
     assert said.frozen_bytes == sum(p.numel() * p.element_size() for p in frozen)
-    assert said.state_bytes == 2 * said.trained_bytes == 8 * said.trained  # AdamW's two moments
+    assert said.trained_bytes == sum(p.numel() * p.element_size() for p in trained)
+    assert said.state_bytes == 2 * said.trained_bytes  # AdamW's two moments
 
 
 def test_a_step_at_its_peak() -> None:
     """Three layers of a chain, 4 KiB each: two are kept for the backward pass, and one gradient is at work."""
     net = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1))])
     start = torch.ones(1024)
-    with Live([start, *net]) as live:
+    with StepTracker([start, *net]) as tracked:
         first = start * net[0]
-        assert live.now == 4096
+        assert tracked.now == 4096
         kept = first.exp().exp()
-        assert live.now == 3 * 4096  # the first exp is kept by the second's backward
+        assert tracked.now == 3 * 4096  # the first exp is kept by the second's backward
         del first
-        assert (live.now, live.most) == (2 * 4096, 3 * 4096)
-        with live.without_gradients(net):
-            kept.sum().backward()
-        assert live.most < 5 * 4096
+        assert (tracked.now, tracked.peak) == (2 * 4096, 3 * 4096)
+        kept.sum().backward()
+        assert tracked.peak < 5 * 4096
         del kept
     assert net[0].grad is not None
-    assert live.now == 0
+    assert tracked.now == 0  # a parameter's gradient does not count
 
 
 @pytest.mark.real
@@ -165,7 +174,6 @@ FOUND = Sizes(
     layer_bytes=150,
     gathered_bytes=900 + 2 * 1500,
     state_bytes=800,
-    kept_bytes=9_000,
     peak_bytes=10_000,
     flops=1,
 )
@@ -174,13 +182,14 @@ FOUND = Sizes(
 @pytest.mark.parametrize(
     ("strategy", "devices", "memory", "sent"),
     [
-        ("single", 1, Memory(2400, 400, 800, 10_000), 0),
-        ("ddp", 4, Memory(2400, 2 * 400, 800, 10_000), 2 * 400 * 3 // 4),
-        ("fsdp", 4, Memory(2400 // 4 + 900 + 300, 100 + 400, 200, 10_000), (900 + 2 * 1500 + 400) * 3 // 4),
+        ("single", 1, (2400, 400, 800, 10_000), 0),
+        ("ddp", 4, (2400, 2 * 400, 800, 10_000), 2 * 400 * 3 // 4),
+        ("fsdp", 4, (2400 // 4 + 900 + 300, 100 + 400, 200, 10_000), (900 + 2 * 1500 + 400) * 3 // 4),
     ],
 )
-def test_memory_and_bytes_sent_by_strategy(strategy: str, devices: int, memory: Memory, sent: int) -> None:
-    assert FOUND.memory(strategy, devices) == memory
+def test_memory_and_bytes_sent_by_strategy(strategy: str, devices: int, memory: tuple[int, ...], sent: int) -> None:
+    parts = dict(zip(("weights", "gradients", "optimizer", "activations"), memory))
+    assert FOUND.memory(strategy, devices) == {**parts, "total": sum(memory)}
     assert FOUND.sent(strategy, devices) == sent
     assert FOUND.checkpoint_bytes == 1200
 
