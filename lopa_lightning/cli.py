@@ -17,13 +17,14 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lopa_lightning import __version__, checkpoint
 from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import LoPALightningModule
+from lopa_lightning.stopping import Stopped, stoppable
 from lopa_lightning.strategies import check_strategy_name
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
@@ -44,9 +45,6 @@ _DESCRIPTION = (
     "several methods on several tasks and seeds and tabulates them, `lopa sweep` searches hyperparameters, and "
     "`lopa plan` says what a run will take: see `lopa compare --help`, `lopa sweep --help` and `lopa plan --help`."
 )
-_SAVED = "asked to end, and saved; the same command with --ckpt_path last goes on from here\n"
-_ENDED = "asked to end; the same command goes on behind the results that it has written\n"
-_TERMINATED = 143  # what a shell or a scheduler expects of a program that SIGTERM ended
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
 _EXPECTED_WARNINGS = (
@@ -189,10 +187,11 @@ def main(args: ArgsType = None) -> None:
             # Imported when asked for: the modules run this command line.
             importlib.import_module(_EXPERIMENTS[given[0]]).main(given[1:])
         else:
-            LoPACLI(args=args)
-    except SIGTERMException:
-        sys.stderr.write(_SAVED if isinstance(given, list) and given[:1] == ["fit"] else _ENDED)
-        raise SystemExit(_TERMINATED) from None
+            with stoppable():
+                LoPACLI(args=args)
+    except Stopped as stopped:
+        rank_zero_only(sys.stderr.write)(f"{stopped}\n")
+        raise
     except Exception as error:
         expected = expected_cause(error)
         if expected is None or os.environ.get("LOPA_TRACEBACK"):

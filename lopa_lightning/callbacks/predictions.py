@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lopa_lightning.callbacks.stream import PredictionStream
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import write_whole
+from lopa_lightning.stopping import Stopped
 
 Format = Literal["jsonl", "csv"]
 
@@ -119,6 +120,14 @@ class PredictionWriter(BasePredictionWriter):
             print(f"{len(rows)} scored completions in {self._folder / 'results.jsonl'}")
             if self._stream is not None:
                 self._stream.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Says how to go on after what was written as it came."""
+        if isinstance(exception, Stopped) and self._stream is not None:
+            exception.outcome = (
+                f"{self._stream.path} holds what was done, and the same command with "
+                f"--predictions.folder {self._folder} goes on after it"
+            )
 
     def write_on_epoch_end(
         self,
