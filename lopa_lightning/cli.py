@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lopa_lightning import __version__, checkpoint
-from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor
+from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor, RunRecord
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import LoPALightningModule
 from lopa_lightning.stopping import Stopped, stoppable
@@ -155,6 +155,12 @@ class LoPACLI(LightningCLI):
         if not found:
             rank_zero_warn(f"no checkpoint {last.filename}.ckpt under {folders[0]} yet: the run starts anew")
         return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+
+    def after_fit(self) -> None:
+        """Writes the result of a run that is one of many."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunRecord):
+                callback.finish(self.trainer, self.model, self.datamodule)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone.

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments import chart, report
 from lopa_lightning.experiments.command import alone_in, end_with, interruptible, parsed
-from lopa_lightning.experiments.launch import launch
+from lopa_lightning.experiments.report import Row, choose_factor
 from lopa_lightning.experiments.resolve import Config, resolve, with_rates_times
-from lopa_lightning.experiments.result import Result
-from lopa_lightning.experiments.run import LOG_FILE, Run
-from lopa_lightning.experiments.summary import Row, choose_factor
+from lopa_lightning.experiments.run import Run, launch
 from lopa_lightning.files import write_whole
 
 _ONLY_TASK = "task"  # its name where methods are complete configs
@@ -165,15 +164,16 @@ class Comparing:
         self.say = say
         self.folder = Path(comparison.output)
         self.rows: dict[Path, Row] = {}
-        for pair in pairs:
-            for factor in comparison.rate_factors if comparison.selects else []:
-                row = Row(pair.task, pair.method, "select", comparison.selection_seed, factor)
-                self.rows[self._folder(row)] = row
-            only = None if comparison.selects else comparison.rate_factors[0]
-            for seed in comparison.seeds:
-                row = Row(pair.task, pair.method, "seed", seed, only)
-                self.rows[self._folder(row)] = row
         self.ended = 0
+        only = None if comparison.selects else comparison.rate_factors[0]
+        for pair in pairs:
+            rows = [Row(pair.task, pair.method, "seed", seed, only) for seed in comparison.seeds]
+            if comparison.selects:
+                seed = comparison.selection_seed
+                rows = [Row(pair.task, pair.method, "select", seed, f) for f in comparison.rate_factors] + rows
+            for row in rows:
+                name = f"select-{row.factor:g}" if row.phase == "select" else f"seed-{row.seed}"
+                self.rows[self.folder / "runs" / row.task / row.method / name] = row
 
     def run(self) -> list[Row]:
         """Runs what has not been run, first to choose rates and then to report.
@@ -181,75 +181,63 @@ class Comparing:
         Returns:
             All rows.
         """
-        self._launch([self._run(pair, row) for pair, row in self._of("select")])
-        self._choose()
-        self._launch([self._run(pair, row) for pair, row in self._of("seed") if row.factor is not None])
+        self._launch("select")
+        if self.comparison.selects:
+            for pair in self.pairs:
+                self._choose(pair)
+        self._launch("seed")
         self.write_report()
         return list(self.rows.values())
 
-    def _of(self, phase: str) -> list[tuple[Pair, Row]]:
-        by_name = {(pair.task, pair.method): pair for pair in self.pairs}
-        return [(by_name[row.task, row.method], row) for row in self.rows.values() if row.phase == phase]
+    def _choose(self, pair: Pair) -> None:
+        """Takes the best multiplier of a method on a task; where there is none, its seeds have failed."""
+        of_pair = {path: r for path, r in self.rows.items() if (r.task, r.method) == (pair.task, pair.method)}
+        factor = choose_factor([row for row in of_pair.values() if row.phase == "select"])
+        for path, row in of_pair.items():
+            if row.phase == "seed":
+                nothing = None if factor is not None else Result("failed", "", "every selection run failed")
+                self.rows[path] = replace(row, factor=factor, result=nothing)
+                self.ended += factor is None
 
-    def _folder(self, row: Row) -> Path:
-        name = f"select-{row.factor:g}" if row.phase == "select" else f"seed-{row.seed}"
-        return self.folder / "runs" / row.task / row.method / name
-
-    def _run(self, pair: Pair, row: Row) -> Run:
+    def _run(self, folder: Path, row: Row) -> Run:
+        pair = next(pair for pair in self.pairs if (pair.task, pair.method) == (row.task, row.method))
         base = pair.selection if row.phase == "select" else pair.config
         assert base is not None
         assert row.factor is not None
         config = {**with_rates_times(base, row.factor), "seed_everything": row.seed}
         tags = {"task": row.task, "method": row.method, "phase": row.phase, "seed": row.seed, "factor": row.factor}
-        return Run(self._folder(row), config, tags, self.comparison.keep_checkpoints)
+        return Run(folder, config, tags, self.comparison.keep_checkpoints)
 
-    def _choose(self) -> None:
-        """Takes the best rate factor of each pair; where there is none, its seeds have failed."""
-        if not self.comparison.selects:
-            return
-        for pair in self.pairs:
-            of_pair = {path: r for path, r in self.rows.items() if (r.task, r.method) == (pair.task, pair.method)}
-            factor = choose_factor([row for row in of_pair.values() if row.phase == "select"])
-            for path, row in of_pair.items():
-                if row.phase == "seed":
-                    nothing = None if factor is not None else Result("failed", "", "every selection run failed")
-                    self.rows[path] = replace(row, factor=factor, result=nothing)
-                    self.ended += factor is None
-
-    def _launch(self, runs: list[Run]) -> None:
+    def _launch(self, phase: str) -> None:
+        chosen = {path: r for path, r in self.rows.items() if r.phase == phase and r.factor is not None}
         todo = []
-        for run in runs:
-            row = self.rows[run.folder]
-            result = run.finished()
-            if result is not None:
-                self.rows[run.folder] = replace(row, result=result)
+        for folder, row in chosen.items():
+            run = self._run(folder, row)
+            if (result := run.finished()) is not None:
+                self.rows[folder] = replace(row, result=result)
                 self.ended += 1
                 continue
             todo.append(run)
             if run.is_changed():
-                self.say(f"{row.name}: its configuration has changed, it is run anew, and what was there put aside")
-        if len(todo) < len(runs):
-            self.say(f"{len(runs) - len(todo)} of {len(runs)} {runs[0].tags['phase']} runs have ended before")
+                self.say(f"{row.name}: its configuration has changed; the old run is put aside, and it starts again")
+        if len(todo) < len(chosen):
+            self.say(f"{len(chosen) - len(todo)} of {len(chosen)} {phase} runs have ended before")
         launch(todo, self._on_end, self.comparison.workers)
 
     def _on_end(self, run: Run, result: Result) -> None:
         self.ended += 1
         row = self.rows[run.folder] = replace(self.rows[run.folder], result=result)
-        outcome = f"failed: {result.reason} (see {run.folder / LOG_FILE})"
-        if result.done:
-            outcome = f"score {result.score:.4f}, {result.seconds:.0f} s"
-        self.say(f"[{self.ended}/{len(self.rows)}] {row.name}: {outcome}")
+        self.say(f"[{self.ended}/{len(self.rows)}] {row.name}: {run.outcome(result)}")
         self.write_report()
 
     def write_report(self) -> None:
         """Writes ``comparison.csv``, ``.md`` and ``.svg``."""
-        comparison, rows = self.comparison, list(self.rows.values())
-        tasks = list(dict.fromkeys(pair.task for pair in self.pairs))
-        methods = list(dict.fromkeys(pair.method for pair in self.pairs))
-        cells = report.table(rows, tasks, methods, comparison.reach, comparison.rate_factors)
-        write_whole(self.folder / "comparison.csv", report.csv_text(rows, cells, comparison.reach))
-        write_whole(self.folder / "comparison.md", report.markdown_text(rows, cells, comparison.reach))
-        write_whole(self.folder / "comparison.svg", chart.svg(cells))
+        comparison = self.comparison
+        table = report.runs_table(list(self.rows.values()), comparison.reach)
+        text = report.markdown_text(table, comparison.reach, comparison.rate_factors)
+        write_whole(self.folder / "comparison.csv", report.csv_text(table))
+        write_whole(self.folder / "comparison.md", text)
+        write_whole(self.folder / "comparison.svg", chart.svg(table))
 
 
 def main(args: Sequence[str]) -> None:

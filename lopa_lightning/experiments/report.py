@@ -1,219 +1,321 @@
-"""A comparison as CSV and Markdown: pure functions from rows to text."""
+"""Tables of many runs: pure functions from results to data frames and Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import pandas as pd
+
+from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.callbacks.summary import ADVICE
-from lopa_lightning.experiments.summary import (
-    NO_SHARES,
-    Cell,
-    Figure,
-    Row,
-    blind_methods,
-    cells_of,
-    majority_share,
-    metric_names,
-    samples_to_reach,
-    score_is_share,
-    target,
-)
 
+_NOT_OFFICIAL = ("loss", "score", "majority_share")
+_NOT_IN_POINTS = ("perplexity",)
 _EDGE = "\\*"
-_EDGE_NOTE = (
-    f"{_EDGE} The best rate factor lies at the edge of the grid: a wider one (`rate_factors`) may give a better score."
-)
-_COLUMNS = [
-    *("task", "method", "phase", "seed", "factor", "status", "reason", "score", "best_score"),
-    *("trained", "frozen", "checkpoint_mb", "seconds_per_step", "seconds", "peak_mb", "peak_of", "samples_to_reach"),
-]
-
-Cells = dict[str, dict[str, Cell]]
-"""By task, then by method."""
+_EDGE_NOTE = f"{_EDGE} The best multiplier is at the edge of the grid: a wider one (`rate_factors`) may score better."
+_MEASURED = ["trained", "frozen", "seconds_per_step", "seconds", "peak_mb", "peak_of", "score", "best_score"]
 
 
-def table(rows: Sequence[Row], tasks: Sequence[str], methods: Sequence[str], reach: float, factors: Any) -> Cells:
-    """Gathers rows into cells.
+@dataclass(frozen=True)
+class Row:
+    """A run of a comparison.
+
+    Attributes:
+        task: Its column.
+        method: Its row.
+        phase: ``select`` for a run that only chooses the learning rate, ``seed`` for one that is reported.
+        seed: Its seed.
+        factor: Multiplier of its learning rates; None while it is not chosen.
+        result: None while there is none.
+    """
+
+    task: str
+    method: str
+    phase: Literal["select", "seed"]
+    seed: int
+    factor: float | None
+    result: Result | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        kind = f"select {self.factor:g}" if self.phase == "select" else f"seed {self.seed}"
+        return f"{self.task} {self.method} {kind}"
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended well."""
+        return self.result is not None and self.result.done
+
+
+def choose_factor(rows: Sequence[Row]) -> float | None:
+    """Returns the multiplier whose selection run ended with the best score; among equals the lowest loss decides.
+
+    Returns:
+        None if no run has ended well.
+    """
+
+    def merit(row: Row) -> tuple[float, float]:
+        assert row.result is not None
+        score = row.result.score
+        return -math.inf if math.isnan(score) else score, -row.result.metrics.get("val/loss", math.inf)
+
+    done = [row for row in rows if row.done]
+    return max(done, key=merit).factor if done else None
+
+
+def measured(result: Result) -> dict[str, Any]:
+    """Returns what a table shows of a run, with every metric of its last validation."""
+    size = result.checkpoint_bytes
+    values = {"status": result.status, "reason": result.reason, **{name: getattr(result, name) for name in _MEASURED}}
+    return {**values, "checkpoint_mb": None if size is None else size / 1e6, **result.metrics}
+
+
+def runs_table(rows: Sequence[Row], reach: float) -> pd.DataFrame:
+    """Makes a line for each run.
 
     Args:
-        rows: Of all runs.
-        tasks: In their order.
-        methods: In their order.
-        reach: Share of the best score that counts as reached.
-        factors: The grid of rate factors.
+        rows: The runs.
+        reach: Share of the best method's mean score, for the examples it takes to get there (``samples_to_reach``).
+
+    Returns:
+        A frame in the order of ``rows``, ready for ``to_csv``.
     """
-    return {task: cells_of(rows, task, methods, reach, factors) for task in tasks}
+    named = ("task", "method", "phase", "seed", "factor")
+    records = [
+        {
+            **{name: getattr(row, name) for name in named},
+            **({"status": "not run"} if row.result is None else measured(row.result)),
+        }
+        for row in rows
+    ]
+    table = pd.DataFrame(
+        records, columns=list(dict.fromkeys([*named, *measured(Result("done", "")), *(k for r in records for k in r)]))
+    )
+    reported = table[(table.phase == "seed") & (table.status == "done")]
+    means = reported.groupby(["task", "method"]).score.mean().groupby("task").max()
+    goals = {task: target(best, reach) for task, best in means.items()}
+    # The goal is a score on the reported split: a selection run is measured on another.
+    table["samples_to_reach"] = [
+        samples_to_reach(row.result, goals.get(row.task, math.nan)) if row.phase == "seed" and row.result else None
+        for row in rows
+    ]
+    return table
 
 
-def csv_text(rows: Sequence[Row], cells: Cells, reach: float) -> str:
-    """A line for each run, with every metric of its last validation.
+def csv_text(table: pd.DataFrame) -> str:
+    """Returns a table as CSV, whole numbers as such."""
+    text: str = table.convert_dtypes().to_csv(index=False)
+    return text
+
+
+def target(best: float, reach: float) -> float:
+    """Returns the score to reach: a share of the best, from below where scores are negative losses.
+
+    Example:
+        >>> round(target(0.8, 0.95), 4), round(target(-1.0, 0.95), 4)
+        (0.76, -1.05)
+    """
+    return best - (1 - reach) * abs(best)
+
+
+def samples_to_reach(result: Result, score: float) -> float | None:
+    """Returns the training examples seen when the validation score first was ``score``; None if it never was."""
+    reached = (entry["samples"] for entry in result.history if entry["metrics"].get("val/score", math.nan) >= score)
+    return next(reached, None)
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """The reported runs of one task.
 
     Args:
-        rows: Of all runs.
-        cells: As from :func:`table`.
-        reach: Share of the best score that counts as reached.
+        runs: Those lines of :func:`runs_table`.
     """
-    metrics = list(dict.fromkeys(name for row in rows if row.result is not None for name in row.result.metrics))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [*_COLUMNS, *metrics], lineterminator="\n", restval="")
-    writer.writeheader()
-    for row in rows:
-        means = [cell.score.mean for cell in cells[row.task].values() if cell.score is not None]
-        writer.writerow(_csv_row(row, target(means, reach)))
-    return out.getvalue()
 
+    runs: pd.DataFrame
 
-def _csv_row(row: Row, goal: float) -> dict[str, Any]:
-    shown: dict[str, Any] = {name: getattr(row, name) for name in ("task", "method", "phase", "seed", "factor")}
-    result = row.result
-    if result is None:
-        return {**shown, "status": "not run"}
-    shown |= {name: getattr(result, name) for name in ("status", "reason", "trained", "frozen", "seconds_per_step")}
-    shown |= {name: getattr(result, name) for name in ("seconds", "peak_mb", "peak_of")}
-    if result.history:
-        shown |= {"score": result.score, "best_score": result.best_score, **result.metrics}
-    if result.checkpoint_bytes is not None:
-        shown["checkpoint_mb"] = result.checkpoint_bytes / 1e6
-    # The target is a score on the reported split: a selection run is measured on another.
-    if result.done and row.phase == "seed":
-        shown["samples_to_reach"] = samples_to_reach(result, goal)
-    return shown
+    @property
+    def done(self) -> pd.DataFrame:
+        """The runs that have ended well."""
+        return self.runs[self.runs.status == "done"]
 
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Column to name of each official metric: ``val/f1`` is ``f1``, ``val_other/f1`` is ``f1 (other)``."""
+        columns = [c for c in self.done.dropna(axis=1, how="all").columns if str(c).startswith("val") and "/" in str(c)]
+        names = {}
+        for column in columns:
+            group, _, metric = str(column).partition("/")
+            suffix = group.removeprefix("val").strip("_")
+            if metric not in _NOT_OFFICIAL:
+                names[str(column)] = f"{metric} ({suffix})" if suffix else metric
+        return names
 
-def markdown_text(rows: Sequence[Row], cells: Cells, reach: float) -> str:
-    """A table for each task, and one of all.
+    @property
+    def majority_share(self) -> float | None:
+        """Share of the most frequent label in the validation split; None where labels are no classes."""
+        shares = self.done.get("val/majority_share", pd.Series(dtype=float)).dropna()
+        return float(shares.iloc[0]) if len(shares) else None
 
-    Args:
-        rows: Of all runs.
-        cells: As from :func:`table`.
-        reach: Share of the best score that counts as reached.
-    """
-    parts = ["# Comparison", _explained(rows, reach)]
-    if len(cells) > 1:
-        parts += ["## All tasks", _summary(cells)]
-    for task, methods in cells.items():
-        parts.append(f"## {task}")
-        share = majority_share(methods.values())
-        if share is not None:
-            parts.append(f"Always answering the most frequent label: accuracy {100 * share:.1f}.")
-        if blind := blind_methods(methods):
-            parts.append(f"No better than that, so nothing was learned: {', '.join(map(_escaped, blind))}. {ADVICE}")
-        parts.append(_task_table(methods, reach))
-        if any(cell.at_edge and cell.score for cell in methods.values()):
-            parts.append(_EDGE_NOTE)
-        failed = [row for row in rows if row.task == task and row.result is not None and not row.done]
-        if failed:
-            parts.append(
-                "\n".join(f"- {row.name} failed: {_escaped(row.result.reason)}" for row in failed if row.result)
+    @property
+    def in_points(self) -> bool:
+        """Whether the score is a share and not, for want of an official metric, a negative loss."""
+        losses = self.done.get("val/loss", pd.Series(dtype=float))
+        return bool(len(self.done)) and not bool((self.done.score == -losses).any())
+
+    @property
+    def score_is_accuracy(self) -> bool:
+        """Whether the score is of one scale with the majority's share."""
+        return "val/accuracy" in self.done and bool(((self.done["val/accuracy"] - self.done.score).abs() < 1e-9).all())
+
+    def blind_methods(self) -> list[str]:
+        """Returns the methods that are no better than always answering the most frequent label."""
+        if self.majority_share is None or "val/accuracy" not in self.done:
+            return []
+        means = self.done.groupby("method", sort=False)["val/accuracy"].mean()
+        return [str(name) for name in means[means <= self.majority_share].index]
+
+    def of(self, method: str) -> pd.DataFrame:
+        """Returns a method's runs."""
+        return self.runs[self.runs.method == method]
+
+    def score_text(self, method: str) -> str:
+        """Returns a method's score, or what there is in its place."""
+        runs = self.of(method)
+        done = runs[runs.status == "done"]
+        if not len(done):
+            return "failed" if (runs.status == "failed").any() else "not run yet"
+        text = figure_text(done.score, self.in_points)
+        return text if len(done) == len(runs) else f"{text} ({len(done)} of {len(runs)} seeds)"
+
+    def markdown(self, methods: Sequence[str], reach: float, factors: Sequence[float]) -> str:
+        """Returns the table of all methods."""
+        metrics = self.metrics if len(self.metrics) > 1 else {}
+        kinds = set(self.done.peak_of.dropna())
+        peak = {"cuda": "peak GPU MB", "process": "peak process MB"}[kinds.pop()] if len(kinds) == 1 else "peak MB"
+        header = ["method", "score", *metrics.values(), "trained parameters", "checkpoint MB", "s/step", peak]
+        body = []
+        for method in methods:
+            runs = self.of(method)
+            done = runs[runs.status == "done"]
+            factor = runs.factor.dropna().max()
+            mark = f" {_EDGE}" if at_edge(factor, factors) else ""
+            body.append(
+                [
+                    escaped(method),
+                    self.score_text(method),
+                    *(figure_text(done[c], name.split(" ")[0] not in _NOT_IN_POINTS) for c, name in metrics.items()),
+                    *(mean_text(done[c], form) for c, form in (("trained", ",.0f"), ("checkpoint_mb", ".2f"))),
+                    *(mean_text(done[c], form) for c, form in (("seconds_per_step", ".3g"), ("peak_mb", ",.0f"))),
+                    mean_text(done.samples_to_reach, ",.0f"),
+                    "–" if pd.isna(factor) else f"{factor:g}{mark}",
+                ]
             )
+        return markdown_table([*header, f"samples to {100 * reach:g} %", "rate factor"], body)
+
+
+def markdown_text(table: pd.DataFrame, reach: float, factors: Sequence[float]) -> str:
+    """Returns a report: a table for each task, and one of all.
+
+    Args:
+        table: As from :func:`runs_table`.
+        reach: Share of the best score that counts as reached.
+        factors: The grid of multipliers of learning rates.
+    """
+    parts = ["# Comparison", _explained(table, reach)]
+    tasks = tasks_of(table)
+    methods = list(dict.fromkeys(table.method))
+    if len(tasks) > 1:
+        parts += ["## All tasks", _summary(tasks, methods)]
+    for name, task in tasks.items():
+        parts.append(f"## {name}")
+        if task.majority_share is not None:
+            parts.append(f"Always answering the most frequent label: accuracy {100 * task.majority_share:.1f}.")
+        if blind := task.blind_methods():
+            parts.append(f"No better than that, so nothing was learned: {', '.join(map(escaped, blind))}. {ADVICE}")
+        parts.append(task.markdown(methods, reach, factors))
+        if task.done.factor.map(lambda factor: at_edge(factor, factors)).any():
+            parts.append(_EDGE_NOTE)
+        failed = table[(table.task == name) & (table.status == "failed")]
+        if len(failed):
+            lines = [f"- {_run_name(run)} failed: {escaped(run.reason)}" for run in failed.itertuples()]
+            parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _explained(rows: Sequence[Row], reach: float) -> str:
-    missing = sum(row.result is None for row in rows)
+def tasks_of(table: pd.DataFrame) -> dict[str, TaskTable]:
+    """Returns the reported runs by task."""
+    reported = table[table.phase == "seed"]
+    return {task: TaskTable(reported[reported.task == task]) for task in dict.fromkeys(table.task)}
+
+
+def _run_name(run: Any) -> str:
+    return Row(run.task, run.method, run.phase, run.seed, run.factor).name
+
+
+def _explained(table: pd.DataFrame, reach: float) -> str:
+    missing = int((table.status == "not run").sum())
     lines = [
         "Score is that of the last validation, not of the best one; mean ± sample standard deviation over seeds, in "
         "points; where a task has no metric, the negative loss as it is. Figures beside it are means over seeds.",
-        f"Samples to {100 * reach:g} %: training samples seen when the validation score first was {100 * reach:g} % of "
-        "the best method's mean final score, as finely as there are validations; – where a seed never gets there.",
+        f"Samples to {100 * reach:g} %: training examples seen when the validation score first was {100 * reach:g} % "
+        "of the best method's mean final score, as finely as there are validations; – where a seed never gets there.",
         "Checkpoint MB: with the optimizer's state.",
     ]
-    if missing:
-        lines.append(f"{missing} of {len(rows)} runs have not ended yet.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([f"{missing} of {len(table)} runs have not ended yet."] if missing else [])])
 
 
-def _task_table(methods: dict[str, Cell], reach: float) -> str:
-    names = metric_names(result for cell in methods.values() for result in cell.done)
-    shown = names if len(names) > 1 else []
-    peaks = {result.peak_of for cell in methods.values() for result in cell.done}
-    peak = {"cuda": "peak GPU MB", "process": "peak process MB"}.get(str(next(iter(peaks), "")), "peak MB")
-    header = ["method", "score", *shown, "trained parameters", "checkpoint MB", "s/step"]
-    header += [peak if len(peaks) == 1 else "peak MB", f"samples to {100 * reach:g} %", "rate factor"]
-    in_points = score_is_share(methods.values())
-    return markdown_table(header, [_task_row(name, cell, shown, in_points) for name, cell in methods.items()])
-
-
-def _task_row(name: str, cell: Cell, metrics: Sequence[str], in_points: bool) -> list[str]:
-    size = cell.mean_of("checkpoint_bytes")
-    factor = "–" if cell.factor is None else f"{cell.factor:g}" + (f" {_EDGE}" if cell.at_edge else "")
-    return [
-        _escaped(name),
-        score_text(cell, in_points),
-        *(figure_text(cell.metrics.get(metric), metric.split(" ")[0] not in NO_SHARES) for metric in metrics),
-        _number(cell.mean_of("trained"), ",.0f"),
-        _number(size / 1e6 if size is not None else None, ".2f"),
-        _number(cell.mean_of("seconds_per_step"), ".3g"),
-        _number(cell.mean_of("peak_mb"), ",.0f"),
-        _number(cell.samples, ",.0f"),
-        factor,
-    ]
-
-
-def _summary(cells: Cells) -> str:
-    methods = list(next(iter(cells.values())))
-    points = {task: score_is_share(row.values()) for task, row in cells.items()}
+def _summary(tasks: dict[str, TaskTable], methods: Sequence[str]) -> str:
     body = []
     for method in methods:
-        row = [cells[task][method] for task in cells]
-        means = [cell.score.mean for cell in row if cell.score is not None]
-        comparable = len(means) == len(row) and all(points.values())
-        mean = f"{100 * sum(means) / len(means):.1f}" if comparable else "–"
-        body.append([_escaped(method), *(score_text(cell, points[task]) for task, cell in zip(cells, row)), mean])
-    return markdown_table(["method", *cells, "mean"], body)
+        done = [task.of(method)[lambda runs: runs.status == "done"].score for task in tasks.values()]
+        comparable = all(len(scores) for scores in done) and all(task.in_points for task in tasks.values())
+        mean = f"{100 * sum(scores.mean() for scores in done) / len(done):.1f}" if comparable else "–"
+        body.append([escaped(method), *(task.score_text(method) for task in tasks.values()), mean])
+    return markdown_table(["method", *tasks, "mean"], body)
 
 
-def score_text(cell: Cell, in_points: bool = True) -> str:
-    """A cell's score, or what there is in its place.
-
-    Args:
-        cell: A method on a task.
-        in_points: Whether the score is a share, to be shown in hundredths.
-    """
-    results = [row.result for row in cell.rows]
-    failed = sum(result is not None and not result.done for result in results)
-    if cell.score is None:
-        return "failed" if failed else "not run yet"
-    text = figure_text(cell.score, in_points)
-    return text if len(cell.done) == len(results) else f"{text} ({len(cell.done)} of {len(results)} seeds)"
+def at_edge(factor: float, factors: Sequence[float]) -> bool:
+    """Tells whether a multiplier is the smallest or the largest of several."""
+    return len(factors) > 1 and factor in (min(factors), max(factors))
 
 
-def figure_text(figure: Figure | None, in_points: bool = True) -> str:
-    """Mean ± standard deviation.
+def figure_text(values: Iterable[float], in_points: bool = True) -> str:
+    """Returns mean ± sample standard deviation.
 
     Args:
-        figure: The figure; None for a dash.
-        in_points: Whether it is a share, to be shown in hundredths.
+        values: One for each seed; of none a dash.
+        in_points: Whether they are shares, to be shown in hundredths.
 
     Example:
-        >>> figure_text(Figure(0.78125, 0.0123)), figure_text(Figure(-0.5), in_points=False)
-        ('78.1 ± 1.2', '-0.5000')
+        >>> figure_text([0.74, 0.76, 0.81]), figure_text([-0.5], in_points=False), figure_text([])
+        ('77.0 ± 3.6', '-0.5000', '–')
     """
-    if figure is None or math.isnan(figure.mean):
+    found = pd.Series(list(values), dtype=float)
+    if not len(found) or found.isna().any():
         return "–"
     scale, form = (100, ".1f") if in_points else (1, ".4f")
-    spread = "" if figure.sd is None else f" ± {scale * figure.sd:{form}}"
-    return f"{scale * figure.mean:{form}}{spread}"
+    spread = f" ± {scale * found.std():{form}}" if len(found) > 1 else ""
+    return f"{scale * found.mean():{form}}{spread}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
+def mean_text(values: pd.Series, form: str) -> str:
+    """Returns the mean over seeds; a dash where a seed lacks the figure, or there is none."""
+    numbers = pd.to_numeric(values)
+    return "–" if not len(numbers) or numbers.isna().any() else f"{numbers.mean():{form}}"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Returns a text that may stand in a table's cell."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table, its first column to the left.
-
-    Args:
-        header: Of each column.
-        body: Rows.
+    """Returns a table, its first column to the left.
 
     Example:
         >>> print(markdown_table(["method", "score"], [["lopa", "78.1"]]))

@@ -134,12 +134,13 @@ def with_rates_times(config: Config, factor: float) -> Config:
     return changed
 
 
-def placed_in(config: Config, folder: Path) -> Config:
-    """A configuration whose logs and checkpoints go into a folder, and whose log file has no progress bars.
+def placed_in(config: Config, folder: Path, record: dict[str, Any]) -> Config:
+    """Returns a configuration whose logs, checkpoints and result go into a folder, without progress bars.
 
     Args:
         config: As from :func:`resolve`.
         folder: The run's.
+        record: Arguments of :class:`~lopa_lightning.callbacks.run_record.RunRecord`.
     """
     placed = copy.deepcopy(config)
     trainer = placed["trainer"]
@@ -151,6 +152,9 @@ def placed_in(config: Config, folder: Path) -> Config:
         }
     if trainer["enable_progress_bar"] is None:
         trainer["enable_progress_bar"] = False
+    callbacks = trainer["callbacks"] or []
+    recorder = {"class_path": "lopa_lightning.callbacks.RunRecord", "init_args": record}
+    trainer["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), recorder]
     for name in ("checkpoint", "last_checkpoint"):
         placed[name]["dirpath"] = str(folder / "checkpoints")
     placed["last_checkpoint"]["filename"] = "last"

@@ -8,12 +8,20 @@ import math
 import xml.etree.ElementTree as ET
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.experiments import chart
-from lopa_lightning.experiments.report import Cells, csv_text, markdown_text, table
-from lopa_lightning.experiments.result import Result
-from lopa_lightning.experiments.summary import Figure, Row, choose_factor, samples_to_reach
+from lopa_lightning.experiments.report import (
+    Row,
+    choose_factor,
+    csv_text,
+    figure_text,
+    markdown_text,
+    runs_table,
+    samples_to_reach,
+)
 
 METHODS = ["lopa", "lora", "broken", "waiting"]
 
@@ -43,32 +51,26 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def cells() -> Cells:
-    return table(ROWS, ["a", "b"], METHODS, 0.95, [1.0, 2.0, 3.0])
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return runs_table(ROWS, 0.95)
 
 
-def test_mean_and_sample_standard_deviation_over_seeds(cells: Cells) -> None:
-    score = cells["a"]["lopa"].score
-    assert score is not None
-    values = [0.74, 0.76, 0.81]
-    mean = sum(values) / 3
-    assert score.mean == pytest.approx(mean)
-    assert score.sd == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in values) / 2))
-    assert cells["b"]["lopa"].score is not None
-    assert cells["b"]["lopa"].score.sd is None
+def markdown(rows: list[Row], *factors: float) -> str:
+    return markdown_text(runs_table(rows, 0.95), 0.95, factors or (1.0,))
 
 
-def test_samples_to_reach_a_share_of_the_best_mean(cells: Cells) -> None:
+def test_samples_to_reach_a_share_of_the_best_mean(table: pd.DataFrame) -> None:
     # The best mean is 0.77 and the goal 0.7315: reached after 200, 200 and 300 samples; one seed of lora's never does.
-    assert cells["a"]["lopa"].samples == pytest.approx((200 + 200 + 300) / 3)
-    assert cells["a"]["lora"].samples is None
+    assert table.samples_to_reach[:3].tolist() == [200, 200, 300]
+    assert table.samples_to_reach[3] == 200
+    assert math.isnan(table.samples_to_reach[4])
     assert samples_to_reach(result(0.1, 0.5, 0.4), 0.5) == 200
     assert samples_to_reach(result(0.1, 0.5, 0.4), 0.51) is None
 
 
-def test_the_markdown_in_full(cells: Cells) -> None:
-    text = markdown_text(ROWS, cells, 0.95)
+def test_the_markdown_in_full(table: pd.DataFrame) -> None:
+    text = markdown_text(table, 0.95, [1.0, 2.0, 3.0])
     assert text.count("\n## ") == 3
     assert "16 of 24 runs have not ended yet" not in text
     assert "14 of 24 runs have not ended yet." in text
@@ -93,7 +95,7 @@ Always answering the most frequent label: accuracy 62.5.
 | broken | failed | – | – | – | – | – | 1 \\* |
 | waiting | not run yet | – | – | – | – | – | 1 \\* |
 
-\\* The best rate factor lies at the edge of the grid: a wider one (`rate_factors`) may give a better score.
+\\* The best multiplier is at the edge of the grid: a wider one (`rate_factors`) may score better.
 
 - a lora seed 3 failed: out \\| of memory
 - a broken seed 1 failed: no data
@@ -107,7 +109,7 @@ Always answering the most frequent label: accuracy 62.5.
 
 def test_methods_no_better_than_the_most_frequent_label_are_named() -> None:
     rows = [*seeds("a", "lopa", [result(0.9), result(0.7)]), *seeds("a", "lora", [result(0.625), result(0.625)])]
-    text = markdown_text(rows, table(rows, ["a"], ["lopa", "lora"], 0.95, [1.0]), 0.95)
+    text = markdown(rows)
     assert "No better than that, so nothing was learned: lora. Try a ten times higher learning rate" in text
 
 
@@ -116,30 +118,29 @@ def test_the_majoritys_share_is_drawn_where_the_score_is_an_accuracy() -> None:
     other.history[-1]["metrics"]["val/accuracy"] = 0.7  # as MRPC's, whose score is the mean of accuracy and F1
     for found, drawn in ((result(0.5), True), (other, False)):
         rows = seeds("a", "lopa", [found])
-        assert ("most frequent label" in chart.svg(table(rows, ["a"], ["lopa"], 0.95, [1.0]))) == drawn
+        assert ("most frequent label" in chart.svg(runs_table(rows, 0.95))) == drawn
 
 
-def test_figures_without_a_number_are_no_error() -> None:
-    assert math.isnan(Figure.of([math.nan, 0.5]).sd)  # type: ignore[union-attr, arg-type]
-    assert Figure.of([-math.inf, 0.5]).mean == -math.inf  # type: ignore[union-attr]
+def test_figures_of_what_is_not_finite_are_no_error() -> None:
+    assert figure_text([math.nan, 0.5]) == "–"
+    assert figure_text([-math.inf], in_points=False) == "-inf"
 
 
 def test_a_factor_within_the_grid_has_no_mark() -> None:
     rows = seeds("a", "lopa", [result(0.5)], factor=2.0)
-    cells = table(rows, ["a"], ["lopa"], 0.95, [1.0, 2.0, 3.0])
-    assert not cells["a"]["lopa"].at_edge
-    text = markdown_text(rows, cells, 0.95)
+    text = markdown(rows, 1.0, 2.0, 3.0)
     assert "| 2 |" in text
     assert "edge of the grid" not in text
     assert "## All tasks" not in text
-    assert not table(rows, ["a"], ["lopa"], 0.95, [2.0])["a"]["lopa"].at_edge
+    assert "edge of the grid" not in markdown(rows, 2.0)
+    assert "edge of the grid" in markdown(rows, 1.0, 2.0)
 
 
 def test_several_metrics_have_a_column_each() -> None:
     found = result(0.5)
     found.history[-1]["metrics"] |= {"val/f1": 0.25, "val_other/accuracy": 0.125}
     rows = seeds("a", "lopa", [found])
-    text = markdown_text(rows, table(rows, ["a"], ["lopa"], 0.95, [1.0]), 0.95)
+    text = markdown(rows)
     assert "| method | score | accuracy | f1 | accuracy (other) | trained parameters |" in text
     assert "| lopa | 50.0 | 50.0 | 25.0 | 12.5 | 1,000 |" in text
 
@@ -147,15 +148,15 @@ def test_several_metrics_have_a_column_each() -> None:
 def test_a_score_that_is_a_loss_is_not_shown_in_points() -> None:
     history = [{"samples": 8 * n, "metrics": {"val/loss": -s, "val/score": s}} for n, s in enumerate((-2.0, -1.0), 1)]
     rows = seeds("a", "lopa", [Result("done", "", history=history, trained=5)])
-    cells = table(rows, ["a"], ["lopa"], 0.95, [1.0])
-    assert "| lopa | -1.0000 | 5 |" in markdown_text(rows, cells, 0.95)
-    assert cells["a"]["lopa"].samples == 16  # -1 reaches -1.05
+    text = markdown(rows)
+    assert "| lopa | -1.0000 | 5 |" in text
+    assert "| 16 | 1 |" in text  # -1 reaches -1.05
 
 
 def test_of_completions_accuracy_is_in_points_and_perplexity_as_it_is() -> None:
     metrics = {"val/loss": 1.0, "val/score": -1.0, "val/perplexity": 2.7183, "val/token_accuracy": 0.75}
     rows = seeds("a", "lopa", [Result("done", "", history=[{"samples": 8, "metrics": metrics}], trained=5)])
-    text = markdown_text(rows, table(rows, ["a"], ["lopa"], 0.95, [1.0]), 0.95)
+    text = markdown(rows)
     assert "| lopa | -1.0000 | 2.7183 | 75.0 | 5 |" in text
 
 
@@ -176,17 +177,17 @@ def test_the_factor_of_the_best_end_is_chosen() -> None:
     assert choose_factor(rows[-1:]) is None
 
 
-def test_the_csv_has_failures_and_runs_that_wait(cells: Cells) -> None:
-    rows = list(csv.DictReader(io.StringIO(csv_text(ROWS, cells, 0.95))))
+def test_the_csv_has_failures_and_runs_that_wait(table: pd.DataFrame) -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_text(table))))
     assert len(rows) == 24
     assert (rows[0]["score"], rows[0]["best_score"], rows[0]["samples_to_reach"]) == ("0.74", "0.78", "200")
-    assert (rows[0]["trained"], rows[0]["checkpoint_mb"], rows[0]["val/majority_share"]) == ("1000", "2.0", "0.625")
+    assert (rows[0]["trained"], rows[0]["checkpoint_mb"], rows[0]["val/majority_share"]) == ("1000", "2", "0.625")
     assert (rows[5]["status"], rows[5]["reason"], rows[5]["score"]) == ("failed", "out | of memory", "")
     assert (rows[9]["method"], rows[9]["status"]) == ("waiting", "not run")
 
 
-def test_the_chart_has_a_panel_for_each_task_and_names_its_methods(cells: Cells) -> None:
-    drawn = chart.svg(cells)
+def test_the_chart_has_a_panel_for_each_task_and_names_its_methods(table: pd.DataFrame) -> None:
+    drawn = chart.svg(table)
     texts = [node.text for node in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert [texts.count(name) for name in ("a", "b", "lopa", "lora", "broken", "waiting")] == [1, 1, 2, 1, 0, 0]
-    assert chart.svg(cells) == drawn
+    assert chart.svg(table) == drawn
