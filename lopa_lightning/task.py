@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from lopa_lightning.errors import LoPAError
 
 IGNORED = -100
 """Label of a token that is not to be foretold."""
+
+InstanceReads = Literal["columns", "template"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,12 @@ class TextTask:
         eval_sets: Name suffixes of the evaluation sets; MNLI has two.
         template: What the backbone reads, with ``{column}`` fields and ``{mask}``.
         causal_template: Its wording for causal LMs, where that is another.
+        instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with its own
+            tokenizer's mask.
 
     Raises:
-        LoPAError: If there is one label only, labels or words repeat, or their numbers differ.
+        LoPAError: If ``instance_reads`` is unknown, there is one label only, labels or words repeat, or their numbers
+            differ.
     """
 
     labels: list[str]
@@ -32,8 +38,12 @@ class TextTask:
     eval_sets: list[str] | None = None
     template: list[str] | None = None
     causal_template: str | None = None
+    instance_reads: InstanceReads = "columns"
 
     def __post_init__(self) -> None:
+        if self.instance_reads not in get_args(InstanceReads):
+            choices = ", ".join(get_args(InstanceReads))
+            raise LoPAError(f"instance_reads must be one of {choices}, got {self.instance_reads!r}")
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
             raise LoPAError(f"labels must be at least two different names, or none for regression; got {self.labels}")
         if self.words is not None and len(set(self.words)) < len(self.words):

@@ -193,9 +193,11 @@ class TextDataModule(LightningDataModule, ABC):
         to_backbone = Tokenize(spec.tokenizer, template, self._max_tokens(), self.truncation_side)
         to_instance = None
         if spec.instance_tokenizer is not None:
-            to_instance = Tokenize(
-                spec.instance_tokenizer, plain_template(columns), spec.instance_max_tokens, self.truncation_side
-            )
+            reads_template = self.task is not None and self.task.instance_reads == "template"
+            instance = self.template if reads_template else plain_template(columns)
+            if instance.has_mask and spec.instance_tokenizer.mask_token is None:
+                raise LoPAError("instance_reads: template needs an instance encoder whose tokenizer has a mask token")
+            to_instance = Tokenize(spec.instance_tokenizer, instance, spec.instance_max_tokens, self.truncation_side)
         return EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text)
 
     def _max_tokens(self) -> int | None:

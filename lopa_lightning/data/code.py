@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.completion import CompletionDataModule, Layout
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.sandbox import Limits, isolation, require_permission, run_programs
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+InstanceReads = Literal["question", "prompt"]
 
 
 class CodeDataModule(CompletionDataModule):
@@ -22,6 +25,8 @@ class CodeDataModule(CompletionDataModule):
         allow_code_execution: Whether code that the model wrote may be run on this machine, in a sandbox.
         limits: What one program may use.
         workers: Programs that run at once; by default one for each core.
+        instance_reads: What the instance encoder reads: the ``question`` without task description and solved examples,
+            or the whole ``prompt``, as in the paper's released code.
         **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
     """
 
@@ -30,9 +35,13 @@ class CodeDataModule(CompletionDataModule):
         allow_code_execution: bool = False,
         limits: Limits = Limits(),
         workers: int | None = None,
+        instance_reads: InstanceReads = "question",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if instance_reads not in get_args(InstanceReads):
+            raise LoPAError(f"instance_reads must be question or prompt, got {instance_reads!r}")
+        self.instance_reads = instance_reads
         self.allow_code_execution, self.limits, self.workers = allow_code_execution, limits, workers
 
     @abstractmethod

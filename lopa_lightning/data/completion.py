@@ -12,7 +12,7 @@ from lopa_lightning.data.base import Role
 from lopa_lightning.data.rows import EmptyTextError, RowEncoder, is_empty, tokenizer_key
 from lopa_lightning.data.source import SourceDataModule
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.text import end_of, running_ids, start_ids
+from lopa_lightning.frozen.text import end_of, running_ids
 from lopa_lightning.task import IGNORED
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class EncodeCompletions:
         tokenizer: The backbone's.
         max_tokens: Tokens of prompt and completion at most; None for no limit. Prompts are cut from the left.
         instance: The instance encoder's tokenizer and length; None if no instance is read.
+        start: Ids before a prompt that is no chat.
+        learn_end: Whether a completion ends with an end token.
         role: What the rows serve. To train and to validate, what has no room for its completion is left
             out; to test, it is kept without one, and for ``predict`` completions are not read.
     """
@@ -139,6 +141,8 @@ class EncodeCompletions:
         max_tokens: int | None,
         instance: tuple[PreTrainedTokenizerBase, int | None] | None,
         role: Role,
+        start: list[int],
+        learn_end: bool = True,
     ) -> None:
         self.layout = layout
         self.tokenizer = tokenizer
@@ -147,15 +151,17 @@ class EncodeCompletions:
         self.role = role
         self.columns: Sequence[str] = layout.columns
         self.is_chat = isinstance(layout, Messages)
-        self.start = [] if self.is_chat else start_ids(tokenizer)
-        if tokenizer.eos_token_id is None:
+        self.start = [] if self.is_chat else start
+        self.learn_end = learn_end
+        if learn_end and tokenizer.eos_token_id is None:
             raise LoPAError("the backbone's tokenizer has no end token, which a completion must learn to end with")
 
     def key(self) -> list[Any]:
         """All that the ids depend on."""
         readers = [self.tokenizer, *(self.instance[:1] if self.instance is not None else ())]
         limits = [self.max_tokens, self.instance[1] if self.instance is not None else None]
-        return ["completions", repr(self.layout), self.role, limits, *map(tokenizer_key, readers)]
+        ends = [self.start, self.learn_end]
+        return ["completions", repr(self.layout), self.role, limits, ends, *map(tokenizer_key, readers)]
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows."""
@@ -181,8 +187,8 @@ class EncodeCompletions:
         """A completion with its end token; what a chat's template writes after it is no part of the answer."""
         end = self.tokenizer.eos_token_id
         if self.is_chat and end in ids:
-            return ids[: len(ids) - ids[::-1].index(end)]
-        return [*ids, end]
+            ids = ids[: len(ids) - 1 - ids[::-1].index(end)]
+        return [*ids, end] if self.learn_end else ids
 
     def _fitted(self, prompt: list[int], completion: list[int] | None) -> dict[str, Any]:
         whole, answer = [*self.start, *prompt], completion or []
@@ -205,8 +211,8 @@ class EncodeCompletions:
 class CompletionDataModule(SourceDataModule):
     """Prompts with the completions that a causal language model is to learn.
 
-    Every completion ends with the tokenizer's end token, which is learned as well. A prompt too long
-    is cut from the left; a completion never: a row without room for it is left out in training and
+    Every completion ends with the tokenizer's end token, which is learned as well, unless ``learn_end`` is false. A
+    prompt too long is cut from the left; a completion never: a row without room for it is left out in training and
     validation, and in a test its loss. All of that is counted and said.
 
     Args:
@@ -215,6 +221,8 @@ class CompletionDataModule(SourceDataModule):
         messages_column: Column of chats, lists of ``{"role": ..., "content": ...}``, in place of the two.
         instance_column: Column of what the instance encoder reads; by default the prompt, or of a chat the
             last question. Where too long, it is cut from the left.
+        learn_end: Whether a completion's end token is learned. It need not be where completions close with a mark
+            of their own at which generation stops.
         **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
     """
 
@@ -224,11 +232,13 @@ class CompletionDataModule(SourceDataModule):
         completion_column: str = "completion",
         messages_column: str | None = None,
         instance_column: str | None = None,
+        learn_end: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(truncation_side="left", **kwargs)
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.messages_column, self.instance_column = messages_column, instance_column
+        self.learn_end = learn_end
 
     def layout(self, role: Role) -> Layout:
         """How a row becomes an example.
@@ -249,7 +259,9 @@ class CompletionDataModule(SourceDataModule):
         instance = None
         if spec.instance_tokenizer is not None:
             instance = spec.instance_tokenizer, spec.instance_max_tokens
-        return EncodeCompletions(self.layout(role), spec.tokenizer, self._max_tokens(), instance, role)
+        return EncodeCompletions(
+            self.layout(role), spec.tokenizer, self._max_tokens(), instance, role, spec.start_ids, self.learn_end
+        )
 
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
         """What was cut, and what was left out."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.base import Role
-from lopa_lightning.data.code import CodeDataModule, halves
+from lopa_lightning.data.code import CodeDataModule, InstanceReads, halves
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.extraction import cruxeval_answer
@@ -57,9 +57,11 @@ class CRUXEvalLayout:
 
     Attributes:
         predict: ``output``, or ``input``.
+        instance_reads: ``question``, or the whole ``prompt``.
     """
 
     predict: Predict
+    instance_reads: InstanceReads
 
     @property
     def columns(self) -> list[str]:
@@ -72,14 +74,15 @@ class CRUXEvalLayout:
         return f"{code}\nassert {asked}"
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
-        """Makes an example of a row. The instance is the question without task and examples."""
+        """Makes an example of a row."""
         shots = "".join(
             f"[PYTHON]\n{self.question(*shot)}\n[/PYTHON]\n[ANSWER]\n{_answer(shot[1], shot[2])}\n\n"
             for shot in _SHOTS[self.predict]
         )
         question = self.question(row["code"], row["input"], row["output"])
         prompt = f"{_TASK[self.predict]}\n\n{shots}[PYTHON]\n{question}\n[/PYTHON]\n[ANSWER]\n"
-        return Example(prompt, _answer(row["input"], row["output"]), question)
+        instance = question if self.instance_reads == "question" else prompt
+        return Example(prompt, _answer(row["input"], row["output"]), instance)
 
 
 def _answer(given: str, output: str) -> str:
@@ -112,7 +115,7 @@ class CRUXEvalDataModule(CodeDataModule):
 
     def layout(self, role: Role) -> Layout:
         """The published prompt."""
-        return CRUXEvalLayout(self.predict)
+        return CRUXEvalLayout(self.predict, self.instance_reads)
 
     def program(self, row: dict[str, Any], completion: str) -> str:
         """The function with the answer that the completion holds."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lopa_lightning.data.base import Role
-from lopa_lightning.data.template import Side
+from lopa_lightning.data.template import Side, Template
 from lopa_lightning.data.text import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.task import InstanceReads
+
+PairTemplate = Literal["mask_last", "mask_between"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class _Task:
     """A row of the table.
 
     Attributes:
-        template: For masked LMs. Of a pair, the mask stands at the end, as published.
+        template: For masked LMs. Of a pair, the mask stands at the end.
         causal: For causal LMs, which continue it.
         labels: In the order of the data set's indices; none for regression.
         words: The verbalizer.
@@ -105,6 +108,12 @@ GLUE_TASKS = {
 }
 
 
+def _mask_between(task: str, row: _Task) -> str:
+    """The released code's template of a pair: no question mark between two that are questions themselves."""
+    first, second = Template(row.template).columns
+    return f"{{{first}}} {'' if task == 'qqp' else '? '}{{mask}} , {{{second}}}"
+
+
 class GLUEDataModule(TextClassificationDataModule):
     """A GLUE task with its official metrics.
 
@@ -116,6 +125,8 @@ class GLUEDataModule(TextClassificationDataModule):
         path: Hub id, or a folder in that layout.
         revision: Branch, tag or commit on the hub.
         template: In place of the task's own.
+        pair_template: Of a task with two texts: ``mask_last``, a pair with the tokenizer's separators and the mask at
+            its end; ``mask_between``, one text with the mask in its middle, as in the paper's released code.
         causal_template: In place of the task's own.
         max_train_examples: Train on at most that many examples, drawn at random.
         shots_per_label: Train on that many examples of each label, drawn at random.
@@ -125,13 +136,14 @@ class GLUEDataModule(TextClassificationDataModule):
         batch_size: See :class:`~lopa_lightning.data.base.TextDataModule`, like the ones below.
         eval_batch_size: Examples in a batch that is not trained on.
         max_length: Tokens of a text for the backbone.
+        instance_reads: See :class:`~lopa_lightning.data.text.TextClassificationDataModule`.
         truncation_side: Which end of a text too long is cut.
         padding_side: Where the backbone's padding goes.
         num_workers: Processes that load batches.
         batch_tokens: Most tokens in a batch, in place of ``batch_size``.
 
     Raises:
-        LoPAError: If there is no such task.
+        LoPAError: If there is no such task or ``pair_template``, or two templates are given.
     """
 
     allow_empty_text = True  # a few of QQP's questions are
@@ -154,10 +166,18 @@ class GLUEDataModule(TextClassificationDataModule):
         padding_side: Side = "right",
         num_workers: int | None = None,
         batch_tokens: int | None = None,
+        pair_template: PairTemplate = "mask_last",
+        instance_reads: InstanceReads = "columns",
     ) -> None:
         if task not in GLUE_TASKS:
             raise LoPAError(f"task must be one of {', '.join(GLUE_TASKS)}, got {task!r}")
+        if pair_template not in get_args(PairTemplate):
+            raise LoPAError(f"pair_template must be one of {', '.join(get_args(PairTemplate))}, got {pair_template!r}")
         row = self.row = GLUE_TASKS[task]
+        if pair_template == "mask_between" and len(row.template) == 2:
+            if template is not None:
+                raise LoPAError("give template or pair_template: mask_between, not both")
+            template = [_mask_between(task, row)]
         super().__init__(
             path=path,
             name=task,
@@ -178,6 +198,7 @@ class GLUEDataModule(TextClassificationDataModule):
             padding_side=padding_side,
             num_workers=num_workers,
             batch_tokens=batch_tokens,
+            instance_reads=instance_reads,
         )
         assert self.task is not None
         suffixes = [""] if validation_from_train else [suffix for suffix, _ in row.eval_splits]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.base import Role
-from lopa_lightning.data.code import CodeDataModule, halves
+from lopa_lightning.data.code import CodeDataModule, InstanceReads, halves
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.extraction import code_block, first_function
@@ -105,9 +105,11 @@ class AssertsLayout:
 
     Attributes:
         shots: Solved problems before the one to solve.
+        instance_reads: ``question``, the sentence with its tests, or the whole ``prompt``.
     """
 
     shots: tuple[tuple[str, str, tuple[str, ...]], ...]
+    instance_reads: InstanceReads
 
     @property
     def columns(self) -> list[str]:
@@ -115,12 +117,14 @@ class AssertsLayout:
         return ["text", "code", "test_list"]
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
-        """Makes an example of a problem. The instance is the sentence with its tests."""
+        """Makes an example of a problem."""
         before = "".join(
             f"{_question(text, tests)}\n[BEGIN]\n{_plain(code)}\n[DONE]\n\n" for text, code, tests in self.shots
         )
         question = _question(row["text"], row["test_list"])
-        return Example(f"{before}{question}\n[BEGIN]\n", f"{_plain(row['code'])}\n[DONE]", question)
+        prompt = f"{before}{question}\n[BEGIN]\n"
+        instance = question if self.instance_reads == "question" else prompt
+        return Example(prompt, f"{_plain(row['code'])}\n[DONE]", instance)
 
 
 def _question(text: str, tests: Any) -> str:
@@ -179,7 +183,8 @@ class MBPPDataModule(CodeDataModule):
             return DocstringLayout()
         self.raw()
         shots = [self._solved[task] for task in range(2, 2 + self.num_shots)]
-        return AssertsLayout(tuple((row["text"], row["code"], tuple(row["test_list"])) for row in shots))
+        solved = tuple((row["text"], row["code"], tuple(row["test_list"])) for row in shots)
+        return AssertsLayout(solved, self.instance_reads)
 
     def answer(self, completion: str) -> str:
         """The function's body; in the original prompt's style, the code up to ``[DONE]``."""

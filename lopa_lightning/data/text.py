@@ -11,7 +11,7 @@ from lopa_lightning.data.rows import LabelLookup
 from lopa_lightning.data.source import SourceDataModule, select
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.task import TextTask
+from lopa_lightning.task import InstanceReads, TextTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,6 +29,7 @@ class TextClassificationDataModule(SourceDataModule):
         template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone.
         causal_template: Its wording for causal LMs.
         metrics: Official metrics, whose mean is the score.
+        instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask.
         shots_per_label: Train on that many examples of each label, drawn at random.
         **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
 
@@ -47,6 +48,7 @@ class TextClassificationDataModule(SourceDataModule):
         causal_template: str | None = None,
         metrics: Sequence[str] | None = None,
         shots_per_label: int | None = None,
+        instance_reads: InstanceReads = "columns",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -67,6 +69,7 @@ class TextClassificationDataModule(SourceDataModule):
             metrics=None if metrics is None else list(metrics),
             template=list(self.template.pieces),
             causal_template=causal_template,
+            instance_reads=instance_reads,
         )
         self.shots_per_label = shots_per_label
 

@@ -265,6 +265,21 @@ class Backbone(nn.Module):
         logits: Tensor = self._required_heads()[0](hidden, token_ids)
         return logits
 
+    def label_log_probabilities(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Returns the log-probabilities of a few tokens among the language model's whole vocabulary.
+
+        Args:
+            hidden: Hidden states ``[B, h]``.
+            token_ids: The tokens, ``[n]``.
+
+        Returns:
+            ``[B, n]``, in float32.
+
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+        return self._required_heads()[1](hidden).float().log_softmax(-1)[:, token_ids]
+
     def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Cross entropy of tokens over the whole vocabulary, of which only a chunk's logits exist at a time.
 

@@ -31,10 +31,12 @@ class InstanceEncoderSpec:
         pooling: ``cls``: the first token's hidden state; ``last``: the last token's; ``mean`` and
             ``max``: over the text's tokens.
         normalize: Whether vectors are scaled to a root mean square of 1. Encoders differ twentyfold in scale, and
-            prompt encoders start as if it were about 1; the paper takes vectors as they come.
+            prompt encoders start as if it were about 1; the paper's released code takes them as they come.
         trainable: Whether the encoder is trained (and saved) as well, as the paper's released NLU code does.
         cache: Whether a frozen encoder's vectors are made once on a machine and kept beside the data sets' cache;
             the encoder is then not in memory while prompts are trained. False to encode every batch anew.
+        dropout: Whether a frozen encoder's own dropout is active in training, as in the paper's released code; every
+            batch is then encoded. A trainable encoder's always is.
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.
         revision: Branch, tag or commit on the hub.
         dtype: Number format of the weights.
@@ -42,7 +44,7 @@ class InstanceEncoderSpec:
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
-        LoPAError: If ``pooling`` is unknown.
+        LoPAError: If ``pooling`` is unknown, or the backbone is the encoder and is to have a dropout of its own.
     """
 
     name: str = BACKBONE
@@ -55,9 +57,17 @@ class InstanceEncoderSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     cache: bool = True
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         _check_pooling(self.pooling)
+        if self.dropout and self.is_backbone and not self.trainable:
+            raise LoPAError("instance_encoder.dropout needs a model of its own, not name: backbone")
+
+    @property
+    def is_varying(self) -> bool:
+        """Whether an instance's vector changes in training."""
+        return self.trainable or self.dropout
 
     @property
     def is_backbone(self) -> bool:
@@ -168,7 +178,7 @@ class InstanceEncoder(nn.Module):
         if token_type_ids is not None and has_token_types(model):
             extra["token_type_ids"] = token_type_ids
         with (
-            _eval_unless(self.spec.trainable, model),
+            _eval_unless(self.spec.is_varying, model),
             torch.set_grad_enabled(self.spec.trainable and torch.is_grad_enabled()),
         ):
             hidden = model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
@@ -176,15 +186,15 @@ class InstanceEncoder(nn.Module):
             return F.rms_norm(vector, vector.shape[-1:]) if self.spec.normalize else vector
 
     def train(self, mode: bool = True) -> InstanceEncoder:
-        """Keeps a frozen encoder in eval mode: an instance's vector never changes."""
-        super().train(mode and self.spec.trainable)
+        """Keeps a frozen encoder in eval mode, unless its dropout was asked for."""
+        super().train(mode and self.spec.is_varying)
         return self
 
 
 @contextlib.contextmanager
-def _eval_unless(trainable: bool, model: PreTrainedModel) -> Iterator[None]:
+def _eval_unless(varying: bool, model: PreTrainedModel) -> Iterator[None]:
     """Switches off the dropout of a backbone in training, while it serves as a frozen encoder."""
-    switch = model.training and not trainable
+    switch = model.training and not varying
     if switch:
         model.train(False)
     try:

@@ -29,6 +29,7 @@ class TextSpec:
         virtual_tokens: Number of virtual tokens that the backbone reads with each text; 0 where they stand in every
             layer, as keys and values alone.
         instance_vectors: Where the vectors of a frozen instance encoder are kept; None if each batch is encoded anew.
+        start_token: Whether a text to be continued starts with a start token also where the tokenizer puts none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,6 +39,20 @@ class TextSpec:
     instance_max_tokens: int | None
     virtual_tokens: int = 0
     instance_vectors: VectorCache | None = None
+    start_token: bool = False
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What stands before a text that is to be continued: a start token, or nothing.
+
+        Raises:
+            LoPAError: If there is to be one always, and the tokenizer has none.
+        """
+        if self.start_token and self.tokenizer.bos_token_id is None:
+            raise LoPAError("start_token: true needs a backbone whose tokenizer has a start token")
+        bare: list[int] = self.tokenizer("")["input_ids"]
+        starts = self.start_token or (bool(bare) and bare[0] == self.tokenizer.bos_token_id)
+        return [self.tokenizer.bos_token_id] if starts else []
 
 
 def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[int]:
@@ -83,12 +98,6 @@ def vocabulary(
         if index < size and index not in special and not token.startswith("[unused")
     ]
     return Vocabulary(embed, ordinary, lambda text: tokenizer.encode(text, add_special_tokens=False))
-
-
-def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts before a text that is to be continued: its first token where it has one, or nothing."""
-    bare: list[int] = tokenizer("")["input_ids"]
-    return bare[:1] if bare and bare[0] == tokenizer.bos_token_id else []
 
 
 def running_ids(

@@ -105,7 +105,7 @@ class Builder:
     def instance_vectors(self) -> VectorCache | None:
         """Where the instance encoder's vectors are kept; None where they change or are not to be kept."""
         spec = self.encoder_spec
-        if spec.trainable or not spec.cache:
+        if spec.is_varying or not spec.cache:
             return None
         # The backbone's own class, so that the vectors are those that it would make. It goes before the backbone comes.
         source, family = (self.backbone, self.family) if spec.is_backbone else (spec.pretrained(), "encoder")

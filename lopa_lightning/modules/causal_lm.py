@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from lopa_lightning.evaluation.pass_at_k import PassAtK
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.generation import check_samples, generate, generation_config
 from lopa_lightning.frozen.sharding import is_sharded, whole
-from lopa_lightning.frozen.text import end_of, running_ids, start_ids
+from lopa_lightning.frozen.text import TextSpec, end_of, running_ids
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, CompletionReadout, Readout
 from lopa_lightning.task import IGNORED
@@ -39,6 +41,7 @@ class CausalLMModule(LoPALightningModule):
         num_samples: Completions that ``predict`` and ``test`` write for each prompt.
         stop: Strings that end a completion, which does not contain them.
         generation_seed: Of samples; a prompt's samples depend on it and on the row, not on the batch.
+        start_token: Whether every text, chats apart, starts with the start token also where the tokenizer puts none.
         score_completions: Whether ``test`` also writes completions and lets the data module score them, as pass@k.
         exact_match: For how many rows of the validation set, from its first, the likeliest completion is written
             as well: ``val/exact_match`` is the share whose answer is the row's own. ``all`` for all of them.
@@ -58,6 +61,7 @@ class CausalLMModule(LoPALightningModule):
         generation_seed: int = 0,
         score_completions: bool = True,
         exact_match: int | Literal["all"] = 0,
+        start_token: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,6 +73,7 @@ class CausalLMModule(LoPALightningModule):
         self.num_samples = num_samples
         self.stop = list(stop)
         self.generation_seed = generation_seed
+        self.start_token = start_token
         self.score_completions = score_completions
         self.exact_match = sys.maxsize if exact_match == "all" else exact_match
         self.matched = MeanMetric()
@@ -93,8 +98,13 @@ class CausalLMModule(LoPALightningModule):
         return MetricCollection({"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()})
 
     def task_identity(self) -> dict[str, Any]:
-        """The kind of task."""
-        return {"objective": "completion"}
+        """Returns the kind of task, and whether texts start with a start token of ours."""
+        return {"objective": "completion", **({"start_token": True} if self.start_token else {})}
+
+    @functools.cached_property
+    def text_spec(self) -> TextSpec:
+        """What a data module needs to tokenise for this module."""
+        return dataclasses.replace(super().text_spec, start_token=self.start_token)
 
     # Writing
 
@@ -137,7 +147,7 @@ class CausalLMModule(LoPALightningModule):
             raise LoPAError(f"a text to complete must not be empty; text {empty[0]} is")
         self.configure_model()
         self._check_equal(len(texts))
-        start = start_ids(self.tokenizer)
+        start = self.text_spec.start_ids
         written: list[list[str]] = []
         for first in range(0, len(texts), batch_size):
             part = slice(first, first + batch_size)
@@ -234,7 +244,7 @@ class CausalLMModule(LoPALightningModule):
 
     def _cut(self, prompts: list[list[int]], room: int) -> list[list[int]]:
         """Cuts prompts from the left, behind the token that every text starts with."""
-        start = start_ids(self.tokenizer)
+        start = self.text_spec.start_ids
         if room <= len(start):
             raise LoPAError("max_new_tokens leaves no room for a prompt in the positions of the backbone")
         if long := sum(len(ids) > room for ids in prompts):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, HeadReadout, LabelWordReadout, Readout
 from lopa_lightning.task import TextTask
 
+LossOver = Literal["labels", "vocabulary"]
+
 
 class ClassificationModule(LoPALightningModule):
     """Assigns a label (or, for regression, a number) to every text.
@@ -30,10 +32,12 @@ class ClassificationModule(LoPALightningModule):
             without a language model head, and for regression.
         head_pooling: What the trained head reads, over the text's own tokens.
         task: Labels, words and metrics; None to take the data module's.
+        loss_over: What the cross entropy of a label's word is taken over: the words of all ``labels``, or the whole
+            ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
-        LoPAError: If ``objective`` is unknown.
+        LoPAError: If ``objective`` or ``loss_over`` is unknown, or a head is to have a loss over the vocabulary.
     """
 
     def __init__(
@@ -41,12 +45,18 @@ class ClassificationModule(LoPALightningModule):
         objective: Objective = "masked_lm",
         head_pooling: Pooling = "mean",
         task: TextTask | None = None,
+        loss_over: LossOver = "labels",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if objective not in get_args(Objective):
             raise LoPAError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
+        if loss_over not in get_args(LossOver):
+            raise LoPAError(f"loss_over must be one of {', '.join(get_args(LossOver))}, got {loss_over!r}")
+        if loss_over == "vocabulary" and objective == "head":
+            raise LoPAError("loss_over: vocabulary needs objective: masked_lm or causal_lm; a head has no vocabulary")
         self.objective = objective
+        self.loss_over = loss_over
         self.head_pooling = head_pooling
         self._set_task(task)
 
@@ -98,12 +108,14 @@ class ClassificationModule(LoPALightningModule):
         if self.objective == "head":
             return HeadReadout(backbone.hidden_dim, task.num_outputs, self.head_pooling)
         mask_id = self.tokenizer.mask_token_id if self.objective == "masked_lm" else None
-        return LabelWordReadout(self._word_ids(task.words or []), mask_id)
+        return LabelWordReadout(self._word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Cross entropy over the labels, or squared error."""
+        """Returns the cross entropy of the labels, or the squared error."""
         if self._required_task().is_regression:
             return F.mse_loss(outputs.squeeze(-1).float(), batch["labels"].float())
+        if self.loss_over == "vocabulary":
+            return F.nll_loss(outputs, batch["labels"])
         return F.cross_entropy(outputs.float(), batch["labels"])
 
     def configure_metrics(self) -> MetricCollection:
@@ -141,7 +153,9 @@ class ClassificationModule(LoPALightningModule):
 
     def _reading(self, task: TextTask) -> dict[str, Any]:
         """What of a task shapes what is learned for it."""
+        # Named only where it is not the default, so that checkpoints from before there was a choice go on.
+        instance = {"instance_reads": task.instance_reads} if task.instance_reads != "columns" else {}
         if self.objective == "head":
-            return {"labels": task.labels, "head_pooling": self.head_pooling}
+            return {"labels": task.labels, "head_pooling": self.head_pooling, **instance}
         template = [task.causal_template] if self.objective == "causal_lm" and task.causal_template else task.template
-        return {"labels": task.labels, "words": task.words, "template": template}
+        return {"labels": task.labels, "words": task.words, "template": template, **instance}

@@ -37,24 +37,28 @@ class Readout(nn.Module, ABC):
 
 
 class LabelWordReadout(Readout):
-    """Logits of the label words at one place: no other token's logit is computed.
+    """Reads the label words' logits at one position.
 
     Args:
         word_ids: Token id of each label's word.
         mask_id: Read at this token (a masked LM's); None to read at the text's last token (a causal LM's).
+        over_vocabulary: Whether to return log-probabilities among the whole vocabulary, in place of logits.
+            Otherwise no other token's logit is computed.
     """
 
     word_ids: Tensor
 
-    def __init__(self, word_ids: list[int], mask_id: int | None) -> None:
+    def __init__(self, word_ids: list[int], mask_id: int | None, over_vocabulary: bool = False) -> None:
         super().__init__()
+        self.over_vocabulary = over_vocabulary
         self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
         self.mask_id = mask_id
 
     def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
-        """Logits ``[B, labels]``."""
+        """Returns logits or log-probabilities, ``[B, labels]``."""
         place = states.text_mask if self.mask_id is None else (states.input_ids == self.mask_id).long()
-        return backbone.label_logits(pool(states.hidden, place, "last"), self.word_ids)
+        read = backbone.label_log_probabilities if self.over_vocabulary else backbone.label_logits
+        return read(pool(states.hidden, place, "last"), self.word_ids)
 
 
 class HeadReadout(Readout):

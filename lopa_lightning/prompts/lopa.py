@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lopa_lightning.prompts.heads import head
 from lopa_lightning.prompts.shared import PromptInit, SharedPrompt
 
 Combine = Literal["gate", "add", "concat", "max", "instance_only"]
+HeadsInit = Literal["zero_u", "normal"]
 
 
 class _Rule(NamedTuple):
@@ -41,9 +42,9 @@ class LoPA(PromptEncoder):
     instance vector, each through dropout → Linear(e, h) → tanh → Linear(h, ·). Trained parameters:
     m·d + 2·(e + 1)·h + (h + 1)·(m + d)·r.
 
-    U starts at 0 and V at N(0, 1), as LoRA's two factors do; the layers before at N(0, 0.02²). The gate
-    so starts at σ(0) = ½ for every instance, and Z_S at twice the embeddings it is drawn from: the first
-    step is prompt tuning's, and the instance has a gradient from then on.
+    With ``heads_init: zero_u``, U starts at 0 and V at N(0, 1), as LoRA's two factors do; the layers before at
+    N(0, 0.02²). The gate so starts at σ(0) = ½ for every instance, and Z_S at twice the embeddings it is drawn from:
+    the first step is prompt tuning's, and the instance has a gradient from then on.
 
     The paper's ablation combines Z_S and U Vᵀ in other ways, ``combine``:
 
@@ -58,16 +59,19 @@ class LoPA(PromptEncoder):
         instance_dim: Width e of the instance vector.
         num_virtual_tokens: Number m of rows of Z_S and U.
         rank: Rank r of the gate's logits; the paper uses 1, 2 and 4.
-        hidden_dim: Width h of the two heads; the paper uses 256 for NLU and 1024 for code.
+        hidden_dim: Width h of the two heads; None for the instance vector's. The paper's released code has 256 for
+            NLU, and the instance vector's for code.
         dropout: Dropout on the instance vector in both heads.
         init: What Z_S starts from, see :class:`~lopa_lightning.prompts.shared.SharedPrompt`. The
-            paper's own start is ``normal`` with ``init_std=1``.
+            released code's initial values are ``normal`` with ``init_std=1``.
         init_text: The text of ``init="text"``.
         init_std: Standard deviation of ``init="normal"``.
         combine: How Z_S and U Vᵀ become the soft prompt.
+        heads_init: Initial values of the two heads. ``zero_u``: as above. ``normal``, as in the released code: all
+            weights N(0, 0.02²), the last biases 0, the first ones as torch's ``Linear`` draws them.
 
     Raises:
-        LoPAError: If a size is below 1, or ``combine`` or ``init`` unknown.
+        LoPAError: If a size is below 1, or ``combine``, ``init`` or ``heads_init`` unknown.
 
     Example:
         The published 1.60 M parameters of r=4 on RoBERTa-large:
@@ -79,35 +83,42 @@ class LoPA(PromptEncoder):
         torch.Size([2, 10, 1024])
     """
 
+    start_arguments = PromptEncoder.start_arguments | {"heads_init"}
+
     def __init__(
         self,
         embedding_dim: int,
         instance_dim: int,
         num_virtual_tokens: int = 10,
         rank: int = 4,
-        hidden_dim: int = 256,
+        hidden_dim: int | None = 256,
         dropout: float = 0.1,
         init: PromptInit = "vocabulary",
         init_text: str | None = None,
         init_std: float = 1.0,
         combine: Combine = "gate",
+        heads_init: HeadsInit = "zero_u",
     ) -> None:
         if combine not in _RULES:
             raise LoPAError(f"combine must be one of {', '.join(_RULES)}, got {combine!r}")
+        if heads_init not in get_args(HeadsInit):
+            raise LoPAError(f"heads_init must be one of {', '.join(get_args(HeadsInit))}, got {heads_init!r}")
         rule = _RULES[combine]
         super().__init__(num_virtual_tokens * rule.tokens)
         self.combine = combine
         self.rank = positive("rank", rank)
         shared = SharedPrompt(num_virtual_tokens, embedding_dim, init, init_text, init_std, rule.scale)
         self.shared_prompt = shared if rule.shared else None
-        self.row_head = head(instance_dim, hidden_dim, num_virtual_tokens * rank, dropout)
-        self.column_head = head(instance_dim, hidden_dim, embedding_dim * rank, dropout)
-        # As in LoRA one factor starts at 0 and the other does not: with both near 0 neither would have a gradient.
-        to_u, to_v = self.row_head[-1], self.column_head[-1]
-        assert isinstance(to_u, nn.Linear)
-        assert isinstance(to_v, nn.Linear)
-        nn.init.zeros_(to_u.weight)
-        nn.init.normal_(to_v.bias)
+        width = instance_dim if hidden_dim is None else hidden_dim
+        self.row_head = head(instance_dim, width, num_virtual_tokens * rank, dropout)
+        self.column_head = head(instance_dim, width, embedding_dim * rank, dropout)
+        if heads_init == "normal":
+            for part in (self.row_head, self.column_head):
+                nn.init.uniform_(cast(nn.Linear, part[1]).bias, -(instance_dim**-0.5), instance_dim**-0.5)
+        else:
+            # As in LoRA one factor starts at 0 and the other does not: with both near 0 neither would have a gradient.
+            nn.init.zeros_(cast(nn.Linear, self.row_head[-1]).weight)
+            nn.init.normal_(cast(nn.Linear, self.column_head[-1]).bias)
 
     def low_rank(self, instance: Tensor) -> Tensor:
         """U Vᵀ.

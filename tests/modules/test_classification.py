@@ -197,5 +197,6 @@ def test_lopa_tiny_is_a_partial_that_hyperparameters_describe(tiny: Tiny) -> Non
             "init_text": None,
             "init_std": 1.0,
             "combine": "gate",
+            "heads_init": "zero_u",
         },
     }

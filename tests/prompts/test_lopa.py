@@ -238,6 +238,23 @@ def test_normal_start_has_the_asked_spread_and_needs_no_vocabulary(std: float) -
     assert before.mean().item() == pytest.approx(0, abs=0.03 * std)
 
 
+def test_normal_heads_have_the_released_codes_initial_values() -> None:
+    torch.manual_seed(0)
+    lopa = LoPA(512, 400, num_virtual_tokens=50, rank=4, hidden_dim=None, init="normal", heads_init="normal")
+    for part in (lopa.row_head, lopa.column_head):
+        first, last = part[1], part[3]
+        assert first.weight.shape == (400, 400)  # the instance vector's width
+        for layer in (first, last):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+            assert layer.weight.mean().item() == pytest.approx(0, abs=2e-4)
+        assert last.bias.count_nonzero() == 0
+        assert 0.045 < first.bias.abs().max() <= 400**-0.5  # uniform within 1/√e, as torch.nn.Linear draws them
+        assert first.bias.std().item() == pytest.approx(400**-0.5 / 3**0.5, rel=0.1)
+    # The gate starts near ½ everywhere, not at it: the instance has a gradient at once.
+    gate = lopa.eval().gate(torch.randn(4, 400))
+    assert 0 < (gate - 0.5).abs().max() < 0.2
+
+
 def test_start_values_are_trained_in_the_prompts_own_number_format(table: Tensor, vocabulary: Vocabulary) -> None:
     half = Vocabulary(table.bfloat16().__getitem__, vocabulary.ordinary_ids, vocabulary.encode)
     lopa = LoPA(8, 4)
@@ -258,6 +275,7 @@ def test_start_values_are_trained_in_the_prompts_own_number_format(table: Tensor
         ({"combine": "gates"}, "combine must be one of gate, add, concat, max, instance_only, got 'gates'"),
         ({"combine": "instance_only", "init": "zeros"}, "vocabulary, text, normal, got 'zeros'"),
         ({"combine": "concat", "num_virtual_tokens": -1}, "num_virtual_tokens must be at least 1, got -1"),
+        ({"heads_init": "ones"}, "heads_init must be one of zero_u, normal, got 'ones'"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"hidden_dim": -1}, "hidden_dim must be at least 1, got -1"),
         ({"instance_dim": 0}, "instance_dim must be at least 1, got 0"),
