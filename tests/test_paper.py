@@ -20,6 +20,7 @@ from lopa_lightning.cli import LoPACLI
 from lopa_lightning.data.glue import GLUEDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule, ClassificationModule
+from lopa_lightning.task import InstanceReads, TextTask
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 from tests.mini_glue import write_mini_glue
 
@@ -234,10 +235,10 @@ def test_a_loss_that_cannot_be_is_refused(options: dict[str, Any], message: str,
 
 
 def test_a_checkpoint_says_what_its_encoder_read(tiny: Tiny) -> None:
-    LoPACLI(args=["fit", *tiny_nlu("rte", tiny, "--trainer.max_epochs=1", "--checkpoint.dirpath=kept")])
-    columns = tiny_nlu("rte", tiny, "--ckpt_path=kept/best.ckpt", "--data.instance_reads=columns")
-    with pytest.raises(LoPAError, match=r"task\.instance_reads: the checkpoint has 'template', this run None"):
-        LoPACLI(args=["validate", *columns])
+    reads: list[InstanceReads] = ["columns", "template"]
+    tasks = [TextTask(["no", "yes"], words=["No", "Yes"], template=["{a} {mask}"], instance_reads=r) for r in reads]
+    before, after = (nlu_module(tiny, task=task).task_identity() for task in tasks)
+    assert after == {**before, "instance_reads": "template"}  # and of the default nothing, as ever
 
 
 @pytest.mark.parametrize(
