@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lopa_lightning.cli import main
+from lopa_lightning.evaluation.sandbox import isolation_line
 from lopa_lightning.modules import CausalLMModule
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 
@@ -55,7 +56,9 @@ def test_code_runs_only_with_permission_and_is_refused_before_anything_is_genera
     assert "allow_code_execution: true" in capsys.readouterr().err
 
 
-def test_what_a_model_wrote_is_run_and_scored(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_model_wrote_is_run_and_scored(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """In place of the model: a solution of every second problem, as the second of two samples."""
     monkeypatch.setattr(
         CausalLMModule,
@@ -82,6 +85,7 @@ def test_what_a_model_wrote_is_run_and_scored(tiny: Tiny, monkeypatch: pytest.Mo
     assert "TypeError" in rows[0]["stderr"] or "AssertionError" in rows[0]["stderr"]
     assert logged["test/pass@1"] == pytest.approx(0.25)
     assert logged["test/pass@2"] == pytest.approx(0.5)
+    assert caplog.messages.count(isolation_line()) == 1
 
 
 def test_an_answer_that_the_harness_skips_is_no_sample(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

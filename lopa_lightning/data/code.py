@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.completion import CompletionDataModule, Layout
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.evaluation.sandbox import Limits, isolation, require_permission, run_programs
+from lopa_lightning.evaluation.sandbox import Limits, isolation, isolation_line, require_permission, run_programs
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -67,8 +69,9 @@ class CodeDataModule(CompletionDataModule):
         return False
 
     def check_scoring(self) -> None:
-        """Refuses to run code without the user's permission."""
+        """Refuses to run code without the user's permission, and says what isolates it."""
         require_permission(self.allow_code_execution)
+        rank_zero_info(isolation_line())
 
     def scoring_identity(self) -> dict[str, Any]:
         """With what a program may use, and where it is run."""
@@ -76,7 +79,7 @@ class CodeDataModule(CompletionDataModule):
 
     def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Runs every completion's program in the sandbox."""
-        self.check_scoring()
+        require_permission(self.allow_code_execution)
         (split,) = self.splits_of("test")
         rows = self.load_split(split, "test")
         written: list[dict[str, Any]] = [

@@ -1,26 +1,38 @@
 """Runs programs that nobody has read.
 
 Each program runs in a process of its own: in a session and a temporary folder of its own, with a scrubbed
-environment, ``python -I -S`` (the standard library and nothing else), no input, no open files but its
-own standard error, and limits on time, memory, processes, files and output. Where the kernel allows, it also
-has its own process namespace, so that it sees and reaches no other process and nothing of it survives; no
-network, not even loopback; and its own file system, with Python and the system's libraries read-only and a
-small ``/tmp`` in memory. Started by root, it runs as an unprivileged user. :func:`isolation` says what of this
-is in force; each :class:`Outcome` repeats it.
+environment, ``python -I -S`` (the standard library and nothing else), no input, no open files but its own standard
+error, and limits on time, memory, processes, files and output. Around it stand as many of these walls as the machine
+has, found out by trying; :func:`isolation` names them, each :class:`Outcome` repeats them, and
+:func:`isolation_line` says what a missing one leaves open:
 
-The kernel is asked directly (``jail/kernel.py``), by the calls that bubblewrap makes: nothing needs to be installed,
-and bubblewrap would add nothing, as it is started by programs of the user and needs the same rights. Where the kernel
-refuses namespaces to users, :func:`isolation` does not name them; started by root, they are there again.
+- process and network namespaces: it sees and signals no other process, nothing of it survives, no network;
+- own file system: Python and the system's libraries read-only, and a small ``/tmp`` in memory. Linux 5.12;
+- Landlock: it opens no file but those, also where no namespaces can be had, and from Linux 6.12 on signals nobody;
+- system call filter, on x86-64 and 64-bit ARM: the kernel refuses what programs of a benchmark do not call, such as
+  sockets, other processes' memory, memory that no limit counts, keys, and namespaces of their own;
+- unprivileged user: started by root, it runs as a user without files.
+
+The kernel is asked directly (``jail/kernel.py``); nothing needs to be installed.
 
 A program passes only if a random sentinel comes back that it cannot know: the sentinel is sent when the last line
 has been executed, see ``jail/runner.py``. Ending the process before that, by whatever exit code, is a failure.
 
-What this does not promise. The tests are lines of the program, so a program can satisfy them with values that claim
-to equal everything, or by giving a name that the tests use another meaning; no harness of this kind can tell. Code
-that corrupts the interpreter's memory can find the sentinel. Where :func:`isolation` names no namespaces, a program
-can read what the user running it can read, use the network, and kill that user's processes: this one, or its
-supervisor, after which what it left running may stay. A hole in the kernel is a hole here: a virtual machine or a
-machine of its own is a stronger wall. Sets of strings are ordered anew in each run, as Python does without a hash seed.
+Not covered, with all walls in force:
+
+- A verdict given in bad faith. The tests are lines of the program, so a program can satisfy them with values that claim
+  to equal everything, or by giving a name that the tests use another meaning; no harness of this kind can tell. Code
+  that reaches the memory of its own interpreter (machine code, or bytecode made by hand) can find the sentinel. An
+  audit hook stops the usual ways there: ctypes, subinterpreters, ``marshal.loads``, tracing, the garbage collector's
+  lists. It is a tripwire and no wall: bytecode can also come from a ``.pyc`` file, and ctypes that is compiled into
+  Python itself is known by its name alone. Such code still harms nothing outside.
+- Memory between two looks, a tenth of a second apart: the limit of each process is exact, that of all together is not.
+- CPU: each process has the CPU limit, all together the wall-clock limit and one another's cores.
+- A hole in the kernel: a virtual machine or a machine of its own is a stronger wall.
+
+Where a program cannot have namespaces, it can also signal its user's processes (before Linux 6.12) and change their
+limits, end its supervisor and leave processes behind, change the mode and times of its user's files, and fill the
+disk. Sets of strings are ordered anew in each run, as Python does without a hash seed.
 """
 
 from __future__ import annotations
@@ -30,65 +42,25 @@ import functools
 import json
 import os
 import queue
-import selectors
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.evaluation.jail.plan import Bounds, Plan
+from lopa_lightning.evaluation.jail.plan import WALLS
+from lopa_lightning.evaluation.jail.plan import Limits as Limits
 
 Status = Literal["passed", "failed", "timeout", "killed"]
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = "import sys; sys.path.append({!r}); from lopa_lightning.evaluation.jail.supervisor import main; main()"
-_WALL_PER_CPU = 12.0
 _GRACE = 30.0  # seconds over a program's own after which a supervisor counts as dead
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one program may use.
-
-    Args:
-        cpu_seconds: CPU seconds of each process: what ends an endless loop.
-        seconds: Wall-clock seconds until the program and all its processes are killed, for what waits and
-            computes nothing. By default twelve times ``cpu_seconds``: a busy machine does not change the result.
-        memory_mb: Address space of each process, and resident memory of all of them, in MiB.
-        processes: Processes and threads at a time.
-        file_mb: Size of a file; with a file system of its own, also of all its files, in MiB.
-        open_files: Open files of each process.
-        output_kb: Standard error until the program is killed, in KiB. Standard output goes nowhere.
-
-    Raises:
-        LoPAError: If a limit is not above 0.
-    """
-
-    cpu_seconds: int = 10
-    seconds: float | None = None
-    memory_mb: int = 1024
-    processes: int = 32
-    file_mb: int = 64
-    open_files: int = 64
-    output_kb: int = 1024
-
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            value = getattr(self, limit.name)
-            if value is not None and not value > 0:
-                raise LoPAError(f"limits.{limit.name} must be above 0, got {value!r}")
-
-    @property
-    def wall_seconds(self) -> float:
-        """``seconds``, or what it is by default."""
-        return _WALL_PER_CPU * self.cpu_seconds if self.seconds is None else self.seconds
 
 
 @dataclass(frozen=True)
@@ -125,7 +97,7 @@ def require_permission(allowed: bool) -> None:
     if not allowed:
         raise LoPAError(
             "this evaluation runs code that a model wrote, and that needs your permission: set "
-            "allow_code_execution: true. On this machine programs would be isolated by: " + ", ".join(isolation())
+            f"allow_code_execution: true. On this machine {isolation_line()}"
         )
 
 
@@ -143,19 +115,12 @@ def run_programs(programs: Sequence[str], limits: Limits = Limits(), workers: in
     Raises:
         LoPAError: If ``workers`` is less than 1, or the machine cannot start programs.
     """
-    return list(iterate_programs(programs, limits, workers))
-
-
-def iterate_programs(
-    programs: Sequence[str], limits: Limits = Limits(), workers: int | None = None
-) -> Iterator[Outcome]:
-    """As :func:`run_programs`, yielding each outcome as soon as it and all before it are there."""
     if workers is not None and workers < 1:
         raise LoPAError(f"workers must be at least 1, got {workers}")
-    count = min(workers or _cores(), max(len(programs), 1))
-    plan = _plan()
+    walls = _walls()
+    count = min(workers or len(os.sched_getaffinity(0)), max(len(programs), 1))
     free: queue.SimpleQueue[_Supervisor] = queue.SimpleQueue()
-    supervisors = [_Supervisor(plan, limits) for _ in range(count)]
+    supervisors = [_Supervisor(walls, limits) for _ in range(count)]
     for supervisor in supervisors:
         free.put(supervisor)
 
@@ -168,7 +133,7 @@ def iterate_programs(
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="sandbox")
     try:
-        yield from pool.map(run, programs)
+        return list(pool.map(run, programs))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for supervisor in supervisors:
@@ -182,39 +147,57 @@ def isolation() -> tuple[str, ...]:
     Raises:
         LoPAError: If not even a plain process can be started.
     """
-    return _plan().isolation
+    return _named(_walls())
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def isolation_line() -> str:
+    """One line: what programs are isolated by on this machine, and what they can do for want of the rest."""
+    names = isolation()
+    missing = [f"without {wall} they can {WALLS[wall]}" for wall in _possible() if wall not in names]
+    return "; ".join([f"programs are isolated by: {', '.join(names)}", *missing])
+
+
+def _possible() -> tuple[str, ...]:
+    return tuple(wall for wall in WALLS if wall != "unprivileged user" or os.getuid() == 0)
+
+
+def _named(walls: Sequence[str]) -> tuple[str, ...]:
+    return ("process", "rlimits", *walls)
 
 
 @functools.cache
-def _plan() -> Plan:
-    """The strictest plan that a trivial program survives."""
+def _walls() -> tuple[str, ...]:
+    """The walls behind which a trivial program still runs."""
     if sys.platform != "linux":
         raise LoPAError(f"generated programs can be run on Linux only, not on {sys.platform}")
-    problem = ""
-    for namespaces, root in ((True, True), (True, False), (False, False)):
-        for unprivileged in (True, False) if os.getuid() == 0 else (False,):
-            plan = Plan(namespaces, root, unprivileged)
-            supervisor = _Supervisor(plan, Limits())
-            try:
-                if (outcome := supervisor.run("import json, math, re")).passed:
-                    return plan
-                problem = outcome.stderr
-            except LoPAError as error:
-                problem = str(error)
-            finally:
-                supervisor.close()
-    raise LoPAError(f"this machine cannot run programs in a sandbox: {problem}")
+    if not _problem(possible := _possible()):
+        return possible
+    if problem := _problem(()):
+        raise LoPAError(f"this machine cannot run programs in a sandbox: {problem}")
+    kept: tuple[str, ...] = ()
+    for wall in possible:
+        if not _problem((*kept, wall)):
+            kept = (*kept, wall)
+    return kept
+
+
+def _problem(walls: Sequence[str]) -> str:
+    """Why a trivial program does not run behind these walls; empty if it does."""
+    supervisor = _Supervisor(walls, Limits())
+    try:
+        outcome = supervisor.run("import json, math, re")
+    except LoPAError as error:
+        return str(error)
+    finally:
+        supervisor.end()
+    return "" if outcome.passed else outcome.stderr
 
 
 class _Supervisor:
     """The host's side of a supervisor process: started when first needed, and again when it died."""
 
-    def __init__(self, plan: Plan, limits: Limits) -> None:
-        self._plan, self._limits = plan, limits
+    def __init__(self, walls: Sequence[str], limits: Limits) -> None:
+        self._walls, self._limits = walls, limits
         self._process: subprocess.Popen[bytes] | None = None
         self._lock, self._ended = threading.Lock(), False
 
@@ -229,26 +212,30 @@ class _Supervisor:
                 raise LoPAError("the sandbox has been closed")
             process = self._process = self._process or self._start()
         assert process.stdin is not None
+        assert process.stdout is not None
+        watch = threading.Timer(self._limits.wall_seconds + _GRACE, process.kill)
+        watch.start()
         try:
             process.stdin.write(json.dumps(program).encode() + b"\n")
             process.stdin.flush()
-            answer = json.loads(self._read_line(process))
+            answer = json.loads(process.stdout.readline())
         except (OSError, ValueError):
             # Without a process namespace a program can kill its supervisor; the next one gets a new one.
-            self.close()
+            self._close()
             answer = {"status": "killed", "stderr": "sandbox: the supervisor was killed", "seconds": 0.0}
+        finally:
+            watch.cancel()
         if "error" in answer:
             raise LoPAError(f"the sandbox could not start a program: {answer['error']}")
-        return Outcome(isolation=self._plan.isolation, **answer)
+        return Outcome(isolation=_named(self._walls), **answer)
 
     def end(self) -> None:
-        """Closes for good."""
+        """Ends the process for good, and the program that it may be running."""
         with self._lock:
             self._ended = True
-        self.close()
+        self._close()
 
-    def close(self) -> None:
-        """Ends the process, and the program that it may be running."""
+    def _close(self) -> None:
         if (process := self._process) is None:
             return
         assert process.stdin is not None
@@ -264,17 +251,7 @@ class _Supervisor:
         process.stdout.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        limits = self._limits
-        bounds = Bounds(
-            seconds=limits.wall_seconds,
-            cpu_seconds=limits.cpu_seconds,
-            memory=limits.memory_mb << 20,
-            processes=limits.processes,
-            file=limits.file_mb << 20,
-            open_files=limits.open_files,
-            output=limits.output_kb << 10,
-        )
-        config = json.dumps({"plan": asdict(self._plan), "bounds": asdict(bounds)})
+        config = json.dumps({"walls": self._walls, "limits": asdict(self._limits)})
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START.format(_ROOT), config],
             stdin=subprocess.PIPE,
@@ -283,15 +260,3 @@ class _Supervisor:
             cwd="/",
             start_new_session=True,
         )
-
-    def _read_line(self, process: subprocess.Popen[bytes]) -> bytes:
-        """The next line of the supervisor, or what there is of it when it ends or falls silent."""
-        assert process.stdout is not None
-        deadline, line = time.monotonic() + self._limits.wall_seconds + _GRACE, b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n") and selector.select(deadline - time.monotonic()):
-                if not (part := os.read(process.stdout.fileno(), 1 << 16)):
-                    break
-                line += part
-        return line

@@ -24,6 +24,47 @@ def send(found):
     os._exit(0)
 """
 
+# Run by a clean Python: looks for the sentinel in the memory of another process, and sends it.
+_SCAN = """
+import ctypes, os, struct, sys
+pid, near, kind = map(int, sys.argv[1:])
+class Part(ctypes.Structure):
+    _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]
+buffer, size = ctypes.create_string_buffer(1 << 16), 1 << 16
+read, mark = ctypes.CDLL(None).process_vm_readv, struct.pack('qq', kind, 32)
+here = ctypes.byref(Part(ctypes.addressof(buffer), size))
+for start in range((near & -size) - (8 << 20), near + (8 << 20), size):
+    if read(pid, here, 1, ctypes.byref(Part(start, size)), 1, 0) == size:
+        at = buffer.raw.find(mark)
+        while at >= 0:
+            found = buffer.raw[at + 24 : at + 56]
+            if sum(byte > 127 for byte in found) > 6:
+                os.write(4, found)
+                os._exit(0)
+            at = buffer.raw.find(mark, at + 1)
+"""
+
+# Run by a clean Python: says which calls that lead out of the limits the kernel still takes.
+_CALLS = """
+import ctypes, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+word = ctypes.create_string_buffer(8)
+def opens(family):
+    try:
+        return socket.socket(family).fileno()
+    except OSError:
+        return -1
+print('works:', [name for name, result in {
+    'shmget': libc.shmget(0, 4096, 0o1600), 'semget': libc.semget(0, 1, 0o1600), 'msgget': libc.msgget(0, 0o1600),
+    'memfd_create': libc.memfd_create(b'x', 0), 'ptrace': libc.ptrace(0, 0, 0, 0), 'unshare': libc.unshare(1 << 28),
+    'process_vm_readv': libc.process_vm_readv(1, None, 0, None, 0, 0), 'pidfd_open': libc.syscall(434, 1, 0),
+    'io_uring_setup': -(libc.syscall(425, 1, None) == -1 and ctypes.get_errno() == 38),
+    'clone_new_user': libc.syscall({'x86_64': 56}.get(__import__('os').uname().machine, 220), 1 << 28 | 17, 0, 0, 0, 0),
+    'keyctl': libc.syscall({'x86_64': 250}.get(__import__('os').uname().machine, 219), 0, -4, 1),
+    **{f'socket of family {family}': opens(family) for family in (1, 2, 10, 16, 17, 38, 40)},
+}.items() if result != -1], file=sys.stderr)
+"""
+
 HOSTILE = {
     # Ending before the last line
     "sys_exit": Hostile("import sys\nsys.exit(0)\nassert False", "failed", "SystemExit"),
@@ -32,6 +73,7 @@ HOSTILE = {
         "import os, threading, time\nthreading.Timer(0.1, os._exit, [0]).start()\ntime.sleep(3)\nassert False", "failed"
     ),
     "abort": Hostile("import os\nos.abort()", "killed", "SIGABRT"),
+    "real_time_signal": Hostile("import os\nos.kill(os.getpid(), 40)", "killed", "ended by signal 40"),
     "replaced_by_optimised_python": Hostile(
         "import os, sys\nos.execv(sys.executable, [sys.executable, '-O', '-c', 'assert False'])", "failed", "before its"
     ),
@@ -62,6 +104,15 @@ HOSTILE = {
         "x = 1",
         "failed",
         "sys.settrace is not allowed",
+    ),
+    "jump_by_monitoring": Hostile(
+        "import sys\n"
+        "def line(code, number):\n"
+        "    if number == 8:\n        sys._getframe(1).f_lineno = 9\n"
+        "sys.monitoring.use_tool_id(4, 'x')\nsys.monitoring.register_callback(4, sys.monitoring.events.LINE, line)\n"
+        "sys.monitoring.set_events(4, sys.monitoring.events.LINE)\n"
+        "assert sys is None\nx = 1",
+        "failed",
     ),
     # Finding or guessing the sentinel
     "forged_output": Hostile(
@@ -105,7 +156,43 @@ HOSTILE = {
         "gc.get_referents is not allowed",
     ),
     "raw_memory": Hostile("import ctypes\nctypes.string_at(0)", "failed", "not allowed in the sandbox"),
-    "own_memory_as_a_file": Hostile("open('/proc/self/mem', 'rb').seek(1 << 20)\nassert False", "failed"),
+    "own_memory_as_a_file": Hostile("open('/proc/self/mem', 'rb')", "failed", "/proc/self/mem"),
+    "clean_python_reads_its_parent": Hostile(
+        f"import os, sys\nSCAN = {_SCAN!r}\n"
+        "os.spawnv(os.P_WAIT, sys.executable, [sys.executable, '-c', SCAN, str(os.getpid()), str(id(bytes(32))), "
+        "str(id(bytes))])\nos._exit(0)",
+        "failed",
+    ),
+    "clean_python_reads_its_child": Hostile(
+        f"import os, sys, time\nSCAN = {_SCAN!r}\nif (child := os.fork()) == 0:\n    time.sleep(20)\n    os._exit(0)\n"
+        "os.execv(sys.executable, [sys.executable, '-c', SCAN, str(child), str(id(bytes(32))), str(id(bytes))])",
+        "failed",
+    ),
+    "raw_memory_under_another_name": Hostile(
+        "import _imp, glob, importlib.machinery, sys\npath = glob.glob(sys.path[-1] + '/_ctypes.*')\n"
+        "if path:\n    _imp.create_dynamic(importlib.machinery.ModuleSpec('x._ctypes', None, origin=path[0]))\n"
+        "else:\n    import _ctypes",
+        "failed",
+        "not allowed in the sandbox",
+    ),
+    "another_interpreter_under_another_name": Hostile(
+        "import _imp, glob, importlib.machinery, sys\nfor name in ('_interpreters', '_xxsubinterpreters'):\n"
+        "    for path in glob.glob(sys.path[-1] + f'/{name}.*'):\n"
+        "        _imp.create_dynamic(importlib.machinery.ModuleSpec('q.' + name, None, origin=path)).create()\n"
+        "if not path:\n    import _interpreters",
+        "failed",
+        "not allowed in the sandbox",
+    ),
+    "handmade_bytecode": Hostile(
+        "import marshal\nexec(marshal.loads(marshal.dumps(compile('x = 1', '', 'exec'))))",
+        "failed",
+        "bytecode is not allowed",
+    ),
+    "changed_bytecode": Hostile(
+        "def f(): pass\nf.__code__ = f.__code__.replace(co_code=f.__code__.co_code)",
+        "failed",
+        "bytecode is not allowed",
+    ),
     "another_interpreter": Hostile(
         "try:\n    import _interpreters\nexcept ImportError:\n    import _xxsubinterpreters\nassert False",
         "failed",
@@ -126,6 +213,22 @@ HOSTILE = {
         "killed",
         "hold more than 256 MB",
     ),
+    "huge_allocation_by_children_of_a_thread": Hostile(
+        "import os, threading, time\ndef fork():\n    for _ in range(4):\n        if not os.fork():\n"
+        "            x = b'1' * (100 << 20)\n            time.sleep(20)\n            os._exit(0)\n    time.sleep(20)\n"
+        "threading.Thread(target=fork).start()\ntime.sleep(20)",
+        "killed",
+        "hold more than 256 MB",
+    ),
+    "huge_files_in_memory": Hostile(
+        "import os, time\nfor _ in range(40):\n    os.write(os.memfd_create('x'), bytes(8 << 20))", "failed", "OSError"
+    ),
+    "calls_that_lead_out": Hostile(
+        f"import os, sys\nos.spawnv(os.P_WAIT, sys.executable, [sys.executable, '-I', '-S', '-c', {_CALLS!r}])",
+        "passed",
+        "works: []",
+    ),
+    "socket_between_machines": Hostile("import socket\nsocket.socket(40, socket.SOCK_STREAM)", "failed", "OSError"),
     "huge_output": Hostile("part = 'x' * (1 << 20)\nfor _ in range(1024):\n    print(part)", "passed"),
     "huge_errors": Hostile(
         "import sys\npart = 'x' * (1 << 20)\nfor _ in range(1024):\n    print(part, file=sys.stderr)",
@@ -146,8 +249,7 @@ HOSTILE = {
         "import os, sys, time\nmade = 0\ntry:\n    for _ in range(300):\n        if not os.fork():\n"
         "            time.sleep(20)\n            os._exit(0)\n        made += 1\n"
         "finally:\n    print('made', made, file=sys.stderr)\n",
-        "failed",
-        "BlockingIOError",
+        "failed|killed",
     ),
     "daemon": Hostile(
         "import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork():\n        time.sleep(60)\n"

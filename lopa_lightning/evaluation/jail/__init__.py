@@ -2,5 +2,5 @@
 
 ``supervisor`` is a process of the host's user that runs one program after the other, ``cell`` builds
 what each is locked into, ``kernel`` asks Linux for it, and ``runner`` is the first thing that runs inside.
-They import the standard library alone: a supervisor starts in a bare interpreter.
+They need no package but this one: a supervisor starts in a bare interpreter.
 """
