@@ -65,8 +65,7 @@ class Supervisor:
                     seen = self._watch(status.fileno(), errors.fileno(), started + self.limits.wall_seconds)
                 finally:
                     _clear()  # whoever still holds the other end is gone, so what follows comes to an end
-                    # Python's own removal does not survive all that a program may have filled it with.
-                    subprocess.run(["rm", "-rf", "--", folder], check=False, stderr=subprocess.DEVNULL)
+                    _remove(folder)
                 returned = answer.read(4 * SENTINEL_BYTES) == sentinel
             size = os.fstat(errors.fileno()).st_size
             stderr = os.pread(errors.fileno(), _TAIL, max(size - _TAIL, 0)).decode("utf-8", "replace")
@@ -148,6 +147,13 @@ def _clear() -> None:
             time.sleep(0.001)
         if time.monotonic() > deadline:
             raise RuntimeError("a process of the program could not be ended")
+
+
+def _remove(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError:  # Python's own removal does not survive all that a program may have filled it with
+        subprocess.run(["rm", "-rf", "--", folder], check=False, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
