@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lopa_lightning import __version__, checkpoint
-from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor, RunRecord
+from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor, RunConfig, RunRecord
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import LoPALightningModule
 from lopa_lightning.stopping import Stopped, stoppable
@@ -29,7 +29,7 @@ from lopa_lightning.strategies import check_strategy_name
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "class_path": "lopa_lightning.callbacks.RunLogger",
         "init_args": {"save_dir": "runs", "name": "lopa", "default_hp_metric": False},
     },
     "log_every_n_steps": 10,
@@ -108,6 +108,7 @@ class LoPACLI(LightningCLI):
             seed_everything_default=42,
             trainer_defaults={**_TRAINER_DEFAULTS, "callbacks": list(callbacks)},
             parser_class=Parser,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"version": f"lopa-lightning {__version__}", "description": _DESCRIPTION},
             **kwargs,

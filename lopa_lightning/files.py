@@ -1,13 +1,17 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that no second process writes to."""
 
 from __future__ import annotations
 
 import os
+import platform
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from lopa_lightning.errors import LoPAError
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -25,12 +29,14 @@ def write_whole(path: Path, content: str) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to, which takes a path's place when the block ends well and leaves nothing else.
 
+    What a process leaves that is killed meanwhile, :func:`clear_unfinished` removes.
+
     Args:
         path: The file; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: between file systems a rename would be a copy, which can be cut short.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -41,3 +47,77 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def clear_unfinished(folder: Path, name: str = "*") -> None:
+    """Removes what :func:`replacing` left of processes that were killed on this host; of another it cannot be known.
+
+    Args:
+        folder: Where to look.
+        name: Pattern of the files' names.
+    """
+    for left in folder.glob(f".{name}.{platform.node()}.*"):
+        process = left.name.split(".")[-2]
+        if process.isdigit() and not _is_running(int(process)):
+            left.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if sys.platform == "win32":  # there is no harmless signal
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def is_writable(folder: Path) -> bool:
+    """Returns whether a folder can be written to, or made and written to; makes nothing."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+class Claim:
+    """Keeps other processes out of a folder until it is released, or this process has ended, however it ends.
+
+    Args:
+        folder: Is made.
+        what: Its name, for messages.
+        name: Of the file that is locked in it.
+
+    Raises:
+        LoPAError: If another process has claimed it.
+    """
+
+    def __init__(self, folder: Path, what: str, name: str = ".lock") -> None:
+        self._path = folder / name
+        self._is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(self._descriptor)
+            is_there = os.fstat(self._descriptor).st_ino == os.stat(self._path).st_ino
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            is_there = False
+        if not is_there:  # locked by another process, which may just have removed it
+            os.close(self._descriptor)
+            raise LoPAError(f"{what} {str(folder)!r} is in use by another lopa command; give it another")
+
+    def release(self) -> None:
+        """Lets others in, and leaves nothing where there was nothing."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        if self._is_new:
+            with suppress(OSError):  # by now it holds something
+                self._path.parent.rmdir()
+
+
+def _lock(descriptor: int) -> None:
+    """Locks a file for this process; its forks, such as a loader's workers, do not keep the lock when it ends."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

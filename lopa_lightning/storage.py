@@ -30,8 +30,6 @@ class WholeFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
-            left.unlink(missing_ok=True)
         try:
             with replacing(path) as file:
                 torch.save(checkpoint, file)

@@ -3,7 +3,8 @@
 from lopa_lightning.callbacks.last import LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
+from lopa_lightning.callbacks.run_folder import RunConfig, RunLogger
 from lopa_lightning.callbacks.run_record import RunRecord
 from lopa_lightning.callbacks.summary import FitSummary
 
-__all__ = ["FitSummary", "LastCheckpoint", "PredictionWriter", "PromptMonitor", "RunRecord"]
+__all__ = ["FitSummary", "LastCheckpoint", "PredictionWriter", "PromptMonitor", "RunConfig", "RunLogger", "RunRecord"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -13,7 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lopa_lightning.callbacks.run_folder import RunLogger, start_run
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import Claim, clear_unfinished, is_writable
 from lopa_lightning.stopping import SIGNALS, StopHandler, Stopped, is_ours_to_handle
 
 
@@ -39,28 +40,31 @@ class LastCheckpoint(ModelCheckpoint):
         options = {"enable_version_counter": False, "save_on_train_epoch_end": True, **kwargs}
         super().__init__(dirpath, filename, every_n_train_steps=every_n_train_steps, **options)
         self._end = self._requeue = self._saved_step = 0
+        self._claims: list[Claim] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks that checkpoints can be written, before anything is trained.
+        """Checks that checkpoints can be written, and by this run alone, before anything is trained.
 
         Raises:
             LoPAError: If not.
         """
         super().setup(trainer, pl_module, stage)
         self._end = self._requeue = self._saved_step = 0
-        if stage != "fit" or trainer.fast_dev_run or "://" in str(self.dirpath):
+        if stage != "fit" or trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        folder = Path(str(self.dirpath))
-        try:
-            if trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                writable = os.access(folder, os.W_OK)
-            else:
-                writable = True
-        except OSError:
-            writable = False
-        if not writable:
-            raise LoPAError(f"checkpoints cannot be written to {str(folder)!r}: not a folder that this user may write")
+        runs = trainer.logger.folder if isinstance(trainer.logger, RunLogger) else None
+        given = {str(each.dirpath) for each in trainer.checkpoint_callbacks if each.dirpath is not None}
+        for folder in sorted(path for path in given if "://" not in path):
+            if not is_writable(Path(folder)):
+                raise LoPAError(f"checkpoints cannot be written to {folder!r}: not a folder that this user may write")
+            if runs is None or Path(runs) not in Path(folder).parents:  # else it is made for this run alone
+                self._claims.append(Claim(Path(folder), "dirpath"))
+                clear_unfinished(Path(folder))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Lets other runs have the folders."""
+        while self._claims:
+            self._claims.pop().release()
 
     # Signals
 
@@ -91,7 +95,8 @@ class LastCheckpoint(ModelCheckpoint):
     on_test_start = on_predict_start = _take_signals
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Takes over the signals."""
+        """Makes the run's folder, and takes over the signals."""
+        start_run(trainer)
         super().on_train_start(trainer, pl_module)
         self._take_signals(trainer, pl_module)
 
@@ -120,6 +125,7 @@ class LastCheckpoint(ModelCheckpoint):
                 )
         elif isinstance(exception, SIGTERMException) and trainer.training:  # the calling program handles SIGTERM
             self._save(trainer)
+        self.teardown(trainer, pl_module, "fit")  # Lightning does not call it
 
     # Saving
 

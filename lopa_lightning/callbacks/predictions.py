@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any, Literal, get_args
 import torch.distributed
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lopa_lightning.callbacks.run_folder import start_run
 from lopa_lightning.callbacks.stream import PredictionStream
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.files import write_whole
+from lopa_lightning.files import is_writable, write_whole
 from lopa_lightning.stopping import Stopped
 
 Format = Literal["jsonl", "csv"]
@@ -55,14 +55,7 @@ class PredictionWriter(BasePredictionWriter):
         warnings.filterwarnings("ignore", "Couldn't infer the batch indices")
         log_dir = trainer.log_dir  # broadcast from the first process: every one must ask for it
         self._folder = Path(self.folder or log_dir or trainer.default_root_dir)
-        if stage not in ("predict", "test") or not trainer.is_global_zero:
-            return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            writable = os.access(self._folder, os.W_OK)
-        except OSError:
-            writable = False
-        if not writable:
+        if stage in ("predict", "test") and not is_writable(self._folder):
             raise LoPAError(f"predictions.folder {str(self._folder)!r} cannot be written to")
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
@@ -75,6 +68,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def _open_stream(self, trainer: Any, pl_module: Any, role: str, name: str, identity: dict[str, Any] | None) -> None:
         self._stream, pl_module.written = None, {}
+        start_run(trainer)
+        self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         if identity is None or trainer.fast_dev_run:
             return
         data = getattr(trainer.datamodule, "datasets", {}).get(role, [])

@@ -1,0 +1,104 @@
+"""The folder of a run: made when the run starts, and for it alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from lopa_lightning.files import clear_unfinished
+
+
+class RunLogger(TensorBoardLogger):
+    """Logs to TensorBoard, in a folder that is made when a run starts, and that no other run gets.
+
+    Lightning's makes it before anything is checked, and two runs that are started together get the same one.
+    Arguments are Lightning's.
+    """
+
+    _is_started = _is_free = False
+
+    @property
+    def version(self) -> int | str:
+        """The run's number, which before its start may still change, or what the user gave."""
+        if self._version is None:
+            self._version, self._is_free = self._get_next_version(), True
+        return self._version
+
+    @property
+    def folder(self) -> str:
+        """The run's folder."""
+        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
+        return os.path.join(self.save_dir, self.name, version)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """TensorBoard's writer; before the run's start one that writes nothing."""
+        return super().experiment if self._is_started else DummyExperiment()
+
+    @rank_zero_only
+    def start(self) -> None:
+        """Makes the folder; where another run has made it meanwhile, it is the next one's."""
+        while not self._is_started:
+            try:
+                if "://" not in self.folder:
+                    Path(self.folder).mkdir(parents=True, exist_ok=not self._is_free)
+                self._is_started = True
+            except FileExistsError:
+                if not self._is_free:
+                    raise
+                self._version = self._get_next_version()
+        self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes what is logged, once there is a folder."""
+        if self._is_started:
+            super().save()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Logs numbers, which only a run has that has started."""
+        self.start()
+        super().log_metrics(metrics, step)
+
+
+def start_run(trainer: Any) -> None:
+    """Makes the run's folder, in which its checkpoints go, and clears what runs beside it left that were killed.
+
+    Args:
+        trainer: Of the run; all its processes call this, as often as they like.
+    """
+    logger = trainer.logger
+    if not isinstance(logger, RunLogger):
+        return
+    planned = trainer.strategy.broadcast(logger.folder)
+    logger.start()
+    logger._version, folder = trainer.strategy.broadcast((logger.version, logger.folder))
+    for callback in trainer.checkpoint_callbacks:
+        path = str(callback.dirpath)
+        if folder != planned and path.startswith(os.path.join(planned, "")):
+            callback.dirpath = folder + path[len(planned) :]
+    if trainer.is_global_zero and "://" not in folder:
+        for checkpoints in Path(folder).parent.glob("*/checkpoints"):
+            clear_unfinished(checkpoints)
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the configuration in the run's folder when the run starts."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leaves it for later: much may still be refused."""
+
+    def _start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking and not self.already_saved:
+            start_run(trainer)
+            super().setup(trainer, pl_module, str(trainer.state.fn))
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _start
