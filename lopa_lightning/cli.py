@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lopa_lightning import __version__, checkpoint
 from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor, RunConfig, RunRecord
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import is_full_disk
 from lopa_lightning.modules import LoPALightningModule
 from lopa_lightning.stopping import Stopped, stoppable
 from lopa_lightning.strategies import check_strategy_name
@@ -203,7 +204,7 @@ def main(args: ArgsType = None) -> None:
         expected = expected_cause(error)
         if expected is None or os.environ.get("LOPA_TRACEBACK"):
             raise
-        hint = "" if isinstance(expected, LoPAError) else "\nLOPA_TRACEBACK=1 shows where."
+        hint = "" if isinstance(expected, LoPAError) or is_full_disk(expected) else "\nLOPA_TRACEBACK=1 shows where."
         sys.stderr.write(f"error: {expected}{hint}\n")
         raise SystemExit(1) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
@@ -44,9 +45,35 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        name_file(error, path)
         raise
+
+
+def name_file(error: BaseException, path: str | Path) -> None:
+    """Adds what was written to an error, which does not say it where it comes from a full disk.
+
+    Args:
+        error: Any; others than an ``OSError`` without a name stay as they are.
+        path: The file or folder.
+    """
+    for cause in causes_of(error):
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(path)
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error, what caused it, what caused that, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Returns whether an error, or what caused it, is that there is no space left on a disk or in a quota."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return any(isinstance(cause, OSError) and cause.errno in full for cause in causes_of(error))
 
 
 def clear_unfinished(folder: Path, name: str = "*") -> None:

@@ -10,7 +10,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.files import replacing
+from lopa_lightning.files import causes_of, replacing
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -34,7 +34,8 @@ class WholeFiles(TorchCheckpointIO):
             with replacing(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch's writer makes one of the other
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            causes = (cause.strerror for cause in causes_of(error) if isinstance(cause, OSError))
+            reason = next(filter(None, causes), str(error).splitlines()[0])
             kept = "the one before is kept" if path.is_file() else "there is none yet"
             raise LoPAError(f"checkpoint {str(path)!r} cannot be written ({reason}); {kept}") from error
 

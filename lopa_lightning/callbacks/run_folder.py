@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from lopa_lightning.files import clear_unfinished
+from lopa_lightning.files import clear_unfinished, is_full_disk, name_file
 
 
 class RunLogger(TensorBoardLogger):
@@ -63,6 +64,12 @@ class RunLogger(TensorBoardLogger):
             super().save()
 
     @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Closes the files; on a full disk that fails, too, and is not what a run has failed with."""
+        with suppress(*([OSError] if status == "failed" else [])):
+            super().finalize(status)
+
+    @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Logs numbers, which only a run has that has started."""
         self.start()
@@ -100,5 +107,10 @@ class RunConfig(SaveConfigCallback):
         if not trainer.sanity_checking and not self.already_saved:
             start_run(trainer)
             super().setup(trainer, pl_module, str(trainer.state.fn))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Names the run's folder where a disk is full, which TensorBoard's writer does not."""
+        if is_full_disk(exception) and isinstance(trainer.logger, RunLogger):
+            name_file(exception, f"{trainer.logger.folder}, which trainer.logger.init_args.save_dir moves")
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _start

@@ -10,14 +10,14 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lopa_lightning.files import write_whole
+from lopa_lightning.files import name_file, write_whole
 
 
 class PredictionStream:
     """A file that grows by a line for each prediction, one for each process, while a run goes on.
 
     Beside it lies, until the run is done, what the predictions depend on. Another run in the same folder
-    goes on where the last one stopped if it depends on the same, and starts anew if not.
+    goes on where the last one stopped if it depends on the same, and starts over if not.
 
     Args:
         folder: Where predictions go.
@@ -36,13 +36,16 @@ class PredictionStream:
 
     def open(self) -> None:
         """Reads what an interrupted run left, on every process."""
-        if self.state.is_file():
-            if json.loads(self.state.read_text(encoding="utf-8")) == self.identity:
-                found = [row for path in self._files() for row in _whole_lines(path)]
-                count = Counter(row["index"] for row in found)
-                self.found = [row for row in found if count[row["index"]] == self.lines]
-            else:
-                rank_zero_warn(f"{self.folder} holds {self.name} of another checkpoint or setting: starting anew")
+        if not self.state.is_file():
+            return
+        identity = _parsed(self.state.read_text(encoding="utf-8", errors="replace"))
+        if identity == self.identity:
+            found = [row for path in self._files() for row in _whole_rows(path)]
+            count = Counter(row["index"] for row in found)
+            self.found = [row for row in found if count[row["index"]] == self.lines]
+        else:
+            whose = "of another checkpoint or setting" if identity else f"but its {self.state.name} is damaged"
+            rank_zero_warn(f"{self.folder} holds {self.name} {whose}: starting over")
 
     def start(self) -> None:
         """Puts the files in order; to be called once every process has read them."""
@@ -56,8 +59,12 @@ class PredictionStream:
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Appends rows to this process's file."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_lines(rows))
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_lines(rows))
+        except OSError as error:
+            name_file(error, self.path)
+            raise
 
     def close(self) -> None:
         """Removes what is only there while a run goes on; to be called by the first process at the end."""
@@ -75,7 +82,16 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file whose last line may have been cut off."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of which any line may have been cut off, the last one or, on a full disk, others."""
+    rows = map(_parsed, path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1])
+    return [row for row in rows if "index" in row]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

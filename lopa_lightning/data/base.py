@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Collate, Rows
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.rows import EmptyTextError, EncodeRows, LabelLookup, RowEncoder, is_empty
@@ -138,6 +139,7 @@ class TextDataModule(LightningDataModule, ABC):
         assert self.trainer.state.fn is not None
         self.setup(str(self.trainer.state.fn.value))
 
+    @cache_faults_named()
     def setup(self, stage: str) -> None:
         """Loads and tokenises what a stage needs, from the cache where it is there.
 
@@ -209,6 +211,7 @@ class TextDataModule(LightningDataModule, ABC):
         what = f"{role} ({split})"
         if len(data) == 0:
             raise LoPAError(f"{what}: the split has no rows")
+        check_cached(data)
         encoder = self.row_encoder(data, what, role)
         if missing := [name for name in encoder.columns if name not in data.column_names]:
             raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
@@ -229,6 +232,7 @@ class TextDataModule(LightningDataModule, ABC):
             empty = [row for row, text in enumerate(texts) if is_empty(text)]
             shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
             raise LoPAError(f"{what}: column {error.column!r} is empty in row {shown} (counted from 0)") from None
+        check_cached(tokenised, len(data))
         for column, message in self.warnings_of(encoder).items():
             if column in tokenised.column_names:
                 if count := int(np.sum(tokenised.with_format("numpy")[column][:])):
