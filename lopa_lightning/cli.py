@@ -8,8 +8,10 @@ import inspect
 import os
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -195,7 +197,7 @@ def main(args: ArgsType = None) -> None:
             # Imported when asked for: the modules run this command line.
             importlib.import_module(_EXPERIMENTS[given[0]]).main(given[1:])
         else:
-            with stoppable():
+            with stoppable(), _full_disk_told_once():
                 LoPACLI(args=args)
     except Stopped as stopped:
         rank_zero_only(sys.stderr.write)(f"{stopped}\n")
@@ -207,6 +209,17 @@ def main(args: ArgsType = None) -> None:
         hint = "" if isinstance(expected, LoPAError) or is_full_disk(expected) else "\nLOPA_TRACEBACK=1 shows where."
         sys.stderr.write(f"error: {expected}{hint}\n")
         raise SystemExit(1) from error
+
+
+@contextmanager
+def _full_disk_told_once() -> Iterator[None]:
+    """Leaves a full disk to the error that ends the command: TensorBoard's thread prints a traceback besides."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if args.exc_value and is_full_disk(args.exc_value) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def ignore_expected_warnings() -> None:

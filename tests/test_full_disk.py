@@ -72,7 +72,9 @@ def test_a_run_ends_in_a_line_with_its_last_checkpoint_whole(
             )
         )
     assert stop.value.code == 1
-    assert capsys.readouterr().err.rstrip("\n").rpartition("\n")[2] == f"error: {message.format(**places)}"
+    err = capsys.readouterr().err
+    assert err.rstrip("\n").rpartition("\n")[2] == f"error: {message.format(**places)}"
+    assert "Traceback" not in err
     last = next(path for path in tmp_path.rglob("last.ckpt"))
     assert torch.load(last, weights_only=True)["global_step"] >= 1
     assert not list(tmp_path.rglob(".last.ckpt.*"))
