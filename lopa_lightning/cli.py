@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import inspect
 import os
 import re
 import sys
@@ -13,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
@@ -27,8 +25,10 @@ from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWrite
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import is_full_disk
 from lopa_lightning.modules import LoPALightningModule
+from lopa_lightning.option_errors import folded
+from lopa_lightning.options import check_options, expand_home
+from lopa_lightning.parsing import Parser, UsageError
 from lopa_lightning.stopping import Stopped, stoppable
-from lopa_lightning.strategies import check_strategy_name
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -41,14 +41,12 @@ _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "bes
 # A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
 _LAST: dict[str, Any] = {"filename": "last"}
 _LIGHTNINGS_OWN = ("best", "hpc", "registry")  # names that Lightning resolves to a checkpoint
-_MISSPELT = re.compile(r"[Oo]ption '([^']+)'|unrecognized arguments: --(\S+)")
 _EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "plan", "sweep")}
 _DESCRIPTION = (
     "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
     "several methods on several tasks and seeds and tabulates them, `lopa sweep` searches hyperparameters, and "
     "`lopa plan` says what a run will take: see `lopa compare --help`, `lopa sweep --help` and `lopa plan --help`."
 )
-_CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 
 _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen ones, as they should be
@@ -57,38 +55,6 @@ _EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's own use of torch
     r"FSDP2-wrapped module \(FSDPPromptedModel\) returned a view",  # nothing writes to outputs in place
 )
-
-
-class Parser(LightningArgumentParser):
-    """Says what was misspelt in a line or two, not in a page of usage."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.allow_abbrev = False  # a misspelt option must not pass for the one that it begins like
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the error, with the options that were perhaps meant, and exits with status 2."""
-        hints = [
-            self._hint(name.split("=")[0], message) for pair in _MISSPELT.findall(message) for name in pair if name
-        ]
-        text = "\n".join(dict.fromkeys([message.strip(), *filter(None, hints)]))
-        sys.stderr.write(f"error: {text}\nSee {self.prog.split(' [')[0]} --help for all options.\n")
-        raise SystemExit(2)
-
-    def _hint(self, misspelt: str, message: str) -> str | None:
-        parsers = [self, *getattr(self._subcommands_action, "_name_parser_map", {}).values()]
-        known = {str(action.dest) for parser in parsers for action in parser._actions}
-        for class_path in _CLASS_PATH.findall(message):
-            known |= set(_parameters(class_path))
-        # By the part that is wrong: of model.init_args.rnak that is rnak, of trainer.max_epoch max_epoch.
-        parts = [part for part in misspelt.split(".") if part not in ("init_args", "class_path")]
-        whole = {name.partition(".")[0] for name in known}
-        names = {name.rpartition(".")[2]: name for name in known}
-        for place, part in enumerate(parts):
-            candidates = whole if place == 0 and len(parts) > 1 else names
-            if part not in candidates and (close := difflib.get_close_matches(part, candidates, n=3)):
-                return f"Did you mean {' or '.join(names.get(name, name) for name in close)}?"
-        return None
 
 
 class LoPACLI(LightningCLI):
@@ -101,6 +67,9 @@ class LoPACLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, callbacks: Sequence[Callback] = (), **kwargs: Any) -> None:
+        given = sys.argv[1:] if args is None else args
+        first = given[0] if isinstance(given, list) and given else None
+        self._asked_for = first if first in self.subcommands() else None
         super().__init__(
             LoPALightningModule,
             LightningDataModule,
@@ -130,11 +99,52 @@ class LoPACLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(FitSummary, "summary")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Leaves the parsers of subcommands that are not asked for empty: each takes a tenth of a second to build."""
+        if self._asked_for in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the command line, and refuses what cannot be right before anything is built.
+
+        Raises:
+            LoPAError: If a number is out of range or a strategy cannot serve.
+            UsageError: If the command line, or a file that it names, is wrong in another way.
+        """
+        self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
+        if self.config.get("subcommand"):
+            expand_home(self.config[self.config.subcommand])
+            check_options(self.config[self.config.subcommand])
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data, callbacks and Trainer; none of them reads weights yet.
+
+        Raises:
+            LoPAError: If one of their classes refuses an option; the message names it and its value.
+        """
+        try:
+            super().instantiate_classes()
+        except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
+            if expected_cause(error) is not None and not isinstance(error, MisconfigurationException):
+                raise
+            raise LoPAError(self._refused(error)) from error
+
+    def _refused(self, error: Exception) -> str:
+        """Says what a class of another library refuses, with the options of the Trainer that it names."""
+        causes = [error]
+        while isinstance(cause := causes[-1].__cause__, Exception):
+            causes.append(cause)
+        missing = [cause for cause in causes if isinstance(cause, ImportError)]
+        said = folded(str((missing or causes)[-1]))
+        trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
+        named = [name for name in re.findall(r"\w+", said) if isinstance(trainer.get(name), (str, int, float))]
+        named = [name for name in named if str(trainer[name]) not in said]
+        given = ", ".join(f"trainer.{name} {trainer[name]}" for name in dict.fromkeys(named))
+        return f"{given}: {said}" if given else said
+
     def before_instantiate_classes(self) -> None:
-        """Refuses a strategy or a checkpoint that is wrong before anything is built or loaded."""
-        if self.subcommand is not None:
-            strategy = self.config[self.subcommand].trainer.strategy
-            check_strategy_name(strategy if isinstance(strategy, str) else strategy.class_path)
+        """Refuses a checkpoint that is wrong before anything is built or loaded."""
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
@@ -174,16 +184,6 @@ class LoPACLI(LightningCLI):
         """
 
 
-def _parameters(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return []
-    classes = [base for base in inspect.getmro(found) if base is not object] if isinstance(found, type) else [found]
-    return [parameter for base in classes for parameter in inspect.signature(base).parameters]
-
-
 def main(args: ArgsType = None) -> None:
     """Runs ``lopa``. Set ``LOPA_TRACEBACK=1`` in the environment to see where an error was raised.
 
@@ -202,12 +202,15 @@ def main(args: ArgsType = None) -> None:
     except Stopped as stopped:
         rank_zero_only(sys.stderr.write)(f"{stopped}\n")
         raise
+    except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
     except Exception as error:
         expected = expected_cause(error)
         if expected is None or os.environ.get("LOPA_TRACEBACK"):
             raise
-        hint = "" if isinstance(expected, LoPAError) or is_full_disk(expected) else "\nLOPA_TRACEBACK=1 shows where."
-        sys.stderr.write(f"error: {expected}{hint}\n")
+        hint = "" if isinstance(expected, LoPAError) or is_full_disk(expected) else " (LOPA_TRACEBACK=1 shows where)"
+        sys.stderr.write(f"error: {folded(str(expected))}{hint}\n")
         raise SystemExit(1) from error
 
 

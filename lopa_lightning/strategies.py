@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -120,6 +120,23 @@ def check_strategy_name(name: str) -> None:
         raise LoPAError(f"strategy {name!r} is FSDP1, which cannot shard what is partly frozen; {_OVERLAY}")
     if short.startswith("deepspeed"):
         raise LoPAError(f"strategy {name!r} shards the trained tensors that a checkpoint must hold whole; {_OVERLAY}")
+
+
+def check_configured(strategy: str) -> None:
+    """Refuses what ``trainer.strategy`` may not be.
+
+    Args:
+        strategy: A name, or the path of a class.
+
+    Raises:
+        LoPAError: If there is none of that name, or it cannot serve.
+    """
+    check_strategy_name(strategy)
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if "." not in strategy and strategy not in known:
+        refused = ("deepspeed", "fsdp", "spawn", "fork", "notebook")
+        usable = [name for name in known if not any(part in name for part in refused)]
+        raise LoPAError(f"trainer.strategy must be one of {', '.join(usable)}, or a class path, got {strategy}")
 
 
 def _like(value: Any, parameter: Tensor) -> Any:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile
 
-from lopa_lightning.cli import Parser
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.parsing import Parser
 
 T = TypeVar("T")
 

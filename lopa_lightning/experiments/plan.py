@@ -6,13 +6,19 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Sizes, Step, sizes
+from lopa_lightning.parsing import UsageError
 
 _TOKENS = 128  # of a text, where the configuration sets no limit
+
+
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def placed(found: Sizes, devices: Sequence[int]) -> list[dict[str, Any]]:
@@ -70,7 +76,7 @@ def own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         LoPAError: If a number is below 1.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Options(
         prog="lopa plan",
         description="What a run will take: parameters, checkpoint, memory of each device, operations of a step. "
         "All other options are those of lopa fit. No weight is read.",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from lopa_lightning.cli import LoPACLI, expected_cause
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.parsing import UsageError
 
 Config = dict[str, Any]
 """What ``lopa fit`` takes, every option filled in."""
@@ -21,14 +19,6 @@ Config = dict[str, Any]
 
 class _Resolver(LoPACLI):
     """Builds everything that ``lopa fit`` builds, and runs nothing."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": LoPACLI.subcommands()["fit"]}
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Without Lightning's warning of a program that has arguments too."""
-        self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
         """Leaves the parent's random state and environment alone."""
@@ -53,14 +43,11 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
         LoPAError: If ``lopa fit`` would refuse it.
     """
     arguments = ["fit", *(part for config in configs for part in ("--config", config)), *options]
-    said = io.StringIO()
     try:
-        with _quiet(), contextlib.redirect_stderr(said):
+        with _quiet():
             resolver = _Resolver(args=arguments)
-    except SystemExit:
-        lines = said.getvalue().strip().splitlines()
-        kept = [line.removeprefix("error: ") for line in lines if not line.startswith("See ")]
-        raise LoPAError("\n".join(kept)) from None
+    except UsageError as error:
+        raise LoPAError(str(error)) from None
     except Exception as error:
         raise LoPAError(reason(error)) from error
     dumped: Config = resolver.config_dump

@@ -170,7 +170,6 @@ def _fit(run: Run, environment: dict[str, str], threads: int | None) -> None:
     _write_to(run.folder / LOG_FILE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to children too; the parent ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.argv = ["lopa"]  # Lightning warns where both argv and args hold arguments
     if threads is not None:
         torch.set_num_threads(threads)
     arguments = ["fit", "--config", str(run.folder / _CONFIG_FILE)]

@@ -26,6 +26,7 @@ from lopa_lightning.frozen.loading import PretrainedSpec
 from lopa_lightning.frozen.sharding import data_mesh, placed_like, shard
 from lopa_lightning.frozen.text import TextSpec
 from lopa_lightning.modules.build import Builder
+from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
 from lopa_lightning.modules.finite import LossGuard, OnNonfinite
 from lopa_lightning.modules.hooks import TaskHooks
 from lopa_lightning.modules.net import Batch, PromptedModel
@@ -67,7 +68,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
             the rows, or ``skip`` the step and count it in ``train/skipped_steps``.
 
     Raises:
-        LoPAError: If a learning rate or the warm-up is negative, both an adapter and the whole backbone
+        LoPAError: If a learning rate or the warm-up is negative or not finite, both an adapter and the whole backbone
             are to be trained, or ``nonfinite_loss`` is unknown.
         TypeError: If an argument could not be stored in a checkpoint.
     """
@@ -88,9 +89,9 @@ class LoPALightningModule(TaskHooks, LightningModule):
         nonfinite_loss: OnNonfinite = "stop",
     ) -> None:
         super().__init__()
-        if negative := {name: rate for name, rate in (learning_rates or {}).items() if rate < 0}:
-            raise LoPAError(f"learning_rates must not be negative, got {negative}")
-        if warmup < 0:
+        if wrong := {name: rate for name, rate in (learning_rates or {}).items() if not 0 <= rate < float("inf")}:
+            raise LoPAError(f"learning_rates must be at least 0 and finite, got {wrong}")
+        if not 0 <= warmup < float("inf"):
             raise LoPAError(f"warmup must be a number of steps, or a share of the run below 1; got {warmup}")
         if adapter is not None and train_backbone:
             raise LoPAError("give adapter or train_backbone, not both")
@@ -143,14 +144,16 @@ class LoPALightningModule(TaskHooks, LightningModule):
         """Checks what can be checked before weights are loaded.
 
         Raises:
-            LoPAError: If a learning rate names no group, the backbone cannot serve the objective, or the
-                strategy cannot serve at all.
+            LoPAError: If a learning rate names no group, the optimizer or the scheduler refuses its options, the
+                backbone cannot serve the objective, or the strategy cannot serve at all.
         """
         self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
         self.builder.check()
+        if stage == "fit":
+            check_optimization(self.make_optimizer, self.make_lr_scheduler, self.learning_rates)
         check_strategy(self.trainer.strategy)
         write_whole_checkpoints(self.trainer.strategy)
 
@@ -207,6 +210,10 @@ class LoPALightningModule(TaskHooks, LightningModule):
         outputs: Tensor
         outputs, _ = self._net()(batch)
         return outputs
+
+    def on_train_start(self) -> None:
+        """Warns of a warm-up that the run does not reach the end of."""
+        warn_of_warmup(self.warmup, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes a step's randomness (dropout) depend on seed, epoch, step and rank alone.
