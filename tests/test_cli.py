@@ -39,7 +39,6 @@ CPU_SMALL, CPU_SMOLLM2 = (ROOT / "configs" / f"cpu_{name}.yaml" for name in ("sm
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])  # Lightning warns where both argv and args hold arguments
 
 
 @pytest.fixture(scope="session")

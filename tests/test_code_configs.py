@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,6 @@ OVERLAY = ROOT / "configs" / "cpu_smollm2_code.yaml"
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])
 
 
 def small(config: str, tiny: Tiny, overlay: bool = False) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +78,6 @@ def test_the_python_example_runs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest
 
 
 def test_its_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lopa"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "my.yaml").write_text((ROOT / "configs" / "own_csv.yaml").read_text())

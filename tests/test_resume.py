@@ -146,7 +146,6 @@ def test_the_command_line_finds_the_last_run(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])
     write_all(tmp_path)
     arguments = [
         *("fit", "--config", str(ROOT / "configs" / "own_csv.yaml"), f"--model.backbone.name={tiny('bert_base')}"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,6 @@ def test_where_nothing_is_to_be_saved_a_command_ends_at_once_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])
     write_all(tmp_path)
     monkeypatch.setattr(ClassificationModule, method, lambda *_, **__: os.kill(os.getpid(), number))
     arguments = [
@@ -140,7 +138,6 @@ def test_predictions_that_are_written_as_they_come_are_gone_on_with(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])
     completions(tmp_path / "data")
     complete = CausalLMModule.complete
     asked: list[int] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ def test_an_overlay_builds_its_trainer(
 
 
 def test_the_gpus_overlay_asks_for_one_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lopa"])
     paths = [str(ROOT / "configs" / name) for name in ("glue_rte.yaml", "trainer/gpu.yaml")]
     with pytest.raises(SystemExit) as stop:
         LoPACLI(args=["fit", "--config", paths[0], "--config", paths[1], "--print_config"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,7 +199,6 @@ def test_the_flag_is_an_option_of_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--print_config"])
     assert "cache: true" in capsys.readouterr().out

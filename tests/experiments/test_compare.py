@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])  # Lightning warns where both argv and args hold arguments
 
 
 def compare(output: Path, configs: Configs, methods: list[str], *arguments: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ SEED = "seed_everything"
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lopa"])
 
 
 def sweep(output: Path, configs: Configs, space: dict[str, Any], *arguments: str) -> None:
