@@ -131,7 +131,7 @@ class Claim:
             is_there = False
         if not is_there:  # locked by another process, which may just have removed it
             os.close(self._descriptor)
-            raise LoPAError(f"{what} {str(folder)!r} is in use by another lopa command; give it another")
+            raise LoPAError(f"{what} {str(folder)!r} is in use by another lopa command; give another")
 
     def release(self) -> None:
         """Lets others in, and leaves nothing where there was nothing."""

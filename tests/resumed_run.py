@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lopa_lightning.callbacks import LastCheckpoint
 from lopa_lightning.files import replacing
+from lopa_lightning.stopping import Stopped
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
 
 ROWS = 22
@@ -35,11 +35,22 @@ class Rows(Callback):
 class Signal(Callback):
     """Sends its own process a signal after a step."""
 
-    def __init__(self, number: signal.Signals, step: int, rank: int = 0) -> None:
+    def __init__(self, number: signal.Signals, step: int, rank: int | None = None) -> None:
         self.number, self.step, self.rank = number, step, rank
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), self.number)
+
+
+class SignalInValidation(Callback):
+    """Sends its own process a signal in a validation, each process at another batch."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if not trainer.sanity_checking and batch_idx == trainer.global_rank:
             os.kill(os.getpid(), self.number)
 
 
@@ -82,6 +93,15 @@ def fit_on_two(*args: Any, **kwargs: Any) -> tuple[Any, Rows]:
     return fit(*args, devices=2, strategy=DDPStrategy(process_group_backend="gloo"), **kwargs)
 
 
+def stopped(backbone: str, folder: Path, callback: Callback) -> int:
+    """The exit status of a run that is ended by a signal."""
+    try:
+        fit_on_two(backbone, folder, (callback,))
+    except Stopped as stop:
+        return int(stop.code or 0)
+    return 0
+
+
 def two_processes(backbone: str, folder: Path, step: int, part: str) -> None:
     if part == "killed":
         model, rows = fit_on_two(backbone, folder / "whole")
@@ -91,11 +111,8 @@ def two_processes(backbone: str, folder: Path, step: int, part: str) -> None:
         fit_on_two(backbone, folder / "parts", (Signal(signal.SIGKILL, step, rank=1),))
         return
     model, rows = fit_on_two(backbone, folder / "parts", resume=folder / "parts" / "last.ckpt")
-    ended = "at its end"
-    try:
-        fit_on_two(backbone, folder / "asked", (Signal(signal.SIGTERM, step, rank=1),))
-    except SIGTERMException:
-        ended = "when asked to"
+    asked = (Signal(signal.SIGTERM, step, rank=1), Signal(signal.SIGINT, step), SignalInValidation(signal.SIGINT))
+    ended = [stopped(backbone, folder / f"asked{i}", callback) for i, callback in enumerate(asked)]
     result = {"state": model.state_dict(), "rows": rows.seen, "ended": ended}
     torch.save(result, folder / f"resumed{torch.distributed.get_rank()}.pt")
 

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from lopa_lightning.callbacks import LastCheckpoint, RunLogger
+from lopa_lightning.callbacks.stream import PredictionStream
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import Claim, clear_unfinished, is_writable
@@ -145,6 +146,23 @@ def test_two_commands_at_once_do_not_mix(command: Command, monkeypatch: pytest.M
     assert [contents(folder) for folder in folders] == [RUN, RUN]
 
 
+def hold(folder: Path, what: str, *name: str) -> None:
+    claim = Claim(folder, what, *name)
+    (folder / "held").touch()
+    time.sleep(600)
+    claim.release()
+
+
+@contextmanager
+def held(folder: Path, *arguments: str) -> Iterator[BaseProcess]:
+    """Another process that has claimed a folder."""
+    with process(hold, folder, *arguments) as other:
+        while not (folder / "held").is_file():
+            assert other.is_alive()
+            time.sleep(0.01)
+        yield other
+
+
 @pytest.mark.parametrize("option", ["checkpoint.dirpath", "last_checkpoint.dirpath"])
 def test_a_second_run_with_one_dirpath_is_refused_until_the_first_has_ended(
     option: str, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -152,23 +170,14 @@ def test_a_second_run_with_one_dirpath_is_refused_until_the_first_has_ended(
     def never(_: ClassificationModule) -> None:
         raise AssertionError("weights were read")
 
-    def hold(folder: Path) -> None:
-        claim = Claim(folder, "dirpath")
-        (folder / "held").touch()
-        time.sleep(600)
-        claim.release()
-
     folder = Path("shared").absolute()
-    with process(hold, folder) as first:
-        while not (folder / "held").is_file():
-            assert first.is_alive()
-            time.sleep(0.01)
+    with held(folder, "dirpath") as first:
         monkeypatch.setattr(ClassificationModule, "configure_model", never)
         with pytest.raises(SystemExit) as stop:
             main(command(f"--{option}=shared"))
         assert stop.value.code == 1
         last_line = capsys.readouterr().err.rstrip("\n").rpartition("\n")[2]
-        assert last_line == f"error: dirpath {str(folder)!r} is in use by another lopa command; give it another"
+        assert last_line == f"error: dirpath {str(folder)!r} is in use by another lopa command; give another"
         assert not Path("runs").exists()
         assert first.pid is not None
         os.kill(first.pid, signal.SIGKILL)
@@ -178,6 +187,18 @@ def test_a_second_run_with_one_dirpath_is_refused_until_the_first_has_ended(
     again.release()
     assert folder.is_dir()
     assert contents(folder) == set()
+
+
+def test_two_commands_do_not_write_to_one_file_of_predictions(tmp_path: Path) -> None:
+    stream = PredictionStream(tmp_path / "out", "predictions", {"weights": "abc"}, rank=0)
+    in_use = pytest.raises(LoPAError, match=r"predictions.folder '.*/out' is in use by another lopa command")
+    with held(tmp_path / "out", "predictions.folder", ".predictions.lock"), in_use:
+        stream.open()
+    (tmp_path / "out" / "held").unlink()
+    stream.open()
+    stream.start()
+    stream.close()
+    assert contents(tmp_path / "out") == {"predictions.jsonl"}
 
 
 def test_a_claim_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:

@@ -118,7 +118,10 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Says how to go on after what was written as it came."""
-        if isinstance(exception, Stopped) and self._stream is not None:
+        if self._stream is None:
+            return
+        self._stream.release()
+        if isinstance(exception, Stopped):
             exception.outcome = (
                 f"{self._stream.path} holds what was done, and the same command with "
                 f"--predictions.folder {self._folder} goes on after it"

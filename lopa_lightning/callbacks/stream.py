@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lopa_lightning.files import name_file, write_whole
+from lopa_lightning.files import Claim, name_file, write_whole
 
 
 class PredictionStream:
@@ -33,9 +33,16 @@ class PredictionStream:
         self.path = folder / (f"{name}.jsonl" if rank == 0 else f"{name}.rank{rank}.jsonl")
         self.state = folder / f".{name}.unfinished.json"
         self.found: list[dict[str, Any]] = []
+        self._claim: Claim | None = None
 
     def open(self) -> None:
-        """Reads what an interrupted run left, on every process."""
+        """Reads what an interrupted run left, on every process.
+
+        Raises:
+            LoPAError: If another command is writing there.
+        """
+        if self.rank == 0:
+            self._claim = Claim(self.folder, "predictions.folder", f".{self.name}.lock")
         if not self.state.is_file():
             return
         identity = _parsed(self.state.read_text(encoding="utf-8", errors="replace"))
@@ -72,6 +79,13 @@ class PredictionStream:
             if path != self.path:
                 path.unlink()
         self.state.unlink(missing_ok=True)
+        self.release()
+
+    def release(self) -> None:
+        """Lets another command go on, whether this one is done or not."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _files(self) -> list[Path]:
         first = self.folder / f"{self.name}.jsonl"
