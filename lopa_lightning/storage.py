@@ -1,4 +1,4 @@
-"""How checkpoints come to the disk."""
+"""Writes and reads checkpoints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from lopa_lightning.checkpoint_file import read
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import causes_of, replacing
 
@@ -38,6 +39,14 @@ class WholeFiles(TorchCheckpointIO):
             reason = next(filter(None, causes), str(error).splitlines()[0])
             kept = "the one before is kept" if path.is_file() else "there is none yet"
             raise LoPAError(f"checkpoint {str(path)!r} cannot be written ({reason}); {kept}") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint; nothing in it is run.
+
+        Raises:
+            LoPAError: If it is not there, is damaged, or is not a checkpoint of this package.
+        """
+        return read(path, map_location)
 
 
 def write_whole_checkpoints(strategy: Strategy) -> None:

@@ -24,8 +24,9 @@ from lopa_lightning import (
     PretrainedSpec,
     PromptTuning,
 )
-from lopa_lightning.checkpoint import IDENTITY_KEY, fingerprint, plain
+from lopa_lightning.checkpoint import IDENTITY_KEY, fingerprint
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.plain import plain
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
 from tests.tiny import save_tiny
 
@@ -142,7 +143,7 @@ def _other_backbone(tiny: Tiny, folder: Path) -> dict[str, Any]:
             "num_virtual_tokens: the checkpoint has 3, this run 5",
         ),
         ({"prompt_encoder": functools.partial(LoPATiny, rank=1)}, "rank: the checkpoint has 2, this run 1"),
-        ({"prompt_encoder": PromptTuning}, "class_path: the checkpoint has '.*LoPA', this run '.*PromptTuning'"),
+        ({"prompt_encoder": PromptTuning}, "class_path: the checkpoint has 'lopa', this run 'prompt_tuning'"),
         (
             {"instance_encoder": InstanceEncoderSpec(pooling="max")},
             "pooling: the checkpoint has 'mean', this run 'max'",
@@ -205,20 +206,12 @@ class Payload:
 def test_no_pickled_code_runs_from_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     path = fitted(module(tiny("bert")), tmp_path)
     torch.save({**torch.load(path, weights_only=True), "payload": Payload()}, path)
-    with pytest.raises(LoPAError, match="cannot be read as a checkpoint: Weights only load failed"):
-        LoPALightningModule.load_from_checkpoint(path, weights_only=False)
-    with pytest.raises(Exception, match="Weights only load failed"):
+    for weights_only in (None, False):
+        with pytest.raises(LoPAError, match=r"cannot be read as a checkpoint: it holds 'builtins.exec'"):
+            LoPALightningModule.load_from_checkpoint(path, weights_only=weights_only)
+    with pytest.raises(LoPAError, match=r"cannot be read as a checkpoint: it holds 'builtins.exec'"):
         trainer(tmp_path).validate(module(tiny("bert")), reviews(tmp_path), ckpt_path=path)
     assert not Payload.ran
-
-
-def test_a_checkpoint_does_not_choose_what_is_imported(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
-    saved = torch.load(path, weights_only=True)
-    saved["hyper_parameters"]["_class_path"] = "antigravity.Module"
-    torch.save(saved, path)
-    with pytest.raises(LoPAError, match=r"'antigravity\.Module' is not a LoPALightningModule that is imported here"):
-        LoPALightningModule.load_from_checkpoint(path)
 
 
 def test_a_model_is_the_same_under_any_name_and_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:
@@ -288,7 +281,10 @@ def test_another_template_is_refused_where_words_are_read(tiny: Tiny, tmp_path: 
 def test_going_on_with_other_rates_warns_and_with_another_optimizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     path = fitted(module(tiny("bert")), tmp_path)
     faster = module(tiny("bert"), optimizer=functools.partial(torch.optim.AdamW, lr=0.5))
-    with pytest.warns(UserWarning, match=r"keeps the checkpoint's optimizer settings:\n  optimizer.init_args.lr"):
+    with pytest.warns(
+        UserWarning,
+        match=r"optimizer settings: optimizer.init_args.lr: .* 0.01, this run 0.5",
+    ):
         trainer(tmp_path, 2).fit(faster, reviews(tmp_path), ckpt_path=path)
     other = module(tiny("bert"), optimizer=functools.partial(torch.optim.SGD, lr=0.5))
     with pytest.raises(LoPAError, match="holds the state of AdamW, this run has SGD"):
@@ -321,7 +317,7 @@ def test_plain_data_has_no_tuples_paths_or_objects() -> None:
     described = plain(value)
     assert described["a"] == [1, 2]
     assert described["b"]["pooling"] == "mean"
-    assert described["c"]["class_path"] == "lopa_lightning.prompts.lopa.LoPA"
+    assert described["c"]["class_path"] == "lopa"
     assert described["c"]["init_args"]["rank"] == 1
     assert described["3"] is None
     assert [type(v) for v in plain([np.float64(0.5), np.int64(3), np.str_("a"), True])] == [float, int, str, bool]

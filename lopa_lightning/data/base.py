@@ -122,6 +122,15 @@ class TextDataModule(LightningDataModule, ABC):
     allow_empty_text = False
     """Whether rows may have an empty text."""
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: a checkpoint holds no data module, and Lightning would call what a stranger's says it holds.
+
+        Raises:
+            LoPAError: Always.
+        """
+        raise LoPAError(f"a checkpoint holds no data; build {cls.__name__} from its own arguments")
+
     # Preparing
 
     def connect(self, text_spec: TextSpec) -> None:

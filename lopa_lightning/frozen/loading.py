@@ -81,15 +81,16 @@ class PretrainedSpec:
         if not self.name.startswith(_PACKAGE):
             return self.name
         package, _, folder = self.name.removeprefix(_PACKAGE).partition("/")
-        # Found without an import: importing a package of weights may pull in another framework.
-        try:
-            found = importlib.util.find_spec(package)
-        except ModuleNotFoundError:  # of a dotted name, its first part
-            found = None
+        top, *inner = package.split(".")
+        # Found without an import: of a dotted name even looking it up would import the first part.
+        found = None
+        with contextlib.suppress(ValueError):  # of a module without a spec, such as __main__
+            found = importlib.util.find_spec(top) if top.isidentifier() else None
         if found is None or not found.submodule_search_locations:
             raise LoPAError(f"{self.name!r}: the Python package {package!r} is not installed (pip install it first)")
-        path = Path(found.submodule_search_locations[0], folder)
-        if not path.is_dir():
+        parts = [*inner, *folder.split("/")]
+        path = Path(found.submodule_search_locations[0], *parts)
+        if ".." in parts or "\0" in folder or folder.startswith("/") or not path.is_dir():
             raise LoPAError(f"{self.name!r}: the Python package {package!r} has no folder {folder!r}")
         return str(path)
 

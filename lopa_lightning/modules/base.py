@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.checkpoint_file import adopt
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.injection import Placement
 from lopa_lightning.frozen.instance import InstanceEncoderSpec
@@ -33,6 +34,7 @@ from lopa_lightning.modules.net import Batch, PromptedModel
 from lopa_lightning.modules.restore import check_resume, rebuild
 from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmup
 from lopa_lightning.modules.scores import Scores
+from lopa_lightning.plain import class_name, plain, without_defaults
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
 from lopa_lightning.storage import write_whole_checkpoints
@@ -163,10 +165,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
             return
         mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
         parts = self.builder.load(self.frozen_dropout, mesh)
-        self._identity: dict[str, Any] = {
-            **parts.identity,
-            "task": {"placement": self.placement, **self.task_identity()},
-        }
+        self._identity: dict[str, Any] = {**parts.identity, "task": self._task()}
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
         if self._is_fitted() and not self._trained():
@@ -194,8 +193,8 @@ class LoPALightningModule(TaskHooks, LightningModule):
 
     def _make_hyperparameters_plain(self) -> None:
         """Stores hyperparameters as plain data, with the class that they are of."""
-        hparams = {key: value for key, value in ckpt.plain(dict(self.hparams)).items() if not key.startswith("_")}
-        self._hparams = AttributeDict({**hparams, "_class_path": ckpt.class_path(type(self))})
+        hparams = {key: value for key, value in plain(dict(self.hparams)).items() if not key.startswith("_")}
+        self._hparams = AttributeDict({**hparams, "_class_path": class_name(type(self))})
         self._hparams_initial = copy.deepcopy(self._hparams)
 
     # Training
@@ -313,6 +312,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
         hparams_file: Any = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Rebuilds a module from a checkpoint alone; the frozen models are loaded by the names in it.
@@ -323,14 +323,16 @@ class LoPALightningModule(TaskHooks, LightningModule):
             hparams_file: Ignored: a checkpoint holds its hyperparameters.
             strict: Ignored: loading is always strict.
             weights_only: Ignored: a checkpoint is always read as plain data, no code runs from it.
+            trust_remote_code: Whether the frozen models may run code of their own, where the checkpoint says that
+                they do. It says so of models that it names itself: only for a checkpoint that you trust.
             **kwargs: Hyperparameters to use in place of the checkpoint's, such as ``backbone`` where it
                 has moved.
 
         Raises:
-            LoPAError: If the checkpoint's class is not imported, or the frozen models found under the
-                names in it are not its own.
+            LoPAError: If a class that the checkpoint names is not imported, or the frozen models found under
+                the names in it are not its own.
         """
-        return rebuild(cls, checkpoint_path, map_location, kwargs)
+        return rebuild(cls, checkpoint_path, map_location, trust_remote_code, kwargs)
 
     def restore(self, hparams: Mapping[str, Any]) -> None:
         """Takes from a checkpoint's hyperparameters what was not known when the module was made.
@@ -340,13 +342,22 @@ class LoPALightningModule(TaskHooks, LightningModule):
         """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the identity of the frozen parts."""
+        """Adds the identity of the frozen parts, and leaves out the hyperparameters that have their default.
+
+        A subclass's own entry goes under the subclass's name; others are refused when the checkpoint is read.
+        """
         checkpoint[ckpt.IDENTITY_KEY] = self._identity
+        checkpoint[ckpt.HYPERPARAMETERS] = without_defaults(type(self), checkpoint[ckpt.HYPERPARAMETERS])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, encoder, method, task or optimizer."""
-        ckpt.check_identity(checkpoint.get(ckpt.IDENTITY_KEY), self._identity)
+        if self._trainer is not None and self._trainer.ckpt_path is not None:
+            adopt(checkpoint, str(self._trainer.ckpt_path))  # which not every strategy has read by way of us
         if "state_dict" not in checkpoint:  # a strategy has loaded it by itself, and did not check it
             ckpt.check_tensors(ckpt.read(self.trainer.ckpt_path)["state_dict"], self._trained())
+        ckpt.check_identity(checkpoint[ckpt.IDENTITY_KEY], self._identity)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_resume(checkpoint, self.hparams)
+
+    def _task(self) -> dict[str, Any]:
+        return {"placement": self.placement, **self.task_identity()}

@@ -30,6 +30,8 @@ from lopa_lightning.frozen.loading import (
 )
 from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
 from lopa_lightning.frozen.vectors import VectorCache
+from lopa_lightning.migrations import FORMAT
+from lopa_lightning.plain import plain, with_arguments, without_defaults
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
 
 
@@ -170,25 +172,37 @@ class Builder:
         # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
         direct = mesh if self.adapter is None and self.placement != "every_layer" else None
         model = load_model(self.backbone, self.family, direct)
-        identity: dict[str, Any] = {
-            "format": 1,
-            "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, **ckpt.fingerprint(model)},
-            "quantization": self.backbone.quantization,
-            "backbone_training": "all" if self.train_backbone else ckpt.plain(self.adapter),
-        }
+        identity = self.identity()
+        identity["backbone"] |= ckpt.fingerprint(model)
         backbone = self._backbone(model, self.backbone, dropout)
         prompt_encoder = self._prompt_encoder(backbone)
         prompt_encoder.initialize(vocabulary(self.tokenizer, len(backbone.embedding_weight), backbone.virtual_tokens))
-        identity |= {"prompt_encoder": self._method(prompt_encoder), "instance_encoder": None}
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, identity)
         encoder, facts = self._encoder(backbone, mesh)
-        spec = self.encoder_spec
-        identity["instance_encoder"] = {
-            **{key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")},
-            **facts,
-        }
+        identity["instance_encoder"] |= facts
         return Parts(backbone, prompt_encoder, encoder, identity)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of the frozen models and the method, as far as it is known without weights."""
+        identity: dict[str, Any] = {
+            "format": FORMAT,
+            "backbone": {
+                "name": self.backbone.name,
+                "revision": self.backbone.revision,
+                "config": ckpt.config_facts(load_config(self.backbone)),
+            },
+            "quantization": self.backbone.quantization,
+            "backbone_training": "all" if self.train_backbone else plain(self.adapter),
+            "prompt_encoder": with_arguments(plain(self.make_prompt_encoder), without_defaults, PromptEncoder),
+            "instance_encoder": None,
+        }
+        if self.skeleton.prompt_encoder.uses_instance:
+            spec = self.encoder_spec
+            told = {key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")}
+            own = {} if spec.is_backbone else {"config": ckpt.config_facts(load_config(spec.pretrained()))}
+            identity["instance_encoder"] = {**told, **own}
+        return identity
 
     def _encoder(self, backbone: Backbone, mesh: DeviceMesh | None) -> tuple[InstanceEncoder, dict[str, Any]]:
         """The instance encoder, and which one it is where the backbone does not say so."""
@@ -247,12 +261,6 @@ class Builder:
             name = type(prompt_encoder).__name__
             raise LoPAError(f"{name} changes the text's embeddings; placement 'every_layer' does not reach them")
         return prompt_encoder
-
-    def _method(self, prompt_encoder: PromptEncoder) -> dict[str, Any]:
-        """The method's class and what shapes its result, without what shapes its training alone."""
-        spec = ckpt.factory_spec(self.make_prompt_encoder)
-        lasting = {k: v for k, v in spec["init_args"].items() if k not in prompt_encoder.start_arguments}
-        return {"class_path": spec["class_path"], **lasting}
 
 
 def _body(source: PretrainedSpec, family: Family) -> PreTrainedModel:

@@ -51,6 +51,7 @@ class CausalLMModule(LoPALightningModule):
         LoPAError: If ``num_samples`` is less than 1, or ``exact_match`` neither ``all`` nor a number of rows.
     """
 
+    short_name = "causal_lm"
     objective = "causal_lm"
 
     def __init__(

@@ -18,6 +18,7 @@ from lopa_lightning.frozen.instance import Pooling
 from lopa_lightning.frozen.text import Objective, label_word_ids
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.plain import plain
 from lopa_lightning.task import TextTask
 
 LossOver = Literal["labels", "vocabulary"]
@@ -39,6 +40,8 @@ class ClassificationModule(LoPALightningModule):
     Raises:
         LoPAError: If ``objective`` or ``loss_over`` is unknown, or a head is to have a loss over the vocabulary.
     """
+
+    short_name = "classification"
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class ClassificationModule(LoPALightningModule):
     def _set_task(self, task: TextTask | None) -> None:
         self.task = task
         self.eval_suffixes = tuple(task.suffixes) if task is not None else ("",)
-        self.hparams["task"] = ckpt.plain(task)
+        self.hparams["task"] = plain(task)
 
     def restore(self, hparams: Mapping[str, Any]) -> None:
         """Takes the task that the data module brought to the saved module."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -15,6 +15,10 @@ from lopa_lightning.modules.net import Batch, Readout
 
 class TaskHooks(ABC):
     """What :class:`~lopa_lightning.modules.base.LoPALightningModule` asks of a task. Two of them it must have."""
+
+    short_name: ClassVar[str | None] = None
+    """What checkpoints call the class, which may then be moved and renamed; None for the path that it is imported from.
+    Of the class itself: a subclass does not inherit it."""
 
     objective: Objective = "head"
     """How an answer is read from the backbone; decides which head it is loaded with."""
@@ -102,5 +106,8 @@ class TaskHooks(ABC):
         return {"outputs": outputs}
 
     def task_identity(self) -> dict[str, Any]:
-        """What a checkpoint of this task must agree in, as plain data."""
+        """What a checkpoint of this task must agree in, as plain data.
+
+        An entry that is added later is left out where it is as it always was, or older checkpoints would not fit.
+        """
         return {}

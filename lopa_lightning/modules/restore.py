@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
+import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch.cli import instantiate_module
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.plain import arguments, built, defaults, find_class, shown, with_arguments, with_defaults
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
-_HYPERPARAMETERS = "hyper_parameters"
-_OF_TRAINING = ("optimizer", "lr_scheduler", "learning_rates", "warmup")
+_ANY_SIZE = 4096
+"""Sizes up to this one are harmless, whatever was trained."""
 
 
 def rebuild(
-    cls: type[LoPALightningModule], path: Any, map_location: Any, overrides: Mapping[str, Any]
+    cls: type[LoPALightningModule],
+    path: Any,
+    map_location: Any,
+    trust_remote_code: bool,
+    overrides: Mapping[str, Any],
 ) -> LoPALightningModule:
     """Rebuilds a module from a checkpoint; the frozen models are loaded by the names in it.
 
@@ -29,26 +34,79 @@ def rebuild(
         cls: The class asked for; the checkpoint's own may be a subclass.
         path: The ``.ckpt`` file.
         map_location: See ``torch.load``.
+        trust_remote_code: Whether models may run code of their own, where the checkpoint says that they do.
         overrides: Hyperparameters to use in place of the checkpoint's.
 
     Raises:
         LoPAError: If the checkpoint does not fit.
     """
     saved = ckpt.read(path, map_location)
-    hparams = saved.get(_HYPERPARAMETERS, {})
-    made_by = _class_of(hparams.get("_class_path", ""), cls)
-    if not issubclass(made_by, cls):
-        raise LoPAError(f"{path} was made by {made_by.__qualname__}, which is no {cls.__qualname__}")
-    accepted = _accepted(made_by, hparams)
-    if unknown := sorted(set(overrides) - accepted):
-        raise LoPAError(f"{made_by.__qualname__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}")
-    arguments = {key: value for key, value in {**hparams, **ckpt.plain(overrides)}.items() if key in accepted}
-    module: LoPALightningModule = instantiate_module(made_by, {"_class_path": ckpt.class_path(made_by), **arguments})
-    module.restore(hparams)
+    try:
+        module = _unloaded(cls, saved, trust_remote_code, overrides)
+    except LoPAError as error:
+        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
+        raise LoPAError(f"{shown(str(path))}: {message}") from error
+    except Exception as error:  # whatever a class makes of arguments that it was never saved with
+        raise LoPAError(f"{shown(str(path))}: no module can be built from it: {shown(error)}") from error
+    models = {"backbone": module.backbone_spec.name, "instance_encoder": module.instance_spec.name}
+    if named := [f"{key} {name!r}" for key, name in models.items() if key not in overrides]:
+        rank_zero_info(f"Loading the models that {shown(str(path))} names: {', '.join(named)}")
     module.configure_model()
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"])
     return module
+
+
+def _unloaded(
+    asked: type[LoPALightningModule], saved: Mapping[str, Any], trust_remote_code: bool, overrides: Mapping[str, Any]
+) -> LoPALightningModule:
+    """The module of a checkpoint that fits to what the file says beside, before any model is read."""
+    hparams = saved[ckpt.HYPERPARAMETERS]
+    made_by = _class_of(hparams.get("_class_path"), asked)
+    known = arguments(made_by)
+    if unknown := sorted(set(overrides) - set(known)):
+        raise LoPAError(f"{made_by.__qualname__} takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+    # A class may set hyperparameters of its base itself; these are saved too.
+    given = {key: value for key, value in hparams.items() if key in known and key not in overrides}
+    if not trust_remote_code:
+        _check_no_code(given)
+    _check_sizes(given, sum(tensor.numel() for tensor in saved["state_dict"].values()))
+    module = made_by(**{key: built(value, known[key].hint, key) for key, value in {**given, **overrides}.items()})
+    module.restore(hparams)
+    identity = {**module.builder.identity(), "task": module._task()}
+    ckpt.check_identity(saved[ckpt.IDENTITY_KEY], identity, weights=False)
+    trained = {f"net.{name}": each for name, each in module.meta_net().named_parameters() if each.requires_grad}
+    ckpt.check_tensors(saved["state_dict"], trained)
+    return module
+
+
+def _check_no_code(given: Mapping[str, Any]) -> None:
+    """Refuses hyperparameters by which transformers or PEFT would import or fetch code."""
+    for key, spec in given.items():
+        if not isinstance(spec, Mapping):
+            continue
+        kernel = spec.get("attn_implementation")  # may be a repository on the hub
+        wanted = [name for name in ("trust_remote_code", "megatron_core", "megatron_config") if spec.get(name)]
+        if kernel is not None and not str(kernel).isidentifier():
+            wanted.append(f"attn_implementation {shown(kernel)}")
+        if wanted:
+            raise LoPAError(
+                f"its {key} asks for code from outside ({', '.join(wanted)}); if you trust that, say so again: "
+                "load_from_checkpoint(..., trust_remote_code=True)"
+            )
+
+
+def _check_sizes(given: Mapping[str, Any], trained: int) -> None:
+    """Refuses sizes that the trained weights contradict, before anything of such a size is built."""
+    method = given.get("prompt_encoder")
+    settings = {
+        "prompt_encoder": method.get("init_args") if isinstance(method, Mapping) else None,
+        "adapter": given.get("adapter"),
+    }
+    for key, values in settings.items():
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, int) and abs(value) > max(trained, _ANY_SIZE):
+                raise LoPAError(f"its {key} has {shown(name)} {value}, and {trained} trained values")
 
 
 def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
@@ -61,13 +119,9 @@ def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
     Raises:
         LoPAError: If the checkpoint holds another optimizer's state.
     """
-    before = saved.get(_HYPERPARAMETERS, {})
-    old, new = ({key: _by_class_name(values.get(key)) for key in _OF_TRAINING} for values in (before, hparams))
-    classes = [settings["optimizer"]["class_path"] for settings in (old, new) if settings["optimizer"]]
-    if len(set(classes)) > 1:
-        raise LoPAError(f"the checkpoint holds the state of {classes[0]}, this run has {classes[1]}; start a new run")
+    old, new = check_optimizer(saved, hparams)
     if lines := ckpt.differences(old, new):
-        rank_zero_warn("a resumed run keeps the checkpoint's optimizer settings:\n  " + "\n  ".join(lines))
+        rank_zero_warn(f"a resumed run keeps the checkpoint's optimizer settings: {ckpt.joined(lines)}")
     loop = saved.get("loops", {}).get("fit_loop", {})
     progress, has_place = loop.get("epoch_loop.batch_progress", {}), loop.get("state_dict", {}).get("combined_loader")
     if progress and not progress.get("is_last_batch", True) and not has_place:
@@ -77,29 +131,47 @@ def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
         )
 
 
-def _by_class_name(settings: Any) -> Any:
-    """Settings with the class's bare name: ``torch.optim.AdamW`` is ``torch.optim.adamw.AdamW``."""
-    if not isinstance(settings, Mapping) or "class_path" not in settings:
-        return settings
-    return {**settings, "class_path": settings["class_path"].rpartition(".")[2]}
+def check_optimizer(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of training, as they were saved and as they are now.
+
+    Args:
+        saved: The checkpoint.
+        hparams: Of the module that is to go on.
+
+    Raises:
+        LoPAError: If the checkpoint holds another optimizer's state.
+    """
+    old, new = _of_training(saved[ckpt.HYPERPARAMETERS]), _of_training(hparams)
+    classes = [settings["optimizer"]["class_path"] for settings in (old, new) if settings["optimizer"]]
+    if len(set(classes)) > 1:
+        raise LoPAError(f"the checkpoint holds the state of {classes[0]}, this run has {classes[1]}; start a new run")
+    return old, new
 
 
-def _accepted(cls: type[LoPALightningModule], hparams: Mapping[str, Any]) -> set[str]:
-    """The saved hyperparameters that are arguments of the class itself, not ones that it sets for its base."""
-    parameters = inspect.signature(cls).parameters.values()
-    named = {parameter.name for parameter in parameters}
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    return {key for key in hparams if not key.startswith("_") and (takes_all or key in named)}
+def _of_training(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of training with their defaults; classes by bare name, wherever they are imported from."""
+    from lopa_lightning.modules.base import LoPALightningModule
+
+    with contextlib.suppress(LoPAError):
+        hparams = {**defaults(find_class(hparams.get("_class_path"), LoPALightningModule)), **hparams}
+    found = {key: hparams.get(key) for key in ("learning_rates", "warmup")}
+    for key, base in {"optimizer": Optimizer, "lr_scheduler": LRScheduler}.items():
+        spec = with_arguments(hparams.get(key), with_defaults, base)
+        named = isinstance(spec, Mapping) and "class_path" in spec
+        found[key] = {**spec, "class_path": str(spec["class_path"]).rpartition(".")[2]} if named else None
+    return found
 
 
-def _class_of(class_path: str, asked: type[LoPALightningModule]) -> type[LoPALightningModule]:
+def _class_of(name: Any, asked: type[LoPALightningModule]) -> type[LoPALightningModule]:
     """The class that made a checkpoint, looked up among what is imported: a file must not choose what to import."""
     from lopa_lightning.modules.base import LoPALightningModule
 
-    module, _, name = class_path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    if isinstance(found, type) and issubclass(found, LoPALightningModule):
-        return found
-    if asked.__qualname__ == name:  # saved by a script of its own, loaded from a module
-        return asked
-    raise LoPAError(f"the checkpoint's class {class_path!r} is not a LoPALightningModule that is imported here")
+    try:
+        found = cast("type[LoPALightningModule]", find_class(name, LoPALightningModule))
+    except LoPAError:
+        if asked.__qualname__ == str(name).rpartition(".")[2]:  # saved by a script of its own, loaded from a module
+            return asked
+        raise
+    if not issubclass(found, asked):
+        raise LoPAError(f"it was made by {found.__qualname__}, which is no {asked.__qualname__}")
+    return found

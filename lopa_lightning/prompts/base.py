@@ -42,6 +42,10 @@ class PromptEncoder(nn.Module, ABC):
         num_virtual_tokens: Number m of virtual tokens that ``forward`` returns; 0 where there are none.
     """
 
+    short_name: ClassVar[str | None] = None
+    """What checkpoints call the class, which may then be moved and renamed; None for the path that it is imported from.
+    Of the class itself: a subclass does not inherit it."""
+
     uses_instance: ClassVar[bool] = True
     """Whether ``forward`` reads the instance vector. If not, no instance encoder is loaded or run."""
 

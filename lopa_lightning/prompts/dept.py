@@ -47,6 +47,7 @@ class DePT(PromptEncoder):
         (torch.Size([1, 40, 768]), torch.Size([256, 768]))
     """
 
+    short_name = "dept"
     uses_instance: ClassVar[bool] = False
 
     def __init__(

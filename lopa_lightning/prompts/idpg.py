@@ -45,6 +45,8 @@ class IDPG(PromptEncoder):
         torch.Size([2, 10, 1024])
     """
 
+    short_name = "idpg"
+
     def __init__(
         self,
         embedding_dim: int,

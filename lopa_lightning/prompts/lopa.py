@@ -83,6 +83,7 @@ class LoPA(PromptEncoder):
         torch.Size([2, 10, 1024])
     """
 
+    short_name = "lopa"
     start_arguments = PromptEncoder.start_arguments | {"heads_init"}
 
     def __init__(

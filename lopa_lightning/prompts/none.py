@@ -22,6 +22,7 @@ class NoPrompt(PromptEncoder):
         torch.Size([1, 0, 8])
     """
 
+    short_name = "none"
     uses_instance: ClassVar[bool] = False
     nothing: Tensor
 

@@ -36,6 +36,7 @@ class PeftPromptTuning(PromptEncoder):
         torch.Size([1, 5, 8])
     """
 
+    short_name = "peft_prompt_tuning"
     uses_instance: ClassVar[bool] = False
 
     def __init__(

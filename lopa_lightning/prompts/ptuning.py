@@ -50,6 +50,7 @@ class PTuning(PromptEncoder):
         148
     """
 
+    short_name = "p_tuning"
     uses_instance: ClassVar[bool] = False
 
     def __init__(

@@ -27,6 +27,7 @@ class PromptTuning(PromptEncoder):
         torch.Size([1, 5, 8])
     """
 
+    short_name = "prompt_tuning"
     uses_instance: ClassVar[bool] = False
 
     def __init__(

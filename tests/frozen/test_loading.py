@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,23 @@ def test_a_folder_in_a_package_is_found_without_importing_it(package: Path) -> N
 def test_a_package_without_the_folder_names_both(package: Path) -> None:
     with pytest.raises(LoPAError, match="'weights_of_somebody' has no folder 'large'"):
         PretrainedSpec("package:weights_of_somebody/large").location()
+
+
+@pytest.mark.parametrize("name", ["weights_of_somebody.deep/small", "weights_of_somebody/deep/small"])
+def test_a_dotted_name_does_not_import_its_first_part(package: Path, name: str) -> None:
+    assert PretrainedSpec(f"package:{name}").location() == str(package / "deep" / "small")
+    assert "weights_of_somebody" not in sys.modules
+
+
+@pytest.mark.parametrize("folder", ["..", "deep/../..", "/etc", "deep/\0"])
+def test_a_folder_outside_of_a_package_is_none_of_it(package: Path, folder: str) -> None:
+    with pytest.raises(LoPAError, match="'weights_of_somebody' has no folder"):
+        PretrainedSpec(f"package:weights_of_somebody/{folder}").location()
+
+
+def test_a_module_without_a_place_is_no_package() -> None:
+    with pytest.raises(LoPAError, match="'__main__' is not installed"):
+        PretrainedSpec("package:__main__/x").location()
 
 
 def test_other_names_are_left_to_transformers() -> None:

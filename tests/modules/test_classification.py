@@ -187,7 +187,7 @@ def test_an_encoder_of_its_own_reads_the_text_with_its_own_tokenizer(tiny: Tiny,
 def test_lopa_tiny_is_a_partial_that_hyperparameters_describe(tiny: Tiny) -> None:
     model = module(tiny("bert"), prompt_encoder=functools.partial(LoPATiny, rank=1))
     assert model.hparams["prompt_encoder"] == {
-        "class_path": "lopa_lightning.prompts.lopa.LoPA",
+        "class_path": "lopa",
         "init_args": {
             "num_virtual_tokens": 3,
             "rank": 1,
