@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import os
 import re
@@ -17,11 +18,19 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lopa_lightning import __version__, checkpoint
-from lopa_lightning.callbacks import FitSummary, LastCheckpoint, PredictionWriter, PromptMonitor, RunConfig, RunRecord
+from lopa_lightning.callbacks import (
+    BestCheckpoint,
+    FitSummary,
+    LastCheckpoint,
+    PredictionWriter,
+    PromptMonitor,
+    RunConfig,
+    RunRecord,
+)
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import is_full_disk
 from lopa_lightning.modules import LoPALightningModule
@@ -40,7 +49,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best", "enable_version_counter": False}
 # A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
 _LAST: dict[str, Any] = {"filename": "last"}
-_LIGHTNINGS_OWN = ("best", "hpc", "registry")  # names that Lightning resolves to a checkpoint
+_LIGHTNINGS_OWN = ("hpc", "registry")  # names that Lightning resolves to a checkpoint
 _EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "plan", "sweep")}
 _DESCRIPTION = (
     "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
@@ -89,7 +98,7 @@ class LoPACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has; each is configured by a key of its own."""
         kinds: dict[str, tuple[type[ModelCheckpoint], dict[str, Any]]] = {
-            "checkpoint": (ModelCheckpoint, _BEST),
+            "checkpoint": (BestCheckpoint, _BEST),
             "last_checkpoint": (LastCheckpoint, _LAST),
         }
         for name, (kind, defaults) in kinds.items():
@@ -148,27 +157,37 @@ class LoPACLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
-        if config.get("ckpt_path") == "last":
-            config.ckpt_path = self._last_path(config)
+        kinds = {"best": config.checkpoint, "last": config.last_checkpoint}
+        if config.get("ckpt_path") in kinds:
+            config.ckpt_path = self._newest(config, kinds[config.ckpt_path])
         path = config.get("ckpt_path")
         if path is not None and path not in _LIGHTNINGS_OWN:
             checkpoint.read(path)
 
-    def _last_path(self, config: Any) -> str | None:
-        """The newest ``last`` checkpoint under the folder that runs go to; for ``fit`` none is none yet.
+    def before_test(self) -> None:
+        """Tells the module whether a checkpoint will be loaded, so that it need not read weights to refuse."""
+        self.model.awaits_checkpoint = self.config_init[self.subcommand].get("ckpt_path") is not None
 
-        Lightning would look in the new run's folder alone.
+    before_predict = before_test
+
+    def _newest(self, config: Any, kept: Any) -> str | None:
+        """The newest ``best`` or ``last`` checkpoint under the folder that runs go to.
+
+        Lightning would look in the new run's folder alone. None where ``fit`` finds no ``last`` one yet.
         """
-        last, logger = config.last_checkpoint, config.trainer.logger
+        logger = config.trainer.logger
         options = (logger.get("init_args") if isinstance(logger, Namespace) else None) or {}
         save_dir = options.get("save_dir") or config.trainer.default_root_dir or "."
-        folders = [Path(last.dirpath)] if last.dirpath else [Path(save_dir, options.get("name") or "")]
-        found = [path for folder in folders for path in folder.rglob(f"{last.filename}.ckpt") if path.is_file()]
-        if not found and self.subcommand != "fit":
-            raise LoPAError(f"no checkpoint {last.filename}.ckpt under {folders[0]}; name one with --ckpt_path")
-        if not found:
-            rank_zero_warn(f"no checkpoint {last.filename}.ckpt under {folders[0]} yet: the run starts anew")
-        return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+        folder, name = Path(kept.dirpath or Path(save_dir, options.get("name") or "")), f"{kept.filename}.ckpt"
+        found = [path for path in folder.rglob(glob.escape(name)) if path.is_file()]
+        if found:
+            newest = str(max(found, key=lambda path: path.stat().st_mtime))
+            rank_zero_info(f"--ckpt_path {config.ckpt_path} is {newest}")
+            return newest
+        if self.subcommand != "fit" or config.ckpt_path != "last":
+            raise LoPAError(f"no checkpoint {name} under {folder}; name one with --ckpt_path")
+        rank_zero_warn(f"no checkpoint {name} under {folder} yet: the run starts anew")
+        return None
 
     def after_fit(self) -> None:
         """Writes the result of a run that is one of many."""

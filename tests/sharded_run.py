@@ -177,6 +177,7 @@ def written(folder: Path, model: str, **options: Any) -> dict[str, Any]:
     seed_everything(3)
     sampled = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 8}
     module = causal(model, generation=sampled, num_samples=2, stop=["e", " "])
+    module.learned = True  # as if
     data = completions(folder / "completions", batch_size=2)
     run = trainer(folder, enable_checkpointing=False, callbacks=[found_written := Written()], **options)
     run.predict(module, data)

@@ -78,9 +78,16 @@ def test_glue_configs_differ_in_their_task_alone() -> None:
 
 @pytest.mark.parametrize("config", IN_FULL, ids=lambda path: path.stem)
 def test_a_shipped_config_fits_and_tests(config: Path, tiny: Tiny, mini_glue: str) -> None:
-    arguments = [*small(config, tiny, mini_glue), "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
-    main(["fit", *arguments])
-    main(["test", *arguments])
+    arguments = [*small(config, tiny, mini_glue), "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    main(
+        [
+            "fit",
+            *arguments,
+            "--trainer.max_epochs=1",
+            *(f"--trainer.limit_{part}_batches=1" for part in ("train", "val")),
+        ]
+    )
+    main(["test", *arguments, "--trainer.fast_dev_run=true", "--ckpt_path=last"])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
@@ -94,10 +101,19 @@ def test_an_overlay_goes_over_every_glue_config(overlay: Path, config: Path, tin
     main(["fit", "--config", base, "--config", str(overlay), *rest, "--trainer.fast_dev_run=true"])
 
 
-def test_fit_validate_test_predict_and_resume(tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_validate_test_predict_and_resume(
+    tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     config = ROOT / "configs" / "glue_rte.yaml"
     base, *rest = small(config, tiny, mini_glue, head=True)[1:]
     arguments = ["--config", base, "--config", str(CPU_SMALL), *rest, "--data.batch_size=4"]
+    for given, message in (
+        ([], "nothing was trained or loaded, so predict would answer from initial values: name a checkpoint"),
+        (["--ckpt_path=best"], "no checkpoint best.ckpt under .; name one with --ckpt_path"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["predict", *arguments, "--trainer.logger=false", "--predictions.folder=out", *given])
+        assert message in capsys.readouterr().err
     main(["fit", *arguments, "--trainer.max_epochs=2"])
     fitted = capsys.readouterr().out
     run = Path("runs/lopa/version_0")
@@ -110,7 +126,8 @@ def test_fit_validate_test_predict_and_resume(tiny: Tiny, mini_glue: str, capsys
     assert _scalars(Path("runs/lopa/version_1"))["val/score"][-1] == pytest.approx(float(saved["best_model_score"]))
     assert f"val/score                 {float(saved['best_model_score']):.4f}" in fitted
 
-    main(["predict", *again, "--predictions.folder=out"])
+    main(["predict", *again[:2], "--ckpt_path=best", "--predictions.folder=out"])
+    assert f"--ckpt_path best is {run}/checkpoints/best.ckpt" in caplog.text
     rows = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(len(rows)))
     assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in rows)
@@ -125,7 +142,9 @@ def test_fit_validate_test_predict_and_resume(tiny: Tiny, mini_glue: str, capsys
 
 
 def test_predictions_as_csv(tiny: Tiny, mini_glue: str) -> None:
+    """Of a masked LM as it comes, which has nothing to be trained or loaded."""
     arguments = small(ROOT / "configs" / "glue_mnli.yaml", tiny, mini_glue)
+    arguments += ["--model.prompt_encoder=lopa_lightning.NoPrompt", "--model.learning_rates={}"]
     main(["predict", *arguments, "--predictions.folder=out", "--predictions.format=csv", "--trainer.logger=false"])
     first = Path("out/predictions.csv").read_text().splitlines()
     assert first[0] == "index,label,probabilities_entailment,probabilities_neutral,probabilities_contradiction"

@@ -36,6 +36,21 @@ def small(config: str, tiny: Tiny, overlay: bool = False) -> list[str]:
     ]
 
 
+def trained(config: str, tiny: Tiny) -> list[str]:
+    """The same with a checkpoint of one step."""
+    arguments = [*small(config, tiny), "--trainer.logger=false"]
+    main(
+        [
+            "fit",
+            *arguments,
+            "--trainer.max_epochs=1",
+            "--trainer.limit_train_batches=1",
+            "--trainer.limit_val_batches=0",
+        ]
+    )
+    return [*arguments, "--ckpt_path=last"]
+
+
 @pytest.mark.parametrize("overlay", [False, True])
 @pytest.mark.parametrize("config", CODE)
 def test_a_shipped_code_config_fits(config: str, overlay: bool, tiny: Tiny) -> None:
@@ -48,9 +63,10 @@ def test_code_runs_only_with_permission_and_is_refused_before_anything_is_genera
     def generated(*_: object) -> None:
         raise AssertionError("something was generated")
 
+    arguments = trained("mbpp", tiny)
     monkeypatch.setattr(CausalLMModule, "_complete", generated)
     with pytest.raises(SystemExit):
-        main(["test", *small("mbpp", tiny)])
+        main(["test", *arguments])
     assert "allow_code_execution: true" in capsys.readouterr().err
 
 
@@ -58,6 +74,7 @@ def test_what_a_model_wrote_is_run_and_scored(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In place of the model: a solution of every second problem, as the second of two samples."""
+    arguments = trained("mbpp", tiny)
     monkeypatch.setattr(
         CausalLMModule,
         "complete",
@@ -71,8 +88,8 @@ def test_what_a_model_wrote_is_run_and_scored(
     )
     main(
         [
-            *("test", *small("mbpp", tiny), "--data.allow_code_execution=true", "--model.num_samples=2"),
-            *("--predictions.folder=out", "--trainer.logger=false"),
+            *("test", *arguments, "--data.allow_code_execution=true", "--model.num_samples=2"),
+            "--predictions.folder=out",
         ]
     )
     rows = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
@@ -105,8 +122,7 @@ def test_an_answer_that_the_harness_skips_is_no_sample(tiny: Tiny, monkeypatch: 
 
 
 def test_an_interrupted_predict_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*small("cruxeval_output", tiny), "--data.eval_batch_size=2", "--trainer.logger=false"]
-    arguments += ["--model.num_samples=2"]
+    arguments = [*trained("cruxeval_output", tiny), "--data.eval_batch_size=2", "--model.num_samples=2"]
     main(["predict", *arguments, "--predictions.folder=whole"])
     wanted = Path("whole/predictions.jsonl").read_text()
     rows = [json.loads(line) for line in wanted.splitlines()]
@@ -140,6 +156,8 @@ def test_an_interrupted_predict_goes_on_where_it_stopped(tiny: Tiny, monkeypatch
 
 def test_an_interrupted_test_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the model: three samples for each row, right in every second one; killed in the fourth batch."""
+    arguments = [*trained("cruxeval_output", tiny), "--data.allow_code_execution=true"]
+    arguments += ["--data.eval_batch_size=2", "--model.num_samples=3"]
     asked: list[int] = []
     logged: dict[str, float] = {}
     stop_at = 100
@@ -153,8 +171,6 @@ def test_an_interrupted_test_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: p
 
     monkeypatch.setattr(CausalLMModule, "complete", complete)
     monkeypatch.setattr(CausalLMModule, "log", lambda _, name, value, **__: logged.update({name: float(value)}))
-    arguments = [*small("cruxeval_output", tiny), "--trainer.logger=false", "--data.allow_code_execution=true"]
-    arguments += ["--data.eval_batch_size=2", "--model.num_samples=3"]
     main(["test", *arguments, "--predictions.folder=whole"])
     wanted, figures = read_results("whole"), dict(logged)
     assert [(row["index"], row["sample"]) for row in wanted] == [(i, s) for i in range(6) for s in range(3)]
@@ -189,7 +205,7 @@ def read_results(folder: str) -> list[dict[str, object]]:
 
 
 def test_predictions_of_another_setting_are_not_continued(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*small("cruxeval_output", tiny), "--trainer.logger=false", "--predictions.folder=out"]
+    arguments = [*trained("cruxeval_output", tiny), "--predictions.folder=out"]
     main(["predict", *arguments])
     whole = Path("out/predictions.jsonl").read_text()
     Path("out/predictions.jsonl").write_text('{"index": 0, "completions": ["old"]}\n')

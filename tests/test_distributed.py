@@ -42,7 +42,9 @@ def launch(arguments: list[str], folder: Path, cache: Path | None = None) -> sub
 def _half_right(backbone: str) -> list[dict[str, str]]:
     """Rows of which 0, 2 and 4 (and every second one after) have the completion that the backbone writes."""
     prompts = [f"the film {'was ' * (i % 4)}" for i in range(21)]
-    texts = causal(backbone, **MATCHING).generate(prompts, batch_size=1)
+    model = causal(backbone, **MATCHING)
+    model.learned = True  # as if
+    texts = model.generate(prompts, batch_size=1)
     return [
         {"prompt": prompt, "completion": "another" if i % 2 else text}
         for i, (prompt, (text,)) in enumerate(zip(prompts, texts))

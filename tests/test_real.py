@@ -128,6 +128,7 @@ def test_smollm2_writes_with_its_soft_prompt_what_plain_generate_writes(real_mod
         prompt_encoder=functools.partial(LoPA, num_virtual_tokens=5, rank=1, hidden_dim=16),
         generation={"max_new_tokens": 8},
     )
+    module.learned = True  # as if
     texts = ["def add(a, b):\n", "The capital of France is", "import math\n\ndef area(radius):\n    return"]
     together = module.generate(texts, batch_size=3)
     assert together == module.generate(texts, batch_size=1)

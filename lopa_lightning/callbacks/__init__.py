@@ -1,5 +1,6 @@
 """Lightning callbacks: what a run shows, and what it writes."""
 
+from lopa_lightning.callbacks.best import BestCheckpoint
 from lopa_lightning.callbacks.last import LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
@@ -7,4 +8,13 @@ from lopa_lightning.callbacks.run_folder import RunConfig, RunLogger
 from lopa_lightning.callbacks.run_record import RunRecord
 from lopa_lightning.callbacks.summary import FitSummary
 
-__all__ = ["FitSummary", "LastCheckpoint", "PredictionWriter", "PromptMonitor", "RunConfig", "RunLogger", "RunRecord"]
+__all__ = [
+    "BestCheckpoint",
+    "FitSummary",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "PromptMonitor",
+    "RunConfig",
+    "RunLogger",
+    "RunRecord",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ ADVICE = (
     "not so already, or another instance encoder."
 )
 
+_BELOW = 0.999  # of the labels' variance: a prediction of their mean has all of it, but for rounding
+
 
 def warn_if_blind(metrics: Mapping[str, float]) -> None:
-    """Warns where validation is no better than the majority class.
+    """Warns where validation is no better than the majority class, or than the mean of the labels.
 
     Args:
         metrics: Of a validation, by full name.
     """
+    loss, variance = metrics.get("val/loss"), metrics.get("val/label_variance")
+    if loss is not None and variance is not None and not loss < _BELOW * variance:
+        rank_zero_warn(
+            f"validation loss {loss:.4f} is not below the labels' variance {variance:.4f}, the loss of always "
+            f"predicting their mean: nothing was learned. {ADVICE}"
+        )
     accuracy, majority = metrics.get("val/accuracy"), metrics.get("val/majority_share")
     if accuracy is not None and majority is not None and accuracy <= majority:
         rank_zero_warn(
@@ -31,7 +40,7 @@ def warn_if_blind(metrics: Mapping[str, float]) -> None:
 
 
 class FitSummary(Callback):
-    """Prints the validation metric beside the majority class's share, sizes, and what to run next."""
+    """Prints the validation metrics beside what a blind guess would get, sizes, and what to run next."""
 
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
@@ -42,7 +51,7 @@ class FitSummary(Callback):
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val") and v.numel() == 1}
         key, sign = ("val/score", 1) if "val/score" in metrics else ("val/loss", -1)
-        if key in metrics and (not self._best or sign * metrics[key] > sign * self._best[key]):
+        if isfinite(metrics.get(key, nan)) and (not self._best or sign * metrics[key] > sign * self._best[key]):
             self._best = metrics
 
     def state_dict(self) -> dict[str, dict[str, float]]:
@@ -59,9 +68,13 @@ class FitSummary(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         if not self._best:
+            score = trainer.callback_metrics.get("val/score")
             rank_zero_warn(
                 "nothing was validated: the run ended before its first validation. `lopa validate` does it with the "
                 "last checkpoint; trainer.val_check_interval brings it forward."
+                if score is None
+                else f"nothing was learned: val/score was {float(score)} in every validation, as a correlation is "
+                f"where one number is predicted for all, so no best checkpoint was kept. {ADVICE}"
             )
             return
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)

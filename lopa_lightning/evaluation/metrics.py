@@ -1,4 +1,4 @@
-"""Metrics by name, all from torchmetrics, and the share that a blind guess would get."""
+"""Metrics by name, all from torchmetrics, and what a blind guess would get."""
 
 from __future__ import annotations
 
@@ -81,6 +81,52 @@ class MajorityShare(Metric):
         return self.counts.max() / self.counts.sum()
 
 
+class LabelVariance(Metric):
+    """Variance of the labels: the mean squared error of always predicting their mean.
+
+    Example:
+        >>> variance = LabelVariance()
+        >>> variance.update(torch.zeros(4), torch.tensor([1.0, 1.0, 3.0, 3.0]))
+        >>> variance.compute()
+        tensor(1.)
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    moments: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Number, mean and sum of squared differences from it, which keep their digits where squares would not.
+        self.add_state("moments", torch.zeros(3), dist_reduce_fx=None)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Adds the labels of a batch.
+
+        Args:
+            preds: Ignored.
+            target: Numbers ``[B]``.
+        """
+        labels = target.float()
+        mean = labels.mean()
+        batch = torch.stack([mean.new_tensor(len(labels)), mean, (labels - mean).square().sum()])
+        self.moments = _together(torch.stack([self.moments, batch]))
+
+    def compute(self) -> Tensor:
+        """The variance, of all processes' labels together."""
+        number, _, squares = _together(self.moments.view(-1, 3))
+        variance: Tensor = squares / number
+        return variance
+
+
+def _together(moments: Tensor) -> Tensor:
+    """Number, mean and sum of squared differences of several parts ``[P, 3]`` together (Chan et al. 1979)."""
+    numbers, means, squares = moments.unbind(-1)
+    mean = (numbers * means).sum() / numbers.sum()
+    return torch.stack([numbers.sum(), mean, (squares + numbers * (means - mean).square()).sum()])
+
+
 def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
     """Builds the metrics of a task.
 
@@ -90,7 +136,8 @@ def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
         num_labels: Number of classes; 0 for regression.
 
     Returns:
-        The metrics under their names. With classes, always ``accuracy`` and ``majority_share`` as well.
+        The metrics under their names. With classes, always ``accuracy`` and ``majority_share`` as well; without,
+        ``label_variance``.
 
     Raises:
         LoPAError: If a name is unknown, or none of this kind of task.
@@ -107,5 +154,7 @@ def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
     metrics: dict[str, Metric | MetricCollection] = {name: known[name](num_labels) for name in wanted}
     if num_labels:
         metrics["majority_share"] = MajorityShare(num_labels)
+    else:
+        metrics["label_variance"] = LabelVariance()
     # Without compute groups: their merging of equal states would need a first update on every process.
     return MetricCollection(metrics, compute_groups=False)

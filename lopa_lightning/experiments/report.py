@@ -12,7 +12,7 @@ import pandas as pd
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.callbacks.summary import ADVICE
 
-_NOT_OFFICIAL = ("loss", "score", "majority_share")
+_NOT_OFFICIAL = ("loss", "score", "majority_share", "label_variance")
 _NOT_IN_POINTS = ("perplexity",)
 _EDGE = "\\*"
 _EDGE_NOTE = f"{_EDGE} The best multiplier is at the edge of the grid: a wider one (`rate_factors`) may score better."

@@ -22,7 +22,14 @@ from lopa_lightning.frozen.injection import (
     with_offset,
 )
 from lopa_lightning.frozen.layers import cache_input, layer_prompts
-from lopa_lightning.frozen.loading import accepted_inputs, first_position, has_token_types, hidden_size, is_causal
+from lopa_lightning.frozen.loading import (
+    accepted_inputs,
+    first_position,
+    has_token_types,
+    hidden_size,
+    is_causal,
+    max_positions,
+)
 from lopa_lightning.frozen.stack import compile_for_training, recompute, transformer_layers
 
 
@@ -122,9 +129,7 @@ class Backbone(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """How many tokens, virtual ones included, the model has positions for; None if that is not limited."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        # DeBERTa and others say -1 for relative positions without a limit.
-        return None if limit is None or limit <= 0 else int(limit) - first_position(self.body)
+        return max_positions(self.body)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode, unless the backbone's dropout was asked for."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -64,6 +66,28 @@ def generation_config(
     except (ValueError, TypeError) as error:
         raise LoPAError(f"generation {given}: {str(error).strip().splitlines()[0]}") from error
     return cast(GenerationConfig, config)
+
+
+def check_generates(model: Any, is_needed: bool = True) -> None:
+    """Checks that a model can continue a soft prompt, as transformers itself does once it generates.
+
+    Args:
+        model: A causal language model; weights are not needed.
+        is_needed: Whether something is about to be generated. If not, there is a warning alone.
+
+    Raises:
+        LoPAError: If its ``generate`` takes no embeddings.
+    """
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    if prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters:
+        return
+    fault = (
+        f"{type(model).__name__} cannot generate after virtual tokens: its generate takes token ids alone, no "
+        "embeddings (inputs_embeds); use another backbone"
+    )
+    if is_needed:
+        raise LoPAError(fault)
+    rank_zero_warn(f"{fault}, or learn completions that predict, test and generate will refuse to write")
 
 
 def check_samples(config: GenerationConfig, num_samples: int) -> None:

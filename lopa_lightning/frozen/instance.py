@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.injection import position_ids
-from lopa_lightning.frozen.loading import Dtype, PretrainedSpec, accepted_inputs, first_position, has_token_types
+from lopa_lightning.frozen.loading import (
+    Dtype,
+    PretrainedSpec,
+    accepted_inputs,
+    first_position,
+    has_token_types,
+    max_positions,
+)
+from lopa_lightning.frozen.padding import change_by_padding, tolerance, warn_of_mixing
 
 Pooling = Literal["cls", "mean", "last", "max"]
 
@@ -130,6 +138,8 @@ class InstanceEncoder(nn.Module):
         self.spec = spec
         self.shared = shared
         self._load: Callable[[], PreTrainedModel] | None = None
+        self.is_checked = False
+        """Whether it was looked at what padding does to a vector; to be set where there are no values to compare."""
         # In a list, so that torch does not register it.
         self._unregistered: list[PreTrainedModel] = []
         if not isinstance(model, PreTrainedModel):
@@ -172,6 +182,14 @@ class InstanceEncoder(nn.Module):
         if self._load is not None:  # the others are where their owner put them
             with torch.inference_mode(False):
                 cast(nn.Module, model).to(input_ids.device)
+        if not self.is_checked:
+            self.is_checked = True
+            self._check_padding(model, input_ids.device)
+        return self._vectors(model, input_ids, attention_mask, token_type_ids)
+
+    def _vectors(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         extra = {}
         if "position_ids" in accepted_inputs(model):
             extra["position_ids"] = position_ids(attention_mask, first_position(model))
@@ -184,6 +202,17 @@ class InstanceEncoder(nn.Module):
             hidden = model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
             vector = pool(hidden, attention_mask, self.spec.pooling).float()
             return F.rms_norm(vector, vector.shape[-1:]) if self.spec.normalize else vector
+
+    def _check_padding(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Warns if a vector depends on the texts that it is computed with."""
+        room = min((n for n in (max_positions(model), self.spec.max_length) if n is not None), default=None)
+        vocabulary = len(cast(Tensor, model.get_input_embeddings().weight))
+        with _eval_unless(False, model):
+            change = change_by_padding(
+                lambda ids, mask: self._vectors(model, ids, mask)[0], vocabulary, "right", 0, room, 0, device
+            )
+        if not change <= tolerance(model):
+            warn_of_mixing(f"instance encoder {type(model).__name__}", "right", change)
 
     def train(self, mode: bool = True) -> InstanceEncoder:
         """Keeps a frozen encoder in eval mode, unless its dropout was asked for."""

@@ -117,8 +117,8 @@ def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
     """Reads a model's tokenizer.
 
     Raises:
-        LoPAError: If there is no such tokenizer, or it has no fast (Rust) version, which
-            truncation by characters needs.
+        LoPAError: If there is no such tokenizer, it knows special tokens alone, or it has no fast (Rust) version,
+            which truncation by characters needs.
     """
     location = spec.location()
     try:
@@ -127,6 +127,12 @@ def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
         raise _not_found("tokenizer", spec, error) from error
     if not tokenizer.is_fast:
         raise LoPAError(f"{spec.name!r} has no fast tokenizer (tokenizer.json), which is needed here")
+    # Where its files are not there, transformers makes one of the kind that goes with the config.
+    if set(tokenizer.get_vocab().values()) <= {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        raise LoPAError(
+            f"no tokenizer found for {spec.name!r}: its files (tokenizer.json) are missing, or name no words; save the "
+            "tokenizer beside the model"
+        )
     return tokenizer
 
 
@@ -262,6 +268,17 @@ def first_position(model: PreTrainedModel) -> int:
     positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding_idx = getattr(positions, "padding_idx", None)
     return 0 if padding_idx is None else int(padding_idx) + 1
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Returns how many tokens a model has positions for; None if that is not limited.
+
+    Args:
+        model: Without a head.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    # DeBERTa and others say -1 for relative positions without a limit.
+    return None if limit is None or limit <= 0 else int(limit) - first_position(model)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from lopa_lightning.prompts.base import Vocabulary
 
 Objective = Literal["masked_lm", "causal_lm", "head"]
 
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
 
 @dataclass(frozen=True)
 class TextSpec:
@@ -79,6 +81,36 @@ def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list
     if len(set(ids)) < len(ids):
         raise LoPAError(f"the label words {words} must differ in their tokens, got {ids}")
     return ids
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
+    """Checks that a model has an embedding for each token that its tokenizer may give it.
+
+    Special tokens without a role (padding, mask, ...) that the chat template does not have either are in no text.
+
+    Args:
+        tokenizer: The model's.
+        rows: Rows of its embedding table.
+        name: What it is called, for the message.
+
+    Raises:
+        LoPAError: If there is a token without an embedding.
+    """
+    template = str(tokenizer.chat_template or "")
+    unused = {
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in template
+    }
+    unused -= {getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows and index not in unused}
+    if beyond:
+        token = min(beyond, key=lambda token: beyond[token])
+        raise LoPAError(
+            f"{name!r} has no embedding for {len(beyond)} of its tokenizer's tokens, such as {token!r} with id "
+            f"{beyond[token]}: the table has {rows} rows, for ids below that; save the model after "
+            "resize_token_embeddings, or the tokenizer without the token"
+        )
 
 
 def vocabulary(

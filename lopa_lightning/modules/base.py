@@ -24,6 +24,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.injection import Placement
 from lopa_lightning.frozen.instance import InstanceEncoderSpec
 from lopa_lightning.frozen.loading import PretrainedSpec
+from lopa_lightning.frozen.padding import Side
 from lopa_lightning.frozen.sharding import data_mesh, placed_like, shard
 from lopa_lightning.frozen.text import TextSpec
 from lopa_lightning.modules.build import Builder
@@ -34,6 +35,7 @@ from lopa_lightning.modules.net import Batch, PromptedModel
 from lopa_lightning.modules.restore import check_resume, rebuild
 from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmup
 from lopa_lightning.modules.scores import Scores
+from lopa_lightning.modules.start import check_before_weights, check_with_weights
 from lopa_lightning.plain import class_name, plain, without_defaults
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
@@ -112,6 +114,11 @@ class LoPALightningModule(TaskHooks, LightningModule):
         self.learning_rates = learning_rates or {}
         self.loss_guard = LossGuard(nonfinite_loss)
         self.net: PromptedModel | None = None
+        self.learned = False
+        """Whether a step was taken or a checkpoint loaded: what is trained has other than its initial values."""
+        self.awaits_checkpoint = True
+        """Whether a checkpoint may be loaded once the model is built; if not, that can be refused before."""
+        self.checked_sides: set[Side] = set()
         self.written: dict[int, list[dict[str, Any]]] = {}
         """What an interrupted run has left, by row."""
         self.scores = nn.ModuleDict()
@@ -147,7 +154,8 @@ class LoPALightningModule(TaskHooks, LightningModule):
 
         Raises:
             LoPAError: If a learning rate names no group, the optimizer or the scheduler refuses its options, the
-                backbone cannot serve the objective, or the strategy cannot serve at all.
+                backbone cannot serve the objective, nothing is to be trained or to answer from, or the strategy
+                cannot serve at all.
         """
         self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
@@ -157,6 +165,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
         if stage == "fit":
             check_optimization(self.make_optimizer, self.make_lr_scheduler, self.learning_rates)
         check_strategy(self.trainer.strategy)
+        check_before_weights(self, TrainerFn(stage).value)
         write_whole_checkpoints(self.trainer.strategy)
 
     def configure_model(self) -> None:
@@ -168,8 +177,6 @@ class LoPALightningModule(TaskHooks, LightningModule):
         self._identity: dict[str, Any] = {**parts.identity, "task": self._task()}
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
-        if self._is_fitted() and not self._trained():
-            raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
             self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
@@ -180,9 +187,11 @@ class LoPALightningModule(TaskHooks, LightningModule):
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
 
-    def _is_fitted(self) -> bool:
-        """Whether a Trainer is about to train it; a model as it comes may be validated and tested."""
-        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+    def is_trainable(self) -> bool:
+        """Whether anything is to be trained, known before weights are read."""
+        with torch.device("meta"):
+            readout = self.configure_readout(self.builder.skeleton.backbone)
+        return self.builder.trains(readout)
 
     def meta_net(self) -> PromptedModel:
         """Builds the model on the ``meta`` device, for a look at its shapes: no weight is read. It is not kept."""
@@ -232,6 +241,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leaves the step out where a loss was no number and is to be skipped."""
+        self.learned = True
         if self.loss_guard.drop_step(optimizer):
             self.log("train/skipped_steps", float(self.loss_guard.skipped))
 
@@ -246,6 +256,12 @@ class LoPALightningModule(TaskHooks, LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Predictions of a batch, with ``index`` that ties each to its row."""
         return {"index": batch["index"], **self.predict_outputs(self(batch))}
+
+    def on_fit_start(self) -> None:
+        """Checks what only weights show, on the device that they are on now."""
+        check_with_weights(self)
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics."""
@@ -301,6 +317,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
         ckpt.check_tensors(state_dict, trained)
         placed = {name: placed_like(value, trained[name]) for name, value in state_dict.items()}
         super().load_state_dict(placed, strict=False, assign=assign)
+        self.learned = True
         # With nothing missing and nothing unexpected, as Lightning asks: the frozen weights were never meant.
         return nn.modules.module._IncompatibleKeys([], [])
 
@@ -353,6 +370,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
         """Refuses a checkpoint of another backbone, encoder, method, task or optimizer."""
         if self._trainer is not None and self._trainer.ckpt_path is not None:
             adopt(checkpoint, str(self._trainer.ckpt_path))  # which not every strategy has read by way of us
+        self.learned = True
         if "state_dict" not in checkpoint:  # a strategy has loaded it by itself, and did not check it
             ckpt.check_tensors(ckpt.read(self.trainer.ckpt_path)["state_dict"], self._trained())
         ckpt.check_identity(checkpoint[ckpt.IDENTITY_KEY], self._identity)

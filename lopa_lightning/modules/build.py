@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +29,7 @@ from lopa_lightning.frozen.loading import (
     meta_model,
     unloaded_model,
 )
-from lopa_lightning.frozen.text import Objective, TextSpec, vocabulary
+from lopa_lightning.frozen.text import Objective, TextSpec, check_token_ids, vocabulary
 from lopa_lightning.frozen.vectors import VectorCache
 from lopa_lightning.migrations import FORMAT
 from lopa_lightning.plain import plain, with_arguments, without_defaults
@@ -40,11 +41,11 @@ class Skeleton:
     """What is known of the model before any weight is read.
 
     Attributes:
-        max_positions: Positions of the backbone; None if not limited.
-        prompt_encoder: The prompt encoder on the ``meta`` device: names and shapes without numbers.
+        backbone: The backbone on the ``meta`` device: names and shapes without numbers.
+        prompt_encoder: The prompt encoder, on the ``meta`` device as well.
     """
 
-    max_positions: int | None
+    backbone: Backbone
     prompt_encoder: PromptEncoder
 
 
@@ -125,18 +126,20 @@ class Builder:
         with torch.device("meta"):
             backbone = self._backbone(model, dataclasses.replace(self.backbone, compile=False))
             prompt_encoder = self._prompt_encoder(backbone)
-        return Skeleton(backbone.max_positions, prompt_encoder)
+        return Skeleton(backbone, prompt_encoder)
 
     @functools.cached_property
     def text_spec(self) -> TextSpec:
         """What a data module needs to tokenise for this model.
 
         Raises:
-            LoPAError: If the virtual tokens leave no room for text, or a masked LM's tokenizer has no mask.
+            LoPAError: If the virtual tokens leave no room for text, a masked LM's tokenizer has no mask, or a
+                tokenizer has ids that its model has no embedding for.
         """
         if self.objective == "masked_lm" and self.tokenizer.mask_token is None:
             raise LoPAError(f"{self.backbone.name!r} has no mask token; use objective: causal_lm or head")
-        prompt_encoder, limit = self.skeleton.prompt_encoder, self.skeleton.max_positions
+        check_token_ids(self.tokenizer, len(self.skeleton.backbone.embedding_weight), self.backbone.name)
+        prompt_encoder, limit = self.skeleton.prompt_encoder, self.skeleton.backbone.max_positions
         m = prompt_encoder.num_virtual_tokens
         if limit is not None and m >= limit:
             raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
@@ -145,10 +148,24 @@ class Builder:
         if not prompt_encoder.uses_instance:
             return TextSpec(self.tokenizer, room, self.objective, None, None, read)
         spec = self.encoder_spec
-        own = limit if spec.is_backbone else Backbone(meta_model(spec.pretrained(), "encoder")).max_positions
-        tokenizer = self.tokenizer if spec.is_backbone else load_tokenizer(spec.pretrained())
+        own, tokenizer = limit, self.tokenizer
+        if not spec.is_backbone:
+            encoder, tokenizer = Backbone(meta_model(spec.pretrained(), "encoder")), load_tokenizer(spec.pretrained())
+            check_token_ids(tokenizer, len(encoder.embedding_weight), spec.name)
+            own = encoder.max_positions
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
         return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit, read, self.instance_vectors)
+
+    def trains(self, readout: nn.Module) -> bool:
+        """Whether anything would be trained, known from configs alone.
+
+        Args:
+            readout: What reads the answer, built for the skeleton's backbone.
+        """
+        skeleton = self.skeleton
+        parts: list[nn.Module] = [skeleton.backbone, skeleton.prompt_encoder, readout]
+        trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        return trained or (skeleton.prompt_encoder.uses_instance and self.encoder_spec.trainable)
 
     def check(self) -> None:
         """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be."""
@@ -226,12 +243,11 @@ class Builder:
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, {})
         spec = self.encoder_spec
-        if spec.is_backbone:
-            encoder = InstanceEncoder(backbone.body, spec, shared=True)
-        elif self.instance_vectors is not None:
-            encoder = self.instance_vectors.encoder
-        else:
-            encoder = InstanceEncoder(unloaded_model(spec.pretrained(), "encoder"), spec)
+        if self.instance_vectors is not None and not spec.is_backbone:
+            return Parts(backbone, prompt_encoder, self.instance_vectors.encoder, {})
+        model = backbone.body if spec.is_backbone else unloaded_model(spec.pretrained(), "encoder")
+        encoder = InstanceEncoder(model, spec, shared=spec.is_backbone)
+        encoder.is_checked = True
         return Parts(backbone, prompt_encoder, encoder, {})
 
     def _backbone(self, model: PreTrainedModel, spec: PretrainedSpec, dropout: bool = False) -> Backbone:

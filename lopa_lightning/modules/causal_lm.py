@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,11 +20,13 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
 from lopa_lightning.evaluation.pass_at_k import PassAtK
 from lopa_lightning.frozen.backbone import Backbone
-from lopa_lightning.frozen.generation import check_samples, generate, generation_config
+from lopa_lightning.frozen.generation import check_generates, check_samples, generate, generation_config
+from lopa_lightning.frozen.padding import Side
 from lopa_lightning.frozen.sharding import is_sharded, whole
 from lopa_lightning.frozen.text import TextSpec, end_of, running_ids
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, CompletionReadout, Readout
+from lopa_lightning.modules.start import check_learned, check_states
 from lopa_lightning.task import IGNORED
 
 _ENCODER_INPUTS = ("instance", "instance_input_ids", "instance_attention_mask", "instance_token_type_ids")
@@ -139,14 +142,19 @@ class CausalLMModule(LoPALightningModule):
 
         Raises:
             LoPAError: If a text is empty, there are not as many instance texts as texts, or not as many as on
-                the processes that the backbone is sharded over.
+                the processes that the backbone is sharded over; if nothing was trained or loaded, or the backbone
+                cannot generate from embeddings.
         """
         instances = texts if instance_texts is None else instance_texts
         if len(instances) != len(texts):
             raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(texts)}")
         if empty := [place for place, text in enumerate(texts) if not text]:
             raise LoPAError(f"a text to complete must not be empty; text {empty[0]} is")
+        check_generates(self.builder.skeleton.backbone.model)
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            check_learned(self, "generate")
         self.configure_model()
+        check_states(self, self.padding_sides())
         self._check_equal(len(texts))
         start = self.text_spec.start_ids
         written: list[list[str]] = []
@@ -270,10 +278,16 @@ class CausalLMModule(LoPALightningModule):
         super().setup(stage)
         config = generation_config(self.generation, self.tokenizer, None)
         check_samples(config, self.num_samples)
+        generates = {"predict": True, "test": self._scorer() is not None}.get(stage, bool(self.exact_match))
+        check_generates(self.builder.skeleton.backbone.model, generates)
         if self.exact_match and stage in ("fit", "validate") and not hasattr(self._data(), "exact_matches"):
             raise LoPAError("exact_match needs a data module that knows the completions, such as CompletionDataModule")
         if stage == "test" and self._scorer() is not None:
             self._scorer().check_scoring()
+
+    def padding_sides(self) -> set[Side]:
+        """Completions continue texts that are padded on the left."""
+        return {"left"}
 
     def _data(self) -> Any:
         return getattr(self.trainer, "datamodule", None)

@@ -85,10 +85,10 @@ class ClassificationModule(LoPALightningModule):
             LoPAError: If there is no task, the data's labels are others than the module's, or the
                 objective cannot serve the task.
         """
-        super().setup(stage)
         data_task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
         if self.task is None:
             self._set_task(data_task)
+        super().setup(stage)
         task = self._required_task()
         if data_task is not None:
             lines = ckpt.differences(self._reading(task), self._reading(data_task), between=("the model", "the data"))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lopa_lightning.frozen.backbone import Backbone
+from lopa_lightning.frozen.padding import Side
 from lopa_lightning.frozen.text import Objective
 from lopa_lightning.modules.net import Batch, Readout
 
@@ -31,7 +32,7 @@ class TaskHooks(ABC):
         """Builds what reads outputs from the backbone's hidden states.
 
         Args:
-            backbone: The loaded backbone, for its sizes.
+            backbone: The backbone, for its sizes. It has no numbers where weights are not read yet.
         """
 
     @abstractmethod
@@ -45,6 +46,10 @@ class TaskHooks(ABC):
         Returns:
             A scalar, the mean over the batch.
         """
+
+    def padding_sides(self) -> set[Side]:
+        """Where texts are padded that the task makes itself, beside the data module's batches."""
+        return set()
 
     def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
         """Of how many things a batch's loss is the mean: its share in an evaluation set's loss.

@@ -80,6 +80,7 @@ def measure(case: Case, places: Places, rounds: int, texts: int, new_tokens: int
     module = case.module(places)
     assert isinstance(module, CausalLMModule)
     module.configure_model()
+    module.learned = True  # as if
     module.eval()
     prompts = problems(case, places, texts)
     length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}

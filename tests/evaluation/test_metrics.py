@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.evaluation.metrics import MajorityShare, build_metrics
+from lopa_lightning.evaluation.metrics import LabelVariance, MajorityShare, build_metrics
 
 
 def scores(names: list[str], classes: int, preds: list[float], target: list[float], parts: int = 1) -> dict[str, float]:
@@ -122,7 +122,8 @@ def test_correlations_follow_their_formulas(pairs: list[tuple[float, float]], pa
     preds, target = np.array(pairs).T
     assume(min(preds.std(), target.std()) > 0.05)
     read = scores(["pearson", "spearman"], 0, preds.tolist(), target.tolist(), parts)
-    assert set(read) == {"pearson", "spearman"}
+    assert set(read) == {"pearson", "spearman", "label_variance"}
+    assert read["label_variance"] == pytest.approx(target.var(), rel=1e-5)
     assert read["pearson"] == pytest.approx(np.corrcoef(preds, target)[0, 1], abs=1e-4)
     assert read["spearman"] == pytest.approx(np.corrcoef(ranks(preds), ranks(target))[0, 1], abs=1e-4)
 
@@ -131,6 +132,17 @@ def test_spearman_asks_for_the_order_alone() -> None:
     read = scores(["pearson", "spearman"], 0, [1.0, 2.0, 3.0, 4.0], [1.0, 10.0, 100.0, 1000.0])
     assert read["spearman"] == pytest.approx(1)
     assert read["pearson"] < 0.9
+
+
+@pytest.mark.parametrize("split", [0, 1, 3])
+def test_the_labels_variance_of_two_processes_is_that_of_all_also_far_from_zero(split: int) -> None:
+    labels = 1e4 + torch.tensor([0.0, 1.0, 1.0, 4.0, 9.0])
+    halves = [LabelVariance() for _ in range(2)]
+    for half, part in zip(halves, (labels[:split], labels[split:])):
+        for label in part:  # a process may have none
+            half.update(torch.zeros(1), label[None])
+    halves[0].sync(lambda own, group: [own, halves[1].moments], distributed_available=lambda: True)
+    assert float(LabelVariance.compute(halves[0])) == pytest.approx(labels.double().var(correction=0).item(), rel=1e-3)
 
 
 # Names

@@ -61,6 +61,7 @@ def step_of(module: Any) -> tuple[int, int]:
         batch["instance"] = torch.ones(BATCH, WIDTH)
     else:
         batch |= {"instance_input_ids": ids[:, :READ], "instance_attention_mask": mask[:, :READ]}
+        module.net.instance_encoder.is_checked = True  # a run's first batch does more than a step
     if isinstance(module, CausalLMModule):
         to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)
         batch["labels"] = torch.where((to_come < COMPLETED) & (mask == 1), ids, -100)

@@ -111,6 +111,7 @@ def test_exact_match_is_the_share_of_completions_that_greedy_generation_gets_rig
     """A row's completion is what the untrained model writes, of every third row something else."""
     sampling = {"max_new_tokens": 5, "do_sample": True, "temperature": 3.0}
     model = causal(tiny("llama"), exact_match=asked, generation=sampling, num_samples=2)
+    model.learned = True  # as if
     prompts = [row["prompt"] for row in ROWS]
     texts = model.generate(prompts, {"do_sample": False}, num_samples=1, batch_size=1)
     rows = [
