@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lopa_lightning import InstanceEncoderSpec, NoPrompt
 from lopa_lightning.frozen.instance import InstanceEncoder
 from tests.modules.helpers import causal, completions, module, reviews, trainer
+from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, Windows
 
 MATCHING: dict[str, Any] = {
     "prompt_encoder": NoPrompt,
@@ -34,6 +35,23 @@ def encoder_at_every_step(backbone: str, folder: Path) -> dict[str, torch.Tensor
     run = trainer(folder / "plain", epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
     run.fit(model, reviews(folder, rows=21))
     return model.state_dict()
+
+
+def accumulated(backbone: str, folder: Path, size: dict[str, int]) -> dict[str, Any]:
+    """The rows of each optimizer step on this process, and the gradient that it takes."""
+    seed_everything(3)
+    windows, model = Windows(), causal(backbone, **OPTIONS)
+    run = trainer(
+        folder,
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        callbacks=[windows],
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+    )
+    run.fit(model, completions(folder, UNEQUAL, **size))
+    rows = [[int(row) for batch in step for row in batch["index"]] for step in windows.batches[:-1]]
+    return {"rows": rows, "gradients": windows.gradients, "state": model.state_dict()}
 
 
 def main(backbone: str, causal_backbone: str, folder: Path) -> None:
@@ -69,6 +87,7 @@ def main(backbone: str, causal_backbone: str, folder: Path) -> None:
             "ignored": ignored,
             "plain_state": plain_state,
             "encoded": sum(encoded),
+            "accumulated": [accumulated(causal_backbone, folder / "unequal", size) for size in SIZES],
         },
         folder / f"rank{run.global_rank}.pt",
     )

@@ -18,6 +18,7 @@ import torch
 from lopa_lightning import LoPALightningModule, NoPrompt
 from tests.distributed_run import MATCHING
 from tests.modules.helpers import causal, completions, reviews, trainer
+from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, as_one_batch, rows_of
 
 Tiny = Callable[[str], str]
 Ranks = tuple[Path, list[dict[str, Any]]]
@@ -56,6 +57,7 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ddp")
     reviews(folder, rows=21)  # written once, before two processes would write it
     completions(folder / "completions")
+    completions(folder / "unequal", UNEQUAL)
     (folder / "matching.json").write_text(json.dumps(_half_right(tiny("llama"))))
     completions(folder / "matching", json.loads((folder / "matching.json").read_text()))
     arguments = [str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), tiny("llama"), str(folder)]
@@ -134,3 +136,26 @@ def test_every_token_of_a_completion_counts_once_over_the_processes(ranks: Ranks
 def test_exact_match_is_the_share_over_all_processes(ranks: Ranks) -> None:
     """Rows 0, 2 and 4 of the first five match, and the two processes have unequal numbers of the five."""
     assert [result["matched"] for result in ranks[1]] == [pytest.approx(3 / 5)] * 2
+
+
+@pytest.mark.parametrize("number", range(len(SIZES)))
+def test_a_step_of_all_processes_is_one_large_batch(ranks: Ranks, tiny: Tiny, number: int) -> None:
+    """Accumulated completions: every labelled token counts once, whatever batch and process it is on."""
+    folder, results = ranks
+    first, second = (result["accumulated"][number] for result in results)
+    model = causal(tiny("llama"), **OPTIONS)
+    model.configure_model()
+    model.load_state_dict(first["state"])
+    data = completions(folder / "unequal", UNEQUAL)
+    data.connect(model.text_spec)
+    data.setup("fit")
+    rows = {int(row["index"]): row for batch in data.train_dataloader() for row in rows_of(batch)}
+    assert len(first["rows"]) > 1
+    examples = sum(map(len, first["rows"]))
+    for mine, others, *gradients in zip(
+        first["rows"], second["rows"], first["gradients"], second["gradients"], strict=True
+    ):
+        share = len(mine) / (examples / len(first["rows"])) if "batch_tokens" in SIZES[number] else 1.0
+        for name, value in as_one_batch(model, [rows[row] for row in [*mine, *others]]).items():
+            for found in gradients:
+                torch.testing.assert_close(found[name], value * share, rtol=1e-5, atol=1e-6)

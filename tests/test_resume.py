@@ -18,11 +18,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lopa_lightning import ClassificationModule, PretrainedSpec
 from lopa_lightning.callbacks import LastCheckpoint
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.storage import WholeFiles
-from tests.modules.helpers import module, reviews, trainer, write_reviews
+from tests.modules.helpers import LoPATiny, module, reviews, trainer, write_reviews
 from tests.resumed_run import ROWS, Signal, fit
 from tests.test_distributed import ROOT, launch
 
@@ -62,6 +63,22 @@ def test_a_run_resumed_within_an_epoch_is_the_whole_one_bit_for_bit(
     moments, others = (each["optimizer_states"][0]["state"] for each in (saved, again))
     assert all(torch.equal(entry["exp_avg_sq"], others[index]["exp_avg_sq"]) for index, entry in moments.items())
     assert not [str(w.message) for w in recwarn if "within an epoch" in str(w.message)]
+
+
+class Eager(ClassificationModule):
+    """Has the training data set up before Lightning knows how far the run had come."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_a_position_that_is_lost_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    keep = Keep(2, tmp_path / "mid.ckpt")
+    fit(tiny("bert_base"), tmp_path / "whole", (keep,), epochs=1)
+    model = Eager(backbone=PretrainedSpec(tiny("bert_base")), objective="head", prompt_encoder=LoPATiny)
+    with pytest.raises(LoPAError, match="after 2 batches of an epoch, but the training data were set up before"):
+        trainer(tmp_path, 1).fit(model, reviews(tmp_path, rows=ROWS), ckpt_path=keep.path)
 
 
 def test_other_batches_than_before_are_said(tiny: Tiny, tmp_path: Path) -> None:

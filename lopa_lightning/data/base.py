@@ -306,7 +306,6 @@ class TextDataModule(LightningDataModule, ABC):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             batch_tokens=batch_tokens,
         )
-        weighed = shuffle and batch_tokens is not None
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
         rows, vectors = data.remove_columns("length"), self.vectors.get(data._fingerprint)
         return ResumableLoader(
@@ -314,12 +313,7 @@ class TextDataModule(LightningDataModule, ABC):
             sampler=sampler,
             batch_size=batch_size,
             virtual_tokens=spec.virtual_tokens,
-            collate_fn=Collate(
-                _pad_id(spec.tokenizer),
-                instance_pad,
-                self.padding_side,
-                sampler.mean_batch_size if weighed else None,
-            ),
+            collate_fn=Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side),
             share=self.trainer.limit_train_batches if shuffle and self.trainer is not None else 1.0,
             num_workers=workers,
             persistent_workers=workers > 0,

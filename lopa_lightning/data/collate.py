@@ -44,8 +44,6 @@ class Collate:
         pad_id: Backbone token at padding.
         instance_pad_id: Instance encoder token at padding.
         side: Where the backbone's padding goes.
-        mean_batch_size: Examples of a batch in the mean, where batches differ in size: a batch's loss then
-            weighs by its examples.
 
     Example:
         >>> batch = Collate(pad_id=0)([{"input_ids": [5, 6], "index": 0}, {"input_ids": [7], "index": 1}])
@@ -60,10 +58,8 @@ class Collate:
         pad_id: int,
         instance_pad_id: int = 0,
         side: Literal["left", "right"] = "right",
-        mean_batch_size: float | None = None,
     ) -> None:
         self.side = side
-        self.mean_batch_size = mean_batch_size
         self._padding = {"input_ids": pad_id, "instance_input_ids": instance_pad_id, "labels": IGNORED}
         self._masks = {"input_ids": "attention_mask", "instance_input_ids": "instance_attention_mask"}
 
@@ -79,8 +75,7 @@ class Collate:
             ``instance_input_ids``, ``instance_attention_mask`` (and ``instance_token_type_ids``) ``[B, S]``,
             or ``instance [B, e]``;
             ``index``, ``labels`` ``[B]``; where rows have a label for each token, ``labels [B, T]`` with
-            :data:`~lopa_lightning.task.IGNORED` at padding. Where batches differ in size ``weight``, this one's
-            share in a step's loss, 1 in the mean.
+            :data:`~lopa_lightning.task.IGNORED` at padding.
         """
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows))
         batch: dict[str, Tensor] = {}
@@ -92,8 +87,6 @@ class Collate:
                 batch[key] = _tensor(values.flatten().to_numpy().reshape(len(values), -1))
             else:
                 batch[key] = _tensor(values.to_numpy(zero_copy_only=False))
-        if self.mean_batch_size is not None:
-            batch["weight"] = torch.tensor(len(table) / self.mean_batch_size)
         return batch
 
     def _padded(self, key: str, values: pa.ListArray) -> dict[str, Tensor]:

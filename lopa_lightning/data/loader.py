@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,7 +18,8 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
     """A ``DataLoader`` over a :class:`~lopa_lightning.data.sampler.LengthGroupedSampler`, with a place to go on from.
 
     The order of an epoch depends on seed and epoch alone, so the number of batches handed out says all.
-    Lightning asks for the state when it saves and hands it back before the first batch.
+    Lightning asks for the state when it saves and hands it back before the first batch. Where training batches have
+    so many tokens, each has ``weight``, its examples by those of a batch on average.
 
     Args:
         dataset: Gives the rows of a list of indices, all at once.
@@ -58,15 +61,26 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Yields the batches of an epoch, at first from the place of the state that was loaded."""
-        if isinstance(self.sampler, LengthGroupedSampler):
-            self.sampler.start_at = self._passed_over
-        self._handed_out, self._passed_over = self._passed_over, 0
+        start, self._passed_over = self._passed_over, 0
+        self._handed_out = start
         self._tokens = self._places = 0
-        for batch in super().__iter__():
+        mean = self._mean_batch_size()
+        if isinstance(self.sampler, LengthGroupedSampler):
+            self.sampler.start_at, start = start, 0
+        for batch in itertools.islice(super().__iter__(), start, None):
             self._handed_out += 1
             if isinstance(batch, dict) and "attention_mask" in batch:
                 self._look_at(batch["attention_mask"])
+                if mean is not None:
+                    batch["weight"] = torch.tensor(len(batch["index"]) / mean)
             yield batch
+
+    def _mean_batch_size(self) -> float | None:
+        """Examples of a batch on average, where training batches differ in size: each then weighs by its examples."""
+        sampler = self.sampler
+        if isinstance(sampler, LengthGroupedSampler) and sampler.shuffle and sampler.batch_tokens is not None:
+            return sampler.mean_batch_size
+        return None
 
     def _look_at(self, mask: Tensor) -> None:
         """Counts tokens while the batch still lies in the host's memory: nothing waits for a device."""
@@ -81,10 +95,11 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
     def state_dict(self) -> dict[str, int | None]:
         """How many batches of the epoch were handed out, and what decides which these are."""
         sampler = self.sampler
+        batches = self._handed_out % max(1, self._used)  # after the last one comes another epoch's first
         if not isinstance(sampler, LengthGroupedSampler):
-            return {"batches": 0}
+            return {"batches": batches}
         return {
-            "batches": self._handed_out % max(1, self._used),  # after the last one comes another epoch's first
+            "batches": batches,
             "batch_size": sampler.batch_size if sampler.batch_tokens is None else None,
             "batch_tokens": sampler.batch_tokens,
             "processes": sampler.num_replicas,

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
@@ -33,9 +34,11 @@ from lopa_lightning.modules.finite import LossGuard, OnNonfinite
 from lopa_lightning.modules.hooks import TaskHooks
 from lopa_lightning.modules.net import Batch, PromptedModel
 from lopa_lightning.modules.restore import check_resume, rebuild
-from lopa_lightning.modules.schedule import warmup_steps, with_rates, with_warmup
+from lopa_lightning.modules.resume import ResumePoint
+from lopa_lightning.modules.schedule import Scheduling, check_warmup, schedule, with_rates
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.modules.start import check_before_weights, check_with_weights
+from lopa_lightning.modules.window import Window
 from lopa_lightning.plain import class_name, plain, without_defaults
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
@@ -64,12 +67,14 @@ class LoPALightningModule(TaskHooks, LightningModule):
         frozen_dropout: Whether the backbone's own dropout is active in training.
         optimizer: An optimizer that still wants parameters.
         lr_scheduler: A scheduler that still wants an optimizer; stepped once for each optimizer step,
-            or after each epoch by ``val/loss`` if it is a ``ReduceLROnPlateau``.
-        warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run.
+            or after each validation by ``val/loss`` if it is a ``ReduceLROnPlateau``.
+        warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run, as long as
+            it was to be when it began: a run that is resumed keeps the number of steps.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
             ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``, ``backbone`` (all of it or its adapter).
         nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, with the step and
-            the rows, or ``skip`` the step and count it in ``train/skipped_steps``.
+            the rows, or ``skip`` the optimizer step, all batches that it accumulates, and count it in
+            ``train/skipped_steps``.
 
     Raises:
         LoPAError: If a learning rate or the warm-up is negative or not finite, both an adapter and the whole backbone
@@ -113,6 +118,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
         self.warmup = warmup
         self.learning_rates = learning_rates or {}
         self.loss_guard = LossGuard(nonfinite_loss)
+        self.window = Window()
         self.net: PromptedModel | None = None
         self.learned = False
         """Whether a step was taken or a checkpoint loaded: what is trained has other than its initial values."""
@@ -164,6 +170,8 @@ class LoPALightningModule(TaskHooks, LightningModule):
         self.builder.check()
         if stage == "fit":
             check_optimization(self.make_optimizer, self.make_lr_scheduler, self.learning_rates)
+        check_warmup(self.warmup, self.trainer)
+        self.window = Window()
         check_strategy(self.trainer.strategy)
         check_before_weights(self, TrainerFn(stage).value)
         write_whole_checkpoints(self.trainer.strategy)
@@ -233,11 +241,16 @@ class LoPALightningModule(TaskHooks, LightningModule):
             torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch; where batches differ in size, as they count in a step: each by its examples."""
-        loss = self.loss(self(batch), batch)
-        self.loss_guard.look_at(loss, batch, batch_idx, self.trainer)
+        """Loss of a batch, weighed as it counts among the batches of its optimizer step."""
+        outputs = self(batch)
+        loss, size = self.loss(outputs, batch), self.loss_weight(outputs, batch)
+        everywhere = self.loss_guard.look_at(loss, batch, batch_idx, self.trainer, size)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
-        return loss * batch["weight"] if "weight" in batch else loss
+        return self.window.add(loss, size, everywhere, batch, batch_idx, self.trainer)
+
+    def on_after_backward(self) -> None:
+        """Scales the gradient of a step's batches: before others see it, or clip it."""
+        self.window.end(self.parameters(), self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leaves the step out where a loss was no number and is to be skipped."""
@@ -286,11 +299,11 @@ class LoPALightningModule(TaskHooks, LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer over the trained groups, with its scheduler and warm-up."""
         optimizer = self.make_optimizer(with_rates(self._net().parameter_groups(), self.learning_rates))
-        steps = warmup_steps(self.warmup, lambda: self.trainer.estimated_stepping_batches)
-        scheduler = with_warmup(optimizer, self.make_lr_scheduler, steps)
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": schedule(optimizer, self.make_lr_scheduler, self.warmup)}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What a run needs to be right, and to be right when it is resumed."""
+        return [Scheduling(), ResumePoint()]
 
     # Checkpoints
 
@@ -375,7 +388,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
             ckpt.check_tensors(ckpt.read(self.trainer.ckpt_path)["state_dict"], self._trained())
         ckpt.check_identity(checkpoint[ckpt.IDENTITY_KEY], self._identity)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            check_resume(checkpoint, self.hparams)
+            check_resume(checkpoint, self.hparams, self.trainer.accumulate_grad_batches)
 
     def _task(self) -> dict[str, Any]:
         return {"placement": self.placement, **self.task_identity()}

@@ -35,8 +35,8 @@ _ENCODER_INPUTS = ("instance", "instance_input_ids", "instance_attention_mask", 
 class CausalLMModule(LoPALightningModule):
     """Learns to complete prompts, and completes them.
 
-    The loss is the mean over a batch's labelled tokens: completions and their end tokens. Processes
-    average their gradients as ever. In evaluation every token counts once, however batches were cut.
+    The loss is the mean over the labelled tokens: completions and their end tokens. In a step every token counts once,
+    whatever batch and process it is on, and so it does in evaluation.
 
     Args:
         generation: Fields of transformers' ``GenerationConfig``, such as ``{max_new_tokens: 256, do_sample: true,

@@ -35,7 +35,7 @@ class LossGuard:
         self.skipped = 0
         self._spoilt = False
 
-    def look_at(self, loss: Tensor, batch: Any, batch_idx: int, trainer: Any) -> None:
+    def look_at(self, loss: Tensor, batch: Any, batch_idx: int, trainer: Any, size: Tensor | float = 1) -> float:
         """Notes a loss that is no number, of this process or of another.
 
         Args:
@@ -43,14 +43,19 @@ class LossGuard:
             batch: With ``index``.
             batch_idx: Its number within the epoch.
             trainer: Knows the other processes.
+            size: Number of things that the loss is the mean of.
+
+        Returns:
+            That number over all processes: one message brings both.
 
         Raises:
             LoPAError: If the run is to stop; the message names step and rows.
         """
-        mine = not bool(torch.isfinite(loss.detach()).all())
-        count = trainer.strategy.reduce(torch.tensor(float(mine), device=loss.device), reduce_op="sum")
-        if not count > 0:
-            return
+        mine = ~torch.isfinite(loss.detach()).all()
+        facts = torch.stack([mine.float(), torch.as_tensor(size, dtype=torch.float, device=loss.device)])
+        count, everywhere = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        if not count:
+            return float(everywhere)
         what, rows = "no number on another process", "its"
         if mine:
             what, rows = str(float(loss.detach())), ", ".join(map(str, batch["index"].tolist()))
@@ -58,8 +63,9 @@ class LossGuard:
         where = f"train/loss is {what} at {step}"
         if self.action == "stop":
             raise LoPAError(f"{where}; try a lower learning rate or float32, or go on with nonfinite_loss: skip")
-        rank_zero_warn(f"{where}: the step is skipped")
+        rank_zero_warn(f"{where}: the step is skipped, with all batches that it accumulates")
         self._spoilt = True
+        return float(everywhere)
 
     def drop_step(self, optimizer: Optimizer) -> bool:
         """Takes the gradients away if they are spoilt: an optimizer leaves a parameter without one as it is.

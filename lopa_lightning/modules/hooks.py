@@ -52,7 +52,9 @@ class TaskHooks(ABC):
         return set()
 
     def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
-        """Of how many things a batch's loss is the mean: its share in an evaluation set's loss.
+        """Of how many things a batch's loss is the mean.
+
+        The batches of an evaluation set, and those of an optimizer step, count as one large batch by it.
 
         Args:
             outputs: The read-out's, ``[B, ...]``.

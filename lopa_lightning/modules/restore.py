@@ -17,6 +17,7 @@ from lopa_lightning.plain import arguments, built, defaults, find_class, shown, 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
+_BUILT: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}
 _ANY_SIZE = 4096
 """Sizes up to this one are harmless, whatever was trained."""
 
@@ -109,25 +110,34 @@ def _check_sizes(given: Mapping[str, Any], trained: int) -> None:
                 raise LoPAError(f"its {key} has {shown(name)} {value}, and {trained} trained values")
 
 
-def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> None:
+def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any], accumulated: int) -> None:
     """Says what of a training run is not continued as it was, or not as it is now configured.
 
     Args:
         saved: The checkpoint.
         hparams: Of the module that is to go on.
+        accumulated: Batches of an optimizer step.
 
     Raises:
-        LoPAError: If the checkpoint holds another optimizer's state.
+        LoPAError: If the checkpoint holds the state of another optimizer or scheduler.
     """
     old, new = check_optimizer(saved, hparams)
     if lines := ckpt.differences(old, new):
         rank_zero_warn(f"a resumed run keeps the checkpoint's optimizer settings: {ckpt.joined(lines)}")
     loop = saved.get("loops", {}).get("fit_loop", {})
     progress, has_place = loop.get("epoch_loop.batch_progress", {}), loop.get("state_dict", {}).get("combined_loader")
-    if progress and not progress.get("is_last_batch", True) and not has_place:
+    if not progress or progress.get("is_last_batch", True):
+        return
+    done = progress["current"]["processed"]
+    if not has_place:
         rank_zero_warn(
-            f"the checkpoint was saved within an epoch, after {progress['current']['completed']} batches: the rest of "
+            f"the checkpoint was saved within an epoch, after {done} batches: the rest of "
             "that epoch is drawn from its start again. Resume from the end of an epoch (last.ckpt) to continue exactly."
+        )
+    if done % accumulated:
+        rank_zero_warn(
+            f"the checkpoint was saved after {done} batches of an epoch, and a step accumulates {accumulated}: the "
+            f"first step has {accumulated - done % accumulated}"
         )
 
 
@@ -139,12 +149,13 @@ def check_optimizer(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> tup
         hparams: Of the module that is to go on.
 
     Raises:
-        LoPAError: If the checkpoint holds another optimizer's state.
+        LoPAError: If the checkpoint holds the state of another optimizer or scheduler.
     """
     old, new = _of_training(saved[ckpt.HYPERPARAMETERS]), _of_training(hparams)
-    classes = [settings["optimizer"]["class_path"] for settings in (old, new) if settings["optimizer"]]
-    if len(set(classes)) > 1:
-        raise LoPAError(f"the checkpoint holds the state of {classes[0]}, this run has {classes[1]}; start a new run")
+    for key in _BUILT:
+        was, now = ((settings[key] or {}).get("class_path") for settings in (old, new))
+        if was != now:
+            raise LoPAError(f"the checkpoint holds the state of {key} {was}, this run has {now}; start a new run")
     return old, new
 
 
@@ -155,7 +166,7 @@ def _of_training(hparams: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(LoPAError):
         hparams = {**defaults(find_class(hparams.get("_class_path"), LoPALightningModule)), **hparams}
     found = {key: hparams.get(key) for key in ("learning_rates", "warmup")}
-    for key, base in {"optimizer": Optimizer, "lr_scheduler": LRScheduler}.items():
+    for key, base in _BUILT.items():
         spec = with_arguments(hparams.get(key), with_defaults, base)
         named = isinstance(spec, Mapping) and "class_path" in spec
         found[key] = {**spec, "class_path": str(spec["class_path"]).rpartition(".")[2]} if named else None

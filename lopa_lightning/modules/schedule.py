@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lopa_lightning.errors import LoPAError
 
@@ -30,44 +34,153 @@ def with_rates(groups: Mapping[str, list[nn.Parameter]], rates: Mapping[str, flo
     ]
 
 
-def warmup_steps(warmup: float, total: Callable[[], float]) -> int:
-    """Optimizer steps of warm-up.
+def check_warmup(warmup: float, trainer: Trainer) -> None:
+    """Refuses a warm-up that has no length.
 
     Args:
         warmup: Steps, or below 1 a share of the run.
-        total: Gives the optimizer steps of the whole run; asked only for a share.
+        trainer: Of the run.
 
     Raises:
-        LoPAError: If a share is asked of a run without an end.
+        LoPAError: If it is a share of a run without an end.
     """
-    if warmup >= 1 or warmup == 0:
-        return int(warmup)
-    steps = total()
-    if steps == float("inf"):
+    if 0 < warmup < 1 and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise LoPAError(f"warmup {warmup} is a share of a run that has no end; give steps, or max_epochs or max_steps")
-    return round(warmup * steps)
 
 
-def with_warmup(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, steps: int) -> dict[str, Any] | None:
-    """Builds what Lightning is told of the schedule.
+class WarmUp(LRScheduler):
+    """Raises learning rates linearly, and leaves them to another scheduler when they have their full value.
+
+    Over how many steps is known when training starts: a share of a run takes the number of its batches, and the
+    data must not be set up before Lightning has restored how far a resumed run had come. A resumed run has the
+    number of steps, as all of its state, from its checkpoint.
+
+    Args:
+        optimizer: Its groups' learning rates are the ones after warm-up.
+        then: The other scheduler, of the same optimizer; None for a constant rate.
+
+    Attributes:
+        steps: Optimizer steps over which rates rise, from 1 / (steps + 1) of their value; None before :meth:`begin`.
+    """
+
+    def __init__(self, optimizer: Optimizer, then: LRScheduler | None = None) -> None:
+        self.then = then
+        self.steps: int | None = None
+        self._full = [float(group["lr"]) for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def begin(self, steps: int) -> None:
+        """Starts the warm-up.
+
+        Args:
+            steps: Its length.
+        """
+        self.steps = steps
+        super().__init__(self.optimizer)  # sets the rates of the first step
+
+    def get_lr(self) -> list[Any]:
+        """Rates of the step to come, by group."""
+        if self.steps is None or self.last_epoch > self.steps:
+            return [group["lr"] for group in self.optimizer.param_groups]
+        return [rate * ((self.last_epoch + 1) / (self.steps + 1)) for rate in self._full]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the rates of the next step.
+
+        Args:
+            epoch: Not used; torch's signature.
+        """
+        if self.then is None or self.steps is None or self.last_epoch < self.steps:
+            super().step()
+        else:
+            self.last_epoch += 1
+            self.then.step()
+            self._last_lr = self.then.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain data, with that of the scheduler that follows."""
+        then = None if self.then is None else self.then.state_dict()
+        return {**super().state_dict(), "then": then}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state, also one of torch's own schedulers, which earlier checkpoints hold.
+
+        Args:
+            state_dict: Of this class, or of what warmed up in its stead: a ``LinearLR``, a ``SequentialLR`` of it and
+                another, or the other alone where there was no warm-up.
+        """
+        state = dict(state_dict)
+        if "then" not in state:
+            state = self._of_torch(state)
+        then = state.pop("then")
+        super().load_state_dict(state)
+        if self.then is not None and then is not None:
+            self.then.load_state_dict(then)
+
+    def _of_torch(self, state: dict[str, Any]) -> dict[str, Any]:
+        if "_milestones" in state:
+            linear, then = state["_schedulers"]
+            then = {**then, "last_epoch": max(0, then["last_epoch"])}
+        else:
+            linear, then = ({"total_iters": 0}, state) if self.then is not None else (state, None)
+        kept = {name: state[name] for name in ("last_epoch", "_last_lr")}
+        return {**kept, "steps": linear["total_iters"], "then": then}
+
+
+def schedule(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, warmup: float) -> dict[str, Any]:
+    """Builds the scheduler config that Lightning wants; :class:`Scheduling` brings it to life.
 
     Args:
         optimizer: Its groups' learning rates are the ones after warm-up.
         make_scheduler: A scheduler that still wants the optimizer; None for a constant rate.
-        steps: Optimizer steps over which rates rise linearly, from 1 / (steps + 1) of their value.
-
-    Returns:
-        Lightning's scheduler config, or None if the rate is constant from the first step.
+        warmup: Steps, or below 1 a share of the run.
 
     Raises:
         LoPAError: If a warm-up is to precede a ``ReduceLROnPlateau``, which is not stepped by count.
     """
-    scheduler = make_scheduler(optimizer) if make_scheduler is not None else None
-    if isinstance(scheduler, ReduceLROnPlateau):
-        if steps:
-            raise LoPAError("warmup cannot precede ReduceLROnPlateau; set warmup: 0 or choose another lr_scheduler")
-        return {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", "val/loss")}
-    if steps:
-        rise = LinearLR(optimizer, start_factor=1 / (steps + 1), total_iters=steps)
-        scheduler = rise if scheduler is None else SequentialLR(optimizer, [rise, scheduler], milestones=[steps])
-    return None if scheduler is None else {"scheduler": scheduler, "interval": "step"}
+    then = None if make_scheduler is None else make_scheduler(optimizer)
+    if not isinstance(then, ReduceLROnPlateau):
+        return {"scheduler": WarmUp(optimizer, then), "interval": "step"}
+    if warmup:
+        raise LoPAError("warmup cannot precede ReduceLROnPlateau; set warmup: 0 or choose another lr_scheduler")
+    # Lightning would step it after the epoch's checkpoints are saved, and not at all in a run that is resumed there.
+    never = {"interval": "epoch", "frequency": sys.maxsize, "reduce_on_plateau": False}
+    return {"scheduler": then, "monitor": getattr(then, "monitor", "val/loss"), **never}
+
+
+class Scheduling(Callback):
+    """Begins the warm-up when training starts, and steps a ``ReduceLROnPlateau`` before checkpoints are saved."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begins the warm-up, unless a checkpoint has brought its state."""
+        for scheduler in [config.scheduler for config in trainer.lr_scheduler_configs]:
+            if not isinstance(scheduler, WarmUp) or scheduler.steps is not None:
+                continue
+            if trainer.ckpt_path is not None:  # of a run without a schedule
+                scheduler.steps = 0
+            else:
+                whole = (
+                    pl_module.warmup if pl_module.warmup >= 1 else pl_module.warmup * trainer.estimated_stepping_batches
+                )
+                scheduler.begin(round(whole))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps a ``ReduceLROnPlateau``; callbacks that save checkpoints come after all others."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._step_plateau(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does so after each epoch where there is no validation."""
+        if not trainer.enable_validation:
+            self._step_plateau(trainer)
+
+    def _step_plateau(self, trainer: Trainer) -> None:
+        for config in trainer.lr_scheduler_configs:
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                continue
+            if config.monitor not in trainer.callback_metrics:
+                known = ", ".join(sorted(trainer.callback_metrics))
+                raise LoPAError(
+                    f"ReduceLROnPlateau monitors {config.monitor!r}, which is not logged; these are: {known}"
+                )
+            config.scheduler.step(trainer.callback_metrics[config.monitor])

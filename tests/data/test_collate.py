@@ -99,8 +99,3 @@ def test_a_table_of_rows_is_padded_as_rows_are() -> None:
 def test_labels_of_tokens_are_ignored_at_padding() -> None:
     batch = Collate(pad_id=0, side="left")(with_key("labels", [-100, 6, 7], [8]))
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
-
-
-def test_a_batch_of_a_mean_size_weighs_one() -> None:
-    assert Collate(0, mean_batch_size=2.0)(ROWS)["weight"] == 1
-    assert Collate(0, mean_batch_size=2.0)(ROWS * 3)["weight"] == 3

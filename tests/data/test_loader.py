@@ -79,3 +79,19 @@ def test_another_sampler_makes_batches_of_rows() -> None:
     loaded = texts(sampler=SequentialSampler(range(10)), batch_size=4)
     assert [batch["index"].tolist() for batch in loaded] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert loaded.state_dict() == {"batches": 0}
+    loaded.load_state_dict({"batches": 1})
+    assert loaded.state_dict() == {"batches": 1}
+    assert [batch["index"].tolist() for batch in loaded] == [[4, 5, 6, 7], [8, 9]]
+
+
+def test_training_batches_of_so_many_tokens_weigh_by_their_examples() -> None:
+    batches = list(texts(sampler=LengthGroupedSampler(LENGTHS, batch_tokens=14)))
+    sizes = [len(batch["index"]) for batch in batches]
+    assert len(set(sizes)) > 1
+    assert [float(batch["weight"]) for batch in batches] == pytest.approx(
+        [size * len(sizes) / len(LENGTHS) for size in sizes]
+    )
+    others = [{"batch_size": 3}, {"batch_tokens": 14, "shuffle": False}]
+    assert not any(
+        "weight" in batch for size in others for batch in texts(sampler=LengthGroupedSampler(LENGTHS, **size))
+    )

@@ -22,40 +22,13 @@ Plain = functools.partial(LoPATiny, dropout=0.0)
 
 
 class Steps(Callback):
-    """The batches, and the gradient of the last step."""
+    """The batches."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.gradient = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
-
-
-def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Each row as a batch of its own."""
-    return [
-        {key: values[row : row + 1] for key, values in batch.items() if values.dim()}
-        for row in range(len(batch["index"]))
-    ]
-
-
-def test_each_example_counts_alike_whatever_batch_it_is_in(tiny: Tiny, tmp_path: Path) -> None:
-    model, steps = module(tiny("bert_base"), objective="head", prompt_encoder=Plain), Steps()
-    data = reviews(tmp_path, rows=23, batch_tokens=100)
-    model.make_optimizer = functools.partial(torch.optim.SGD, lr=0.0)
-    trainer(tmp_path, callbacks=[steps], accumulate_grad_batches=99, limit_val_batches=0).fit(model, data)
-    rows = [row for batch in steps.batches for row in rows_of(batch)]
-    assert sorted(int(row["index"]) for row in rows) == list(range(23))
-    assert len({len(batch["index"]) for batch in steps.batches}) > 1
-    # Lightning divides by the batches of a step.
-    expected = sum(F.cross_entropy(model(row), row["labels"]) for row in rows) / 23 * len(steps.batches) / 99
-    model.zero_grad()
-    expected.backward()  # type: ignore[union-attr]
-    for name, gradient in steps.gradient.items():
-        torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-7)
 
 
 def test_a_completion_batch_weighs_by_its_examples(tiny: Tiny, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ class Spoilt(ClassificationModule):
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         loss = super().loss(outputs, batch)
-        return loss * float("nan") if self.training and self.global_step == SPOILT else loss
+        spoilt = self.training and self.global_step == SPOILT and not self.window.batches
+        return loss * float("nan") if spoilt else loss
 
 
 class Values(Callback):
@@ -72,6 +73,20 @@ def test_it_is_skipped_and_counted(tiny: Tiny, tmp_path: Path) -> None:
     assert same == [step == SPOILT for step in range(len(same))]
     assert run.callback_metrics["train/skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_a_step_is_skipped_with_all_batches_that_it_accumulates(tiny: Tiny, tmp_path: Path) -> None:
+    """The loss of its first batch is NaN; what comes after it is a step like any."""
+    values, model = Values(), spoilt(tiny, nonfinite_loss="skip")
+    run = trainer(tmp_path, callbacks=[values], enable_checkpointing=False, accumulate_grad_batches=2)
+    with pytest.warns(UserWarning, match="the step is skipped, with all batches that it accumulates"):
+        run.fit(model, reviews(tmp_path, rows=40))
+    same = [
+        all(torch.equal(value, after[name]) for name, value in before.items())
+        for before, after in zip(values.before[::2], values.before[2::2])
+    ]
+    assert same == [step == SPOILT for step in range(len(same))]
+    assert run.callback_metrics["train/skipped_steps"] == 1
 
 
 def test_what_another_process_skips_is_skipped_here() -> None:

@@ -1,0 +1,127 @@
+"""Learning rates: warm-up, what follows it, and what a resumed run makes of both."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR, StepLR
+
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.modules.schedule import WarmUp
+from tests.modules.helpers import module, reviews, trainer
+
+Tiny = Callable[[str], str]
+
+SGD = functools.partial(torch.optim.SGD, lr=1.0)
+Step = functools.partial(StepLR, step_size=2, gamma=0.5)
+
+
+class Rates(Callback):
+    """The learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def optimizer() -> torch.optim.SGD:
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+
+
+def _linear(made: Any) -> LinearLR:
+    return LinearLR(made, start_factor=1 / 4, total_iters=3)
+
+
+TORCHS: dict[str, tuple[Callable[[Any], Any], Any, list[float]]] = {
+    "warm-up": (_linear, None, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+    "warm-up and another": (
+        lambda made: SequentialLR(made, [_linear(made), Step(made)], milestones=[3]),
+        Step,
+        [0.25, 0.5, 0.75, 1, 1, 0.5, 0.5, 0.25],
+    ),
+    "another": (Step, Step, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]),
+}
+
+
+@pytest.mark.parametrize("done", [0, 2, 3, 4, 6])
+@pytest.mark.parametrize("name", TORCHS)
+def test_a_state_of_torchs_own_schedulers_is_continued(name: str, done: int) -> None:
+    make, then, expected = TORCHS[name]
+    before = optimizer()
+    old = make(before)
+    for _ in range(done):
+        before.step()
+        old.step()
+    after = optimizer()
+    new = WarmUp(after, None if then is None else then(after))
+    after.load_state_dict(before.state_dict())
+    new.load_state_dict(old.state_dict())
+    rates = []
+    for _ in range(done, len(expected)):
+        rates.append(after.param_groups[0]["lr"])
+        after.step()
+        new.step()
+    assert rates == pytest.approx(expected[done:])
+
+
+def test_a_run_that_goes_on_for_longer_keeps_the_steps_of_its_warmup(tiny: Tiny, tmp_path: Path) -> None:
+    model = functools.partial(module, tiny("bert_base"), objective="head", warmup=0.4, optimizer=SGD)
+    first, more = Rates(), Rates()
+    saving = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    run = trainer(tmp_path, max_steps=3, callbacks=[first, saving])
+    run.fit(model(), reviews(tmp_path))
+    run = trainer(tmp_path, epochs=2, callbacks=[more])
+    run.fit(model(), reviews(tmp_path), ckpt_path=tmp_path / "last.ckpt")
+    assert first.seen == [1 / 2, 1, 1]  # one step of the three
+    assert more.seen == [1] * 7
+
+
+def test_a_checkpoint_without_a_schedule_is_past_its_warmup(tiny: Tiny, tmp_path: Path) -> None:
+    model = functools.partial(module, tiny("bert_base"), objective="head", optimizer=SGD)
+    trainer(tmp_path).fit(model(), reviews(tmp_path))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    torch.save({**saved, "lr_schedulers": []}, tmp_path / "old.ckpt")
+    rates = Rates()
+    with pytest.warns(UserWarning, match="keeps the checkpoint's optimizer settings:\n  warmup"):
+        trainer(tmp_path, 2, callbacks=[rates]).fit(model(warmup=4), reviews(tmp_path), ckpt_path=tmp_path / "old.ckpt")
+    assert rates.seen == [1.0] * 5
+
+
+def test_the_state_of_another_scheduler_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    model = functools.partial(module, tiny("bert_base"), objective="head")
+    trainer(tmp_path).fit(model(lr_scheduler=Step), reviews(tmp_path))
+    cosine = functools.partial(CosineAnnealingLR, T_max=9)
+    for other, name in ((None, "None"), (cosine, "CosineAnnealingLR")):
+        with pytest.raises(LoPAError, match=f"the state of lr_scheduler StepLR, this run has {name}; start a new run"):
+            trainer(tmp_path, 2).fit(model(lr_scheduler=other), reviews(tmp_path), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_plateau_is_of_a_metric_that_is_logged(tiny: Tiny, tmp_path: Path) -> None:
+    from lightning.pytorch.cli import ReduceLROnPlateau as Monitoring
+
+    model = module(tiny("bert_base"), objective="head", lr_scheduler=functools.partial(Monitoring, monitor="val/los"))
+    with pytest.raises(LoPAError, match=r"monitors 'val/los', which is not logged; these are: .*val/loss"):
+        trainer(tmp_path).fit(model, reviews(tmp_path))
+
+
+@pytest.mark.parametrize(("options", "steps"), [({"val_check_interval": 2}, 2), ({"limit_val_batches": 0}, 1)])
+def test_a_plateau_is_looked_for_after_each_validation_or_epoch(
+    tiny: Tiny, tmp_path: Path, options: dict[str, Any], steps: int
+) -> None:
+    from lightning.pytorch.cli import ReduceLROnPlateau as Monitoring
+
+    plateau = functools.partial(Monitoring, monitor="train/loss", patience=0, threshold=1e9, factor=0.5)
+    model = module(tiny("bert_base"), objective="head", lr_scheduler=plateau, optimizer=SGD)
+    run = trainer(tmp_path, enable_checkpointing=False, callbacks=[], **options)
+    run.fit(model, reviews(tmp_path))
+    scheduler = run.lr_scheduler_configs[0].scheduler
+    assert isinstance(scheduler, ReduceLROnPlateau)
+    assert scheduler.last_epoch == steps
