@@ -1,6 +1,11 @@
-"""The error for input that cannot be right."""
+"""The error for input that cannot be right, and what its messages are made of."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_LONGEST = 300  # characters of another library's message, or of a value
 
 
 class LoPAError(ValueError):
@@ -9,3 +14,36 @@ class LoPAError(ValueError):
     Its message names the thing, what was got and what is allowed. The command line shows it without
     a traceback.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Returns another library's error as one short line, with its type where the message alone says little."""
+    lines = str(error).strip().splitlines()
+    said = shown(" ".join(lines) if lines and lines[0].rstrip().endswith(":") else "".join(lines[:1]), str)
+    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+def shown(value: Any, write: Any = repr) -> str:
+    """Returns a value as one short line.
+
+    Example:
+        >>> shown("a" * 400)[-8:]
+        "a ... a'"
+    """
+    line = " ".join(write(value).split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 60]} ... {line[-55:]}"
+
+
+def listed(name: str, values: Iterable[Any]) -> list[Any]:
+    """Returns the values of an argument that is a list.
+
+    Args:
+        name: The argument.
+        values: What was given.
+
+    Raises:
+        LoPAError: If it is one string, whose letters would be taken for the values, or no list at all.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise LoPAError(f"{name} must be a list, got {values!r}")
+    return list(values)

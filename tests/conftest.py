@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.refusals import refused  # noqa: F401 - a fixture
+
 # How long an example takes says how busy the machine is. Examples are always the same where nobody would look into it.
 settings.register_profile(
     "lopa", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ

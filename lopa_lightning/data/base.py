@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Collate, Rows
 from lopa_lightning.data.loader import ResumableLoader
-from lopa_lightning.data.rows import EmptyTextError, EncodeRows, LabelLookup, RowEncoder, is_empty
+from lopa_lightning.data.rows import EncodeRows, LabelLookup, RowEncoder, TextError, fault_of
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
 from lopa_lightning.data.vectors import WithVectors, agrees_with, reads_all
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.frozen.text import TextSpec
 from lopa_lightning.frozen.vectors import StoredVectors
 from lopa_lightning.task import TextTask
@@ -75,9 +75,11 @@ class TextDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "batch_tokens": batch_tokens}
-        for name, value in sizes.items():
+        for name, value in {**sizes, "max_length": max_length}.items():
             if value is not None and value < 1:
                 raise LoPAError(f"{name} must be at least 1, got {value}")
+        if num_workers is not None and num_workers < 0:
+            raise LoPAError(f"num_workers must be at least 0, got {num_workers}")
         for name, side in {"truncation_side": truncation_side, "padding_side": padding_side}.items():
             if side not in get_args(Side):
                 raise LoPAError(f"{name} must be one of {', '.join(get_args(Side))}, got {side!r}")
@@ -143,10 +145,12 @@ class TextDataModule(LightningDataModule, ABC):
         self.datasets, self.vectors = {}, {}  # what was made for another module
 
     def prepare_data(self) -> None:
-        """Tokenises into the data sets' cache, once on each node."""
+        """Tokenises into the data sets' cache, once on each node, after the module's settings are checked."""
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
-        self.setup(str(self.trainer.state.fn.value))
+        stage = str(self.trainer.state.fn.value)
+        self.trainer.lightning_module.setup(stage)  # Lightning calls it only once the data is there
+        self.setup(stage)
 
     @cache_faults_named()
     def setup(self, stage: str) -> None:
@@ -163,6 +167,8 @@ class TextDataModule(LightningDataModule, ABC):
             if role not in self.datasets:
                 loaded = {split: self.load_split(split, role) for split in self.splits_of(role)}
                 self.datasets[role] = [self._tokenise(data, split, role) for split, data in loaded.items()]
+                for data in self.datasets[role]:
+                    self._sampler(data, role)  # refuses sizes of batches that cannot be, before weights are read
             for data in self.datasets[role]:
                 self._keep_vectors(data, role)
 
@@ -235,12 +241,8 @@ class TextDataModule(LightningDataModule, ABC):
                 new_fingerprint=key,
                 desc=f"Tokenising {what}",
             )
-        except EmptyTextError as error:
-            # Counted in the whole split: of the rows at hand some may have been left out before.
-            texts = self.load_split(split, "test")[error.column]
-            empty = [row for row, text in enumerate(texts) if is_empty(text)]
-            shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
-            raise LoPAError(f"{what}: column {error.column!r} is empty in row {shown} (counted from 0)") from None
+        except TextError as error:
+            raise self._refused(what, split, error) from None
         check_cached(tokenised, len(data))
         for column, message in self.warnings_of(encoder).items():
             if column in tokenised.column_names:
@@ -250,6 +252,14 @@ class TextDataModule(LightningDataModule, ABC):
                     tokenised = self._without_left_out(tokenised, what)
                 tokenised = tokenised.remove_columns(column)
         return tokenised
+
+    def _refused(self, what: str, split: str, error: TextError) -> LoPAError:
+        """Names the rows with a fault, counted in the whole split: of the rows at hand some were left out before."""
+        texts = self.load_split(split, "test")[error.column][:]
+        rows = [row for row, text in enumerate(texts) if fault_of(text, self.allow_empty_text) == error.fault]
+        named = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
+        got = "" if texts[rows[0]] is None or isinstance(texts[rows[0]], str) else f", got {shown(texts[rows[0]])}"
+        return LoPAError(f"{what}: column {error.column!r} {error.fault}{got} in row {named} (counted from 0)")
 
     @staticmethod
     def _without_left_out(data: Dataset, what: str) -> Dataset:
@@ -271,7 +281,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches of like lengths."""
-        return self._loader(self.datasets["train"][0], self.batch_size, self.batch_tokens, shuffle=True)
+        return self._loader(self.datasets["train"][0], "train")
 
     def val_dataloader(self) -> list[Loader]:
         """One loader for each evaluation set."""
@@ -286,32 +296,33 @@ class TextDataModule(LightningDataModule, ABC):
         return self._eval_loaders("predict")
 
     def _eval_loaders(self, role: Role) -> list[Loader]:
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        for data in self.datasets[role]:
-            if len(data) < world_size:
-                raise LoPAError(f"{role}: {len(data)} examples are fewer than the {world_size} processes")
-        sizes = self.eval_batch_size, self.eval_batch_tokens
-        return [self._loader(data, *sizes, shuffle=False) for data in self.datasets[role]]
+        return [self._loader(data, role) for data in self.datasets[role]]
 
-    def _loader(self, data: Dataset, batch_size: int, batch_tokens: int | None, shuffle: bool) -> Loader:
-        spec = self._spec()
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        workers = (2 if on_gpu else 0) if self.num_workers is None else self.num_workers
-        sampler = LengthGroupedSampler(
-            data.with_format("numpy")["length"][:] + spec.virtual_tokens,
-            batch_size,
-            shuffle,
-            num_replicas=self.trainer.world_size if self.trainer is not None else 1,
+    def _sampler(self, data: Dataset, role: Role) -> LengthGroupedSampler:
+        is_training = role == "train"
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        if not is_training and len(data) < world_size:
+            raise LoPAError(f"{role}: {len(data)} examples are fewer than the {world_size} processes")
+        return LengthGroupedSampler(
+            data.with_format("numpy")["length"][:] + self._spec().virtual_tokens,
+            self.batch_size if is_training else self.eval_batch_size,
+            shuffle=is_training,
+            num_replicas=world_size,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            batch_tokens=batch_tokens,
+            batch_tokens=self.batch_tokens if is_training else self.eval_batch_tokens,
         )
+
+    def _loader(self, data: Dataset, role: Role) -> Loader:
+        spec, sampler, shuffle = self._spec(), self._sampler(data, role), role == "train"
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        workers = (2 if on_gpu else 0) if self.num_workers is None else self.num_workers
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
         rows, vectors = data.remove_columns("length"), self.vectors.get(data._fingerprint)
         return ResumableLoader(
             Rows(rows) if vectors is None else WithVectors(rows, vectors),
             sampler=sampler,
-            batch_size=batch_size,
+            batch_size=sampler.batch_size,
             virtual_tokens=spec.virtual_tokens,
             collate_fn=Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side),
             share=self.trainer.limit_train_batches if shuffle and self.trainer is not None else 1.0,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.data.base import Role
-from lopa_lightning.data.rows import EmptyTextError, RowEncoder, is_empty, tokenizer_key
+from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
 from lopa_lightning.data.source import SourceDataModule
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.frozen.text import end_of, running_ids
 from lopa_lightning.task import IGNORED
 
@@ -68,16 +68,11 @@ class Columns:
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
         """Makes an example of a row."""
-        texts = {name: row[name] for name in {self.prompt, self.instance or self.prompt}}
-        for name, text in texts.items():
-            if is_empty(text):
-                raise EmptyTextError(name)
+        instance = self.instance or self.prompt
+        check_texts({name: [row[name]] for name in (self.prompt, instance)})
         completion = row.get(self.completion)
-        return Example(
-            str(texts[self.prompt]),
-            None if completion is None else str(completion),
-            str(texts[self.instance or self.prompt]),
-        )
+        check_texts({self.completion: [completion]}, allow_empty=True)
+        return Example(row[self.prompt], completion, row[instance])
 
 
 @dataclass(frozen=True)
@@ -104,20 +99,40 @@ class Messages:
         """Makes an example of a chat. What the instance encoder reads is the last question."""
         messages = row[self.column]
         if not messages:
-            raise EmptyTextError(self.column)
+            raise TextError(self.column, "is empty")
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise LoPAError(
+                f"column {self.column!r}: a chat must be a list of {{role, content}}, both texts; got {shown(messages)}"
+            )
         answered = messages[-1]["role"] == "assistant"
         asked = messages[:-1] if answered else messages
         if not asked or asked[-1]["role"] == "assistant":
             raise LoPAError(
-                f"column {self.column!r}: a chat must have a question before its last answer, got {messages}"
+                f"column {self.column!r}: a chat must have a question before its last answer, got {shown(messages)}"
             )
-        prompt = str(self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        prompt = self._written(asked, asks=True)
         if not answered:
             return Example(prompt, None, asked[-1]["content"])
-        whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        whole = self._written(messages)
         if not whole.startswith(prompt):
             raise LoPAError("the tokenizer's chat template writes a question otherwise once it is answered")
         return Example(prompt, whole[len(prompt) :], asked[-1]["content"])
+
+    def _written(self, messages: list[Any], asks: bool = False) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+        except Exception as error:  # a template raises what it likes, as where roles do not alternate
+            raise LoPAError(
+                f"column {self.column!r}: the tokenizer's chat template does not take {shown(messages)}: "
+                f"{one_line(error)}"
+            ) from error
+
+
+def _is_message(message: Any) -> bool:
+    """Whether something is a message of a chat; one that calls tools need not have a text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or bool(message["role"] == "assistant" and message.get("tool_calls"))
 
 
 class EncodeCompletions:
@@ -219,11 +234,14 @@ class CompletionDataModule(SourceDataModule):
         prompt_column: Column of the prompt.
         completion_column: Column of the completion; for ``predict`` it need not be there.
         messages_column: Column of chats, lists of ``{"role": ..., "content": ...}``, in place of the two.
-        instance_column: Column of what the instance encoder reads; by default the prompt, or of a chat the
-            last question. Where too long, it is cut from the left.
+        instance_column: Column of what the instance encoder reads; by default the prompt. Of a chat it is the
+            last question, always. Where too long, it is cut from the left.
         learn_end: Whether a completion's end token is learned. It need not be where completions close with a mark
             of their own at which generation stops.
         **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
+
+    Raises:
+        LoPAError: If arguments contradict each other.
     """
 
     def __init__(
@@ -236,9 +254,19 @@ class CompletionDataModule(SourceDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(truncation_side="left", **kwargs)
+        if messages_column is not None and instance_column is not None:
+            raise LoPAError(
+                f"of a chat the last question is the instance; leave out messages_column or instance_column, got "
+                f"{messages_column!r} and {instance_column!r}"
+            )
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.messages_column, self.instance_column = messages_column, instance_column
         self.learn_end = learn_end
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Prompt, completion and what the instance encoder reads."""
+        return [self.prompt_column, self.completion_column, *([self.instance_column] if self.instance_column else [])]
 
     def layout(self, role: Role) -> Layout:
         """How a row becomes an example.

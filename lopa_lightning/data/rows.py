@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lopa_lightning.data.template import Tokenize
@@ -26,17 +26,46 @@ class RowEncoder(Protocol):
         """Encodes rows: ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
 
 
-class EmptyTextError(Exception):
-    """A row has no text in a column."""
+class TextError(Exception):
+    """A row's text in a column cannot be used.
 
-    def __init__(self, column: str) -> None:
-        super().__init__(column)
-        self.column = column
+    Attributes:
+        column: The column.
+        fault: What is wrong, as :func:`fault_of` says it.
+    """
+
+    def __init__(self, column: str, fault: str) -> None:
+        super().__init__(column, fault)
+        self.column, self.fault = column, fault
 
 
-def is_empty(text: Any) -> bool:
-    """Whether a row's text is missing or blank."""
-    return text is None or not str(text).strip()
+def fault_of(text: Any, allow_empty: bool = False) -> str | None:
+    """Says why something in a column of texts cannot be read as one; None where it can.
+
+    Args:
+        text: What a row has. A number, list or mapping is no text: its ``str`` is nothing that anyone wrote.
+        allow_empty: Whether it may be missing or blank.
+    """
+    if text is not None and text != [] and not isinstance(text, str):
+        return "must hold texts"
+    if not allow_empty and not (text or "").strip():
+        return "is empty"
+    return "has a NUL character" if "\0" in (text or "") else None
+
+
+def check_texts(texts: Mapping[str, Sequence[Any]], allow_empty: bool = False) -> None:
+    """Checks columns of texts.
+
+    Args:
+        texts: Texts by column.
+        allow_empty: Whether they may be missing or blank.
+
+    Raises:
+        TextError: If one cannot be used.
+    """
+    for column, values in texts.items():
+        if fault := next((fault for text in values if (fault := fault_of(text, allow_empty))), None):
+            raise TextError(column, fault)
 
 
 class EncodeRows:
@@ -74,12 +103,10 @@ class EncodeRows:
         """Encodes rows.
 
         Raises:
-            EmptyTextError: If a text is empty that may not be.
+            TextError: If a text cannot be used.
         """
-        for name in self.columns:
-            if not self.allow_empty_text and any(map(is_empty, rows[name])):
-                raise EmptyTextError(name)
-        texts = {name: ["" if value is None else str(value) for value in rows[name]] for name in self.columns}
+        check_texts({name: rows[name] for name in self.columns}, self.allow_empty_text)
+        texts = {name: [text or "" for text in rows[name]] for name in self.columns}
         encoded = self.to_backbone(texts)
         if self.to_instance is not None:
             encoded |= {f"instance_{key}": values for key, values in self.to_instance(texts).items()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import functools
 import glob
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopa_lightning.data.base import Role, TextDataModule
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+_CHUNK = 2**20  # bytes
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -63,6 +68,8 @@ class SourceDataModule(TextDataModule):
         if not 0 <= validation_from_train < 1:
             raise LoPAError(f"validation_from_train must be a share below 1, got {validation_from_train}")
         roles = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+        if subset_seed < 0:
+            raise LoPAError(f"subset_seed must be at least 0, got {subset_seed}")
         if unknown := set(splits or {}) - set(roles):
             raise LoPAError(f"splits names {', '.join(sorted(unknown))}; the roles are {', '.join(roles)}")
         self.path, self.config_name, self.revision, self.data_files = path, name, revision, data_files
@@ -71,6 +78,11 @@ class SourceDataModule(TextDataModule):
         self.validation_fraction = validation_fraction
         self.validation_from_train = validation_from_train
         self.max_train_examples, self.subset_seed = max_train_examples, subset_seed
+
+    @property
+    def text_columns(self) -> Sequence[str]:
+        """Columns of text, which are read from CSV as they are written there: ``007`` is no number."""
+        return self.template.columns
 
     def raw(self) -> DatasetDict:
         """All splits as they are stored.
@@ -86,20 +98,25 @@ class SourceDataModule(TextDataModule):
 
     def _stored(self) -> DatasetDict:
         from datasets import DatasetDict, load_dataset
-        from datasets.exceptions import DatasetsError
 
         if self.data_files is None:
-            what: Any = self.path
-            arguments: dict[str, Any] = {"path": self.path, "name": self.config_name, "revision": self.revision}
+            what, path = repr(self.path), os.path.expanduser(str(self.path))
+            if is_there := os.path.exists(path):
+                _check_folder(path)
+            arguments: dict[str, Any] = {"path": path, "name": self.config_name, "revision": self.revision}
         else:
-            what = self.data_files
-            arguments = _reader_of(self.data_files)
+            what, is_there = repr(self.data_files), True
+            arguments = _reader_of(self.data_files, self.text_columns)
         try:
             loaded = load_dataset(**arguments)
-        except (OSError, ValueError, StopIteration, DatasetsError) as error:
-            reason = str(error.__cause__ or error).strip() or "it is empty"
-            raise LoPAError(f"no data found for {what!r}: {reason.splitlines()[0]}") from error
+        except Exception as error:  # pandas, pyarrow and datasets raise whatever a foreign file makes them stumble over
+            cause = error.__cause__ or error
+            reason = "it has no rows" if isinstance(cause, StopIteration) else one_line(cause)
+            problem = f"the data in {what} cannot be read" if is_there else f"no data found for {what}"
+            raise LoPAError(f"{problem}: {reason}") from error
         assert isinstance(loaded, DatasetDict)
+        if any("__index_level_0__" in names for names in loaded.column_names.values()):
+            raise LoPAError(f"the data in {what} cannot be read: a row has more cells than the header")
         return loaded
 
     def splits_of(self, role: Role) -> list[str]:
@@ -144,20 +161,84 @@ def select(data: Dataset, rows: list[NDArray[np.int64]]) -> Dataset:
     return chosen
 
 
-def _reader_of(data_files: dict[str, str | list[str]]) -> dict[str, Any]:
-    """Arguments of ``load_dataset`` for files, by their endings.
+def _check_folder(path: str) -> None:
+    """Refuses what is no folder, or one that the data sets library would take for a pattern."""
+    if not os.path.isdir(path):
+        raise LoPAError(f"path {path!r} is a file; name it in data_files, such as {{train: {path}}}")
+    if glob.has_magic(os.path.realpath(path)):
+        raise LoPAError(
+            f"path {path!r}: the data sets library reads *, ? and [ in {os.path.realpath(path)!r} as a pattern; rename "
+            "the folder, or name its files in data_files"
+        )
+
+
+def _named(data_files: Mapping[str, str | list[str]]) -> list[str]:
+    return [file for entry in data_files.values() for file in ([entry] if isinstance(entry, str) else entry)]
+
+
+def _pattern(file: str) -> str:
+    """Returns an absolute pattern, ``~`` expanded. A file that is there is meant, whatever its name has in it."""
+    if "://" in file:
+        return file
+    path = os.path.expanduser(file)
+    if os.path.exists(path):
+        return glob.escape(os.path.abspath(path))
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), path))
+
+
+def _found(file: str) -> list[str]:
+    return [] if "://" in file else sorted(glob.glob(_pattern(file), recursive=True))
+
+
+def _reader_of(data_files: Mapping[str, str | list[str]], text_columns: Sequence[str]) -> dict[str, Any]:
+    """Returns arguments of ``load_dataset`` for files, by their endings.
 
     Raises:
-        LoPAError: If a file is not there, or endings are unknown or mixed.
+        LoPAError: If a file is not there, endings are unknown or mixed, or a CSV's header cannot be right.
     """
-    files = [file for entry in data_files.values() for file in ([entry] if isinstance(entry, str) else entry)]
-    if missing := [file for file in files if "://" not in file and not glob.glob(file)]:
+    files = _named(data_files)
+    if missing := [file for file in files if "://" not in file and not _found(file)]:
         raise LoPAError(f"no such file: {', '.join(missing)}")
-    endings = {Path(file).suffix for file in files}
+    endings = {Path(file).suffix or file for file in files}
     readers = {_READERS.get(ending) for ending in endings}
     if len(readers) != 1 or None in readers or {".csv", ".tsv"} <= endings:
-        raise LoPAError(f"data_files must all be of one of {', '.join(_READERS)}; got {', '.join(sorted(endings))}")
-    options: dict[str, Any] = {"sep": "\t"} if endings == {".tsv"} else {}
-    if readers == {"csv"}:  # a text may well be "None" or "NA"; only an empty cell is missing
-        options |= {"keep_default_na": False, "na_values": [""]}
-    return {"path": readers.pop(), "data_files": data_files, **options}
+        got = ", ".join(sorted(endings)) or "none"
+        raise LoPAError(f"data_files must all be of one of {', '.join(_READERS)}; got {got}")
+    options: dict[str, Any] = {}
+    separator = "\t" if endings == {".tsv"} else ","
+    for path in (path for file in files for path in _found(file) if readers != {"parquet"}):
+        _check_text(path, separator if readers == {"csv"} else None)
+    if readers == {"csv"}:
+        # A text may well be "None", "NA" or "007"; only an empty cell is missing.
+        converters = dict.fromkeys(text_columns, _cell)
+        options = {"sep": separator, "keep_default_na": False, "na_values": [""], "converters": converters}
+    patterns = {
+        split: [_pattern(file) for file in ([entry] if isinstance(entry, str) else entry)]
+        for split, entry in data_files.items()
+    }
+    return {"path": readers.pop(), "data_files": patterns, **options}
+
+
+def _cell(written: str) -> str | None:
+    return written or None
+
+
+def _check_text(path: str, separator: str | None) -> None:
+    """Refuses a file that is not text in UTF-8, or a CSV of that separator whose columns cannot be told apart."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                if b"\0" in chunk:
+                    raise LoPAError(f"the data in {path!r} cannot be read: it has NUL characters; save it in UTF-8")
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+        with open(path, encoding="utf-8-sig", newline="") as text:
+            names = next(csv.reader(text, delimiter=separator), []) if separator is not None else []
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise LoPAError(f"the data in {path!r} cannot be read: it has a byte {byte:#x} that is not UTF-8") from error
+    except (OSError, csv.Error) as error:
+        raise LoPAError(f"the data in {path!r} cannot be read: {one_line(error)}") from error
+    if repeated := sorted({name for name in names if names.count(name) > 1 and name}):
+        raise LoPAError(f"the data in {path!r} has two columns of one name: {', '.join(repeated)}")

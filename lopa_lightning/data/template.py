@@ -40,18 +40,19 @@ class Template:
     def __post_init__(self) -> None:
         try:
             fields = self._fields()
-        except ValueError:  # a brace without its other half
+        except (TypeError, ValueError):  # no text, a brace without its other half, or a field with a format
             fields = []
         if len(self.pieces) not in (1, 2) or not set(fields) - {_MASK} or fields.count(_MASK) > 1 or "" in fields:
             raise LoPAError(
-                f"a template must be one or two pieces of text with at least one {{column}} and at most one {{mask}}, "
-                f"got {list(self.pieces)}"
+                "a template must be one or two pieces of text with at least one {column}, without a format, and at "
+                f"most one {{mask}}; got {list(self.pieces)}"
             )
 
     def _fields(self) -> list[str]:
-        return [
-            field for piece in self.pieces for _, field, _, _ in string.Formatter().parse(piece) if field is not None
-        ]
+        parsed = [part for piece in self.pieces for part in string.Formatter().parse(piece) if part[1] is not None]
+        if any(specification or conversion for _, _, specification, conversion in parsed):
+            raise ValueError
+        return [str(field) for _, field, _, _ in parsed]
 
     @property
     def columns(self) -> list[str]:
@@ -120,7 +121,10 @@ class Tokenize:
         self._has_token_types = "token_type_ids" in tokenizer.model_input_names
         bare = len(self._encode([dict.fromkeys(self.template.columns, "")])["input_ids"][0])
         if max_tokens is not None and bare >= max_tokens:
-            raise LoPAError(f"the template alone has {bare} tokens, which leaves no room for text in {max_tokens}")
+            raise LoPAError(
+                f"the template alone has {bare} tokens, which leaves no room for text in {max_tokens}: those of "
+                "max_length, or the positions that virtual tokens leave"
+            )
 
     def __call__(self, columns: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Encodes rows.

@@ -10,7 +10,7 @@ import numpy as np
 from lopa_lightning.data.rows import LabelLookup
 from lopa_lightning.data.source import SourceDataModule, select
 from lopa_lightning.data.template import Template, plain_template
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, listed, shown
 from lopa_lightning.task import InstanceReads, TextTask
 
 if TYPE_CHECKING:
@@ -54,19 +54,20 @@ class TextClassificationDataModule(SourceDataModule):
         super().__init__(**kwargs)
         if labels is None:
             raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
-        _check_shots(shots_per_label, self.max_train_examples, bool(labels))
-        if label_values is not None and (len(label_values) != len(labels) or len(set(label_values)) < len(labels)):
-            raise LoPAError(
-                f"there must be one label value for each label, got {list(label_values)} for {list(labels)}"
-            )
+        names = _label_names("labels", labels)
+        _check_shots(shots_per_label, self.max_train_examples, bool(names))
+        self.label_values = names if label_values is None else _label_names("label_values", label_values)
+        values = self.label_values
+        if label_values is not None and (len(values) != len(names) or len(set(values)) < len(values)):
+            raise LoPAError(f"there must be one label value for each label, got {label_values} for {labels}")
         self.label_column = label_column
-        self.label_values = [_written(value) for value in (label_values if label_values is not None else labels)]
-        self.template = Template(tuple(template)) if template is not None else plain_template(list(text_columns))
+        pieces = None if template is None else tuple(listed("template", template))
+        self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
         self.causal_template = Template((causal_template,)) if causal_template is not None else None
         self.task = TextTask(
-            labels=[_written(label) for label in labels],
-            words=None if words is None else list(words),
-            metrics=None if metrics is None else list(metrics),
+            labels=names,
+            words=None if words is None else listed("words", words),
+            metrics=None if metrics is None else listed("metrics", metrics),
             template=list(self.template.pieces),
             causal_template=causal_template,
             instance_reads=instance_reads,
@@ -79,7 +80,7 @@ class TextClassificationDataModule(SourceDataModule):
         column = self.label_column
         if column not in data.column_names:
             raise LoPAError(f"{what}: no column {column!r} with labels; there are {', '.join(data.column_names)}")
-        values = data.unique(column)
+        values = _unique(data, column, what)
         if self.task.is_regression:
             try:
                 numbers = {value: float(value) for value in values}
@@ -120,6 +121,31 @@ def _check_shots(shots_per_label: int | None, max_train_examples: int | None, ha
         raise LoPAError(f"shots_per_label must be at least 1, got {shots_per_label}")
     if not has_labels:
         raise LoPAError("shots_per_label needs labels; regression has none")
+
+
+def _label_names(argument: str, values: Sequence[Any]) -> list[str]:
+    for value in listed(argument, values):
+        if not isinstance(value, (str, int, float)):
+            raise LoPAError(f"{argument} must be names or numbers, got {value!r}")
+    return [_written(value) for value in values]
+
+
+def _unique(data: Dataset, column: str, what: str) -> list[Any]:
+    """Values of a label column, each once.
+
+    Raises:
+        LoPAError: If a row has several labels, or some other structure.
+    """
+    from datasets import ClassLabel, Value
+
+    if isinstance(data.features[column], (ClassLabel, Value)):
+        unique: list[Any] = data.unique(column)
+        return unique
+    values: list[Any] = data[column][:]
+    for value in values:
+        if isinstance(value, (list, dict)):
+            raise LoPAError(f"{what}: column {column!r} must hold one label in each row, got {shown(value)}")
+    return list(dict.fromkeys(values))
 
 
 def _class_name(feature: Any, value: Any) -> str:

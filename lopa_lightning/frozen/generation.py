@@ -12,16 +12,25 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_line
 from lopa_lightning.frozen.backbone import Backbone
 from lopa_lightning.frozen.injection import position_ids
 from lopa_lightning.frozen.layers import cache_input
@@ -31,6 +40,18 @@ from lopa_lightning.frozen.loading import accepted_inputs
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": 256}
 _SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 _OF_SAMPLING = {*_SAMPLED, "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+# What transformers builds of a field, which it checks only once it generates; and the value for which it does not.
+_CHECKS: dict[str, tuple[Any, float]] = {
+    "temperature": (TemperatureLogitsWarper, 1.0),
+    "top_k": (TopKLogitsWarper, 0),
+    "top_p": (TopPLogitsWarper, 1.0),
+    "min_p": (MinPLogitsWarper, 0.0),
+    "typical_p": (TypicalLogitsWarper, 1.0),
+    "epsilon_cutoff": (EpsilonLogitsWarper, 0.0),
+    "eta_cutoff": (EtaLogitsWarper, 0.0),
+    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
+    "no_repeat_ngram_size": (NoRepeatNGramLogitsProcessor, 0),
+}
 _OURS = ("num_return_sequences", "stop_strings", "max_length", "use_cache", "return_dict_in_generate")
 
 
@@ -63,8 +84,14 @@ def generation_config(
     try:
         config = make(**{**_GREEDY, **sampled, "eos_token_id": ends, "pad_token_id": pad, **given})
         config.validate(strict=True)
+        for name, (check, unused) in _CHECKS.items():
+            if getattr(config, name) not in (None, unused):
+                check(getattr(config, name))
     except (ValueError, TypeError) as error:
-        raise LoPAError(f"generation {given}: {str(error).strip().splitlines()[0]}") from error
+        raise LoPAError(f"generation {given}: {one_line(error)}") from error
+    for name in ("max_new_tokens", "num_beams"):
+        if type(value := getattr(config, name)) is not int or value < 1:
+            raise LoPAError(f"generation {given}: {name} must be a whole number, at least 1; got {value!r}")
     return cast(GenerationConfig, config)
 
 

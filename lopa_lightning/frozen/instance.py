@@ -18,6 +18,7 @@ from lopa_lightning.frozen.loading import (
     Dtype,
     PretrainedSpec,
     accepted_inputs,
+    check_dtype,
     first_position,
     has_token_types,
     max_positions,
@@ -52,7 +53,8 @@ class InstanceEncoderSpec:
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
-        LoPAError: If ``pooling`` is unknown, or the backbone is the encoder and is to have a dropout of its own.
+        LoPAError: If ``pooling`` or ``dtype`` is unknown, ``max_length`` below 1, or the backbone is the encoder and
+            is to have a dropout of its own.
     """
 
     name: str = BACKBONE
@@ -68,7 +70,10 @@ class InstanceEncoderSpec:
     dropout: bool = False
 
     def __post_init__(self) -> None:
-        _check_pooling(self.pooling)
+        check_pooling(self.pooling)
+        check_dtype(self.dtype)
+        if self.max_length is not None and self.max_length < 1:
+            raise LoPAError(f"instance_encoder.max_length must be at least 1, got {self.max_length}")
         if self.dropout and self.is_backbone and not self.trainable:
             raise LoPAError("instance_encoder.dropout needs a model of its own, not name: backbone")
 
@@ -106,7 +111,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         >>> [pool(hidden, mask, p).item() for p in ("cls", "mean", "last", "max")]
         [1.0, 2.0, 3.0, 3.0]
     """
-    _check_pooling(pooling)
+    check_pooling(pooling)
     if pooling == "mean":
         # Summed in float32: bfloat16 has no number for 257 tokens.
         weight = mask.unsqueeze(-1).to(hidden.dtype)
@@ -233,6 +238,7 @@ def _eval_unless(varying: bool, model: PreTrainedModel) -> Iterator[None]:
             model.train(True)
 
 
-def _check_pooling(pooling: str) -> None:
+def check_pooling(pooling: str, name: str = "pooling") -> None:
+    """Raises a LoPAError if a pooling is unknown."""
     if pooling not in get_args(Pooling):
-        raise LoPAError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+        raise LoPAError(f"{name} must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")

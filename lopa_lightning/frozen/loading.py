@@ -6,10 +6,11 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,9 +26,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_line
+from lopa_lightning.frozen.headers import check_files, check_layers, missing_weights, unfit_weights, weight_files
 from lopa_lightning.frozen.quantization import Quantization, check_quantization, quantization_config
-from lopa_lightning.frozen.straight import read_to_shards, weight_files
+from lopa_lightning.frozen.straight import read_to_shards
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Family = Literal["encoder", "masked_lm", "causal_lm"]
@@ -71,15 +73,16 @@ class PretrainedSpec:
 
     def __post_init__(self) -> None:
         check_quantization(self.quantization)
+        check_dtype(self.dtype)
 
     def location(self) -> str:
-        """The hub id or folder that ``name`` stands for.
+        """The hub id or folder that ``name`` stands for, ``~`` expanded.
 
         Raises:
             LoPAError: If ``name`` is a package that is not installed, or has no such folder.
         """
         if not self.name.startswith(_PACKAGE):
-            return self.name
+            return os.path.expanduser(self.name)
         package, _, folder = self.name.removeprefix(_PACKAGE).partition("/")
         top, *inner = package.split(".")
         # Found without an import: of a dotted name even looking it up would import the first part.
@@ -99,6 +102,12 @@ class PretrainedSpec:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises a LoPAError if ``dtype`` is not one that weights can have here."""
+    if dtype not in get_args(Dtype):
+        raise LoPAError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+
+
 def load_config(spec: PretrainedSpec) -> PretrainedConfig:
     """Reads a model's config.
 
@@ -108,9 +117,11 @@ def load_config(spec: PretrainedSpec) -> PretrainedConfig:
     location = spec.location()
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(location, **spec.source_options())
-        return config
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises whatever a foreign file makes it stumble over, here and below
         raise _not_found("model", spec, error) from error
+    if (layers := getattr(config, "num_hidden_layers", 1)) < 1:
+        raise LoPAError(f"the config of {spec.name!r} has {layers} layers; there must be at least 1")
+    return config
 
 
 def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
@@ -123,7 +134,7 @@ def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
     location = spec.location()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **spec.source_options())
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_found("tokenizer", spec, error) from error
     if not tokenizer.is_fast:
         raise LoPAError(f"{spec.name!r} has no fast tokenizer (tokenizer.json), which is needed here")
@@ -168,16 +179,22 @@ def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = N
     try:
         with _quiet():
             model, report = _AUTO_CLASSES[family].from_pretrained(
-                spec.location(), config=config, output_loading_info=True, **options, **spec.source_options()
+                spec.location(),
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # these are refused below, by name
+                **options,
+                **spec.source_options(),
             )
     except OSError as error:
         raise _not_found("model weights", spec, error) from error
+    except Exception as error:
+        raise LoPAError(f"the weights of {spec.name!r} cannot be loaded: {one_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
-        raise LoPAError(
-            f"{spec.name!r} was saved as {' or '.join(config.architectures or ['an unnamed architecture'])} and has no "
-            f"weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of {type(model).__name__}"
-            + ("" if family == "encoder" else "; without a language model head, use objective: head")
-        )
+        raise missing_weights(spec.name, model, missing)
+    for tensor, saved, wanted in report["mismatched_keys"]:
+        raise unfit_weights(spec.name, tensor, saved, wanted)
+    check_layers(spec.name, model, set(report["unexpected_keys"]), set(model.state_dict()))
     return freeze(model)
 
 
@@ -191,13 +208,20 @@ def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
     Raises:
         LoPAError: If there is no such model, or its architecture has no such head.
     """
-    config = load_config(spec)
+    return _built(spec, family, load_config(spec))
+
+
+def _built(spec: PretrainedSpec, family: Family, config: PretrainedConfig) -> PreTrainedModel:
     options = _class_options(config, family)
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
-    model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
-        config, trust_remote_code=spec.trust_remote_code, dtype=_dtype(spec, config), **options
-    )
+    try:
+        model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
+            config, trust_remote_code=spec.trust_remote_code, dtype=_dtype(spec, config), **options
+        )
+    except Exception as error:
+        how = f" with attn_implementation {spec.attn_implementation!r}" if spec.attn_implementation else ""
+        raise LoPAError(f"the config of {spec.name!r} makes no model{how}: {one_line(error)}") from error
     return freeze(model)
 
 
@@ -226,12 +250,23 @@ def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
     Raises:
         LoPAError: If there is no such model, or its architecture has no such head.
     """
-    config = load_config(spec)
     with torch.device("meta"):
-        model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
-            config, trust_remote_code=spec.trust_remote_code, **_class_options(config, family)
-        )
-    return freeze(model)
+        return _built(spec, family, load_config(spec))
+
+
+def checked_shapes(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+    """Builds a model on the ``meta`` device, and refuses weights that cannot be its own before one is read.
+
+    Args:
+        spec: The model.
+        family: Which head it is to have.
+
+    Raises:
+        LoPAError: As :func:`meta_model` and :func:`~lopa_lightning.frozen.headers.check_files`.
+    """
+    model = meta_model(spec, family)
+    check_files(spec.name, model, spec.location(), spec.source_options())
+    return model
 
 
 def accepted_inputs(model: PreTrainedModel) -> frozenset[str]:
@@ -322,6 +357,7 @@ def _class_options(config: PretrainedConfig, family: Family) -> dict[str, Any]:
 
 
 def _not_found(what: str, spec: PretrainedSpec, error: Exception) -> LoPAError:
-    reason = str(error).strip().splitlines()[0]
     at = f" at revision {spec.revision!r}" if spec.revision else ""
-    return LoPAError(f"no {what} found for {spec.name!r}{at}, as a folder or a reachable hub id: {reason}")
+    if os.path.exists(spec.location()):
+        return LoPAError(f"no usable {what} in {spec.name!r}: {one_line(error)}")
+    return LoPAError(f"no {what} found for {spec.name!r}{at}, as a folder or a reachable hub id: {one_line(error)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from lopa_lightning.frozen.headers import conversions, sources_of
 from lopa_lightning.frozen.sharding import row_range, shard_layers
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_LEGACY = {"weight": "gamma", "bias": "beta"}  # of BERT's layer norms, as they were first saved
-
-
-def weight_files(location: str, options: Mapping[str, Any]) -> dict[str, Path]:
-    """Which file has which tensor.
-
-    Args:
-        location: Hub id or folder.
-        options: Of ``from_pretrained``: revision and the like.
-
-    Returns:
-        Tensor name to safetensors file; empty if the weights are saved otherwise.
-    """
-    index = _file(location, _INDEX, options)
-    if index is not None:
-        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        files = {name: _file(location, name, options) for name in sorted(set(names.values()))}
-        return {tensor: path for tensor, name in names.items() if (path := files[name]) is not None}
-    single = _file(location, _SINGLE, options)
-    if single is None:
-        return {}
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
 
 
 def read_to_shards(
@@ -60,8 +34,8 @@ def read_to_shards(
     """
     with hollow(), torch.random.fork_rng(devices=[]):  # start values are drawn as if nothing had been built
         model = make()
-    sources = None if _is_converted(model) else _sources(model, files)
-    if sources is None:
+    sources, missing = sources_of(model, files)
+    if missing or _is_converted(model):
         return None
     shard_layers(model, mesh)
     on_cpu = mesh.device_type == "cpu"
@@ -95,59 +69,6 @@ def hollow() -> Iterator[None]:
         module_class.register_parameter = register
 
 
-def _file(location: str, name: str, options: Mapping[str, Any]) -> Path | None:
-    found = cached_file(
-        location,
-        name,
-        revision=options.get("revision"),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return None if found is None else Path(found)
-
-
-def _is_converted(model: PreTrainedModel) -> bool:
-    """Whether transformers does more to saved tensors of this kind than to rename them, or keeps some in float32."""
-    if model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return True
-    try:
-        from transformers import conversion_mapping
-    except ImportError:  # an older one, which converts nothing
-        return False
-    known: Any = conversion_mapping
-    changes = known.get_checkpoint_conversion_mapping(model.config.model_type) or []
-    return any(isinstance(change, known.WeightConverter) for change in changes)
-
-
-def _sources(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, str] | None:
-    """The saved tensor of each parameter and buffer; None if a parameter has none."""
-    names: dict[int, list[str]] = {}  # of each tensor; of tied ones any may have been saved
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    prefix = f"{model.base_model_prefix}."
-    sources: dict[str, str] = {}
-    for own in names.values():
-        spellings = [spelling for name in own for spelling in _spellings(name, prefix)]
-        saved = next((spelling for spelling in spellings if spelling in files), None)
-        if saved is None:
-            return None
-        sources |= dict.fromkeys(own, saved)
-    for name, _ in model.named_buffers():
-        if saved := next((spelling for spelling in _spellings(name, prefix) if spelling in files), None):
-            sources[name] = saved
-    return sources
-
-
-def _spellings(name: str, prefix: str) -> list[str]:
-    """What a tensor may be called in a file: with or without the head's model around it, and as it once was."""
-    names = [name, name.removeprefix(prefix), prefix + name]
-    stem, _, last = name.rpartition(".")
-    if last in _LEGACY:
-        names += [f"{head}{stem.removeprefix(prefix)}.{_LEGACY[last]}" for head in ("", prefix)]
-    return names
-
-
 def _read(tensor: Tensor, file: Any, name: str) -> None:
     """Reads a tensor, or this process's rows of it."""
     if tensor.dim() == 0:
@@ -158,3 +79,10 @@ def _read(tensor: Tensor, file: Any, name: str) -> None:
             tensor.to_local().copy_(file.get_slice(name)[first:last])
     else:
         tensor.copy_(file.get_slice(name)[:])
+
+
+def _is_converted(model: PreTrainedModel) -> bool:
+    """Whether transformers does more to saved tensors of this kind than to rename them, or keeps some in float32."""
+    if model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return True
+    return any(type(change).__name__ == "WeightConverter" for change in conversions(model))

@@ -32,8 +32,9 @@ from lopa_lightning.modules.build import Builder
 from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
 from lopa_lightning.modules.finite import LossGuard, OnNonfinite
 from lopa_lightning.modules.hooks import TaskHooks
+from lopa_lightning.modules.monitors import check_monitors
 from lopa_lightning.modules.net import Batch, PromptedModel
-from lopa_lightning.modules.restore import check_resume, rebuild
+from lopa_lightning.modules.restore import check_optimizer, check_resume, rebuild
 from lopa_lightning.modules.resume import ResumePoint
 from lopa_lightning.modules.schedule import Scheduling, check_warmup, schedule, with_rates
 from lopa_lightning.modules.scores import Scores
@@ -127,6 +128,8 @@ class LoPALightningModule(TaskHooks, LightningModule):
         self.checked_sides: set[Side] = set()
         self.written: dict[int, list[dict[str, Any]]] = {}
         """What an interrupted run has left, by row."""
+        self.will_load: Mapping[str, Any] | None = None
+        """The checkpoint that a command is about to load, if it says so: what does not fit is refused early."""
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
 
@@ -156,12 +159,12 @@ class LoPALightningModule(TaskHooks, LightningModule):
         return self.builder.text_spec
 
     def setup(self, stage: str) -> None:
-        """Checks what can be checked before weights are loaded.
+        """Checks what can be checked before weights are loaded; our data modules ask for it before they tokenise.
 
         Raises:
-            LoPAError: If a learning rate names no group, the optimizer or the scheduler refuses its options, the
-                backbone cannot serve the objective, nothing is to be trained or to answer from, or the strategy
-                cannot serve at all.
+            LoPAError: If a learning rate names no group, a metric is unknown or a monitored one not logged, the
+                optimizer or the scheduler refuses its options, the backbone cannot serve the objective, nothing is
+                to be trained or to answer from, the strategy cannot serve at all, or a checkpoint does not fit.
         """
         self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
@@ -175,6 +178,19 @@ class LoPALightningModule(TaskHooks, LightningModule):
         check_strategy(self.trainer.strategy)
         check_before_weights(self, TrainerFn(stage).value)
         write_whole_checkpoints(self.trainer.strategy)
+        metrics = [str(name) for name in self.configure_metrics() or ()]
+        if stage == "fit":
+            keys = ["loss", "score", *metrics, *self.more_logged()]
+            logged = ["train/loss", *(f"val{suffix}/{key}" for suffix in self.eval_suffixes for key in keys)]
+            check_monitors(self, cast(Any, self.trainer).callbacks, logged)
+        if self.will_load is not None:
+            identity = {**self.builder.identity(), "task": self._task()}
+            ckpt.check_identity(self.will_load[ckpt.IDENTITY_KEY], identity, weights=False)
+            if stage == "fit":
+                check_optimizer(self.will_load, self.hparams)
+
+    def _task(self) -> dict[str, Any]:
+        return {"placement": self.placement, **self.task_identity()}
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
@@ -389,6 +405,3 @@ class LoPALightningModule(TaskHooks, LightningModule):
         ckpt.check_identity(checkpoint[ckpt.IDENTITY_KEY], self._identity)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_resume(checkpoint, self.hparams, self.trainer.accumulate_grad_batches)
-
-    def _task(self) -> dict[str, Any]:
-        return {"placement": self.placement, **self.task_identity()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,18 +23,21 @@ from lopa_lightning.frozen.instance import InstanceEncoder, InstanceEncoderSpec
 from lopa_lightning.frozen.loading import (
     Family,
     PretrainedSpec,
+    checked_shapes,
     hidden_size,
     load_config,
     load_model,
     load_tokenizer,
-    meta_model,
     unloaded_model,
 )
+from lopa_lightning.frozen.quantization import quantization_config
 from lopa_lightning.frozen.text import Objective, TextSpec, check_token_ids, vocabulary
 from lopa_lightning.frozen.vectors import VectorCache
 from lopa_lightning.migrations import FORMAT
 from lopa_lightning.plain import plain, with_arguments, without_defaults
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
+
+_TRAINED_BYTES = 16  # of a parameter in float32: itself, its gradient and Adam's two moments
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,18 @@ class Builder:
     @functools.cached_property
     def skeleton(self) -> Skeleton:
         """The model's shapes, from configs alone."""
-        model = meta_model(self.backbone, self.family)
+        model = checked_shapes(self.backbone, self.family)
         with torch.device("meta"):
             backbone = self._backbone(model, dataclasses.replace(self.backbone, compile=False))
             prompt_encoder = self._prompt_encoder(backbone)
+        # All of what is frozen has room somewhere, or it could not have been saved.
+        added = [*prompt_encoder.parameters(), *([] if self.train_backbone else backbone.parameters())]
+        needed, memory = sum(_TRAINED_BYTES * p.numel() for p in added if p.requires_grad), _physical_memory()
+        if memory is not None and needed > memory:
+            raise LoPAError(
+                f"prompt encoder and adapter would take {needed / 1e9:,.0f} GB in training, and this machine has "
+                f"{memory / 1e9:,.0f} GB of memory; choose smaller sizes"
+            )
         return Skeleton(backbone, prompt_encoder)
 
     @functools.cached_property
@@ -150,7 +162,8 @@ class Builder:
         spec = self.encoder_spec
         own, tokenizer = limit, self.tokenizer
         if not spec.is_backbone:
-            encoder, tokenizer = Backbone(meta_model(spec.pretrained(), "encoder")), load_tokenizer(spec.pretrained())
+            encoder = Backbone(checked_shapes(spec.pretrained(), "encoder"))
+            tokenizer = load_tokenizer(spec.pretrained())
             check_token_ids(tokenizer, len(encoder.embedding_weight), spec.name)
             own = encoder.max_positions
         instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
@@ -168,12 +181,14 @@ class Builder:
         return trained or (skeleton.prompt_encoder.uses_instance and self.encoder_spec.trainable)
 
     def check(self) -> None:
-        """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be."""
+        """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be, or cannot be made."""
         how = self.backbone.quantization
         if how is not None and self.train_backbone:
             raise LoPAError(f"a backbone with quantization {how!r} cannot be trained; leave one of the two out")
         if how == "torchao_int8" and self.adapter is not None:
             raise LoPAError(f"adapters go with quantization bitsandbytes_8bit or bitsandbytes_4bit, not {how!r}")
+        if how is not None:
+            quantization_config(how, torch.float32)  # refuses what is not installed
 
     def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
@@ -277,6 +292,14 @@ class Builder:
             name = type(prompt_encoder).__name__
             raise LoPAError(f"{name} changes the text's embeddings; placement 'every_layer' does not reach them")
         return prompt_encoder
+
+
+def _physical_memory() -> int | None:
+    """Bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _body(source: PretrainedSpec, family: Family) -> PreTrainedModel:

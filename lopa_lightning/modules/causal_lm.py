@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, MetricCollection
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, listed, shown
 from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
 from lopa_lightning.evaluation.pass_at_k import PassAtK
 from lopa_lightning.frozen.backbone import Backbone
@@ -71,11 +71,11 @@ class CausalLMModule(LoPALightningModule):
         super().__init__(**kwargs)
         if num_samples < 1:
             raise LoPAError(f"num_samples must be at least 1, got {num_samples}")
-        if exact_match != "all" and (not isinstance(exact_match, int) or exact_match < 0):
+        if exact_match != "all" and (type(exact_match) is not int or exact_match < 0):
             raise LoPAError(f"exact_match must be a number of rows, or all; got {exact_match!r}")
         self.generation = dict(generation or {})
         self.num_samples = num_samples
-        self.stop = list(stop)
+        self.stop = listed("stop", stop)
         self.generation_seed = generation_seed
         self.start_token = start_token
         self.score_completions = score_completions
@@ -100,6 +100,10 @@ class CausalLMModule(LoPALightningModule):
     def configure_metrics(self) -> MetricCollection:
         """Perplexity and token accuracy."""
         return MetricCollection({"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()})
+
+    def more_logged(self) -> list[str]:
+        """``exact_match``, where it is asked for."""
+        return ["exact_match"] if self.exact_match else []
 
     def task_identity(self) -> dict[str, Any]:
         """Returns the kind of task, and whether texts start with a start token of ours."""
@@ -148,8 +152,9 @@ class CausalLMModule(LoPALightningModule):
         instances = texts if instance_texts is None else instance_texts
         if len(instances) != len(texts):
             raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(texts)}")
-        if empty := [place for place, text in enumerate(texts) if not text]:
-            raise LoPAError(f"a text to complete must not be empty; text {empty[0]} is")
+        for place, text in enumerate(listed("texts", texts)):
+            if not isinstance(text, str) or not text:
+                raise LoPAError(f"a text to complete must be a str and not empty; text {place} is {shown(text)}")
         check_generates(self.builder.skeleton.backbone.model)
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             check_learned(self, "generate")
@@ -217,7 +222,7 @@ class CausalLMModule(LoPALightningModule):
         net, spec = self._net(), self.text_spec
         config = generation_config({**self.generation, **(generation or {})}, self.tokenizer, net.backbone.model)
         if spec.max_tokens is not None:
-            prompts = self._cut(prompts, spec.max_tokens - int(config.max_new_tokens))
+            prompts = self._cut(prompts, self._room(int(config.max_new_tokens)))
         text = self._padded(prompts, int(config.pad_token_id), "left")
         was_training = self.training
 
@@ -251,11 +256,20 @@ class CausalLMModule(LoPALightningModule):
         if len(set(counts)) > 1:
             raise LoPAError(f"processes that share a backbone must complete as many texts each, got {counts}")
 
+    def _room(self, max_new_tokens: int) -> int:
+        """Tokens of a prompt at most, beside virtual ones and those that are generated."""
+        positions = self.text_spec.max_tokens
+        room = sys.maxsize if positions is None else positions - max_new_tokens
+        if room <= len(self.text_spec.start_ids):
+            raise LoPAError(
+                f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the {positions} positions that the "
+                "backbone has beside the virtual tokens; give a smaller one in generation"
+            )
+        return room
+
     def _cut(self, prompts: list[list[int]], room: int) -> list[list[int]]:
         """Cuts prompts from the left, behind the token that every text starts with."""
         start = self.text_spec.start_ids
-        if room <= len(start):
-            raise LoPAError("max_new_tokens leaves no room for a prompt in the positions of the backbone")
         if long := sum(len(ids) > room for ids in prompts):
             rank_zero_warn(f"{long} of {len(prompts)} prompts were cut to their last {room} tokens")
         kept = [ids if len(ids) <= room else [*ids[: len(start)], *ids[len(start) - room :]] for ids in prompts]
@@ -284,6 +298,8 @@ class CausalLMModule(LoPALightningModule):
             raise LoPAError("exact_match needs a data module that knows the completions, such as CompletionDataModule")
         if stage == "test" and self._scorer() is not None:
             self._scorer().check_scoring()
+        if stage == "predict" or self.exact_match or (stage == "test" and self._scorer() is not None):
+            self._room(config.max_new_tokens)
 
     def padding_sides(self) -> set[Side]:
         """Completions continue texts that are padded on the left."""

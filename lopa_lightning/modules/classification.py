@@ -14,7 +14,7 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.evaluation.metrics import build_metrics
 from lopa_lightning.frozen.backbone import Backbone
-from lopa_lightning.frozen.instance import Pooling
+from lopa_lightning.frozen.instance import Pooling, check_pooling
 from lopa_lightning.frozen.text import Objective, label_word_ids
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.net import Batch, HeadReadout, LabelWordReadout, Readout
@@ -38,7 +38,8 @@ class ClassificationModule(LoPALightningModule):
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
-        LoPAError: If ``objective`` or ``loss_over`` is unknown, or a head is to have a loss over the vocabulary.
+        LoPAError: If ``objective``, ``head_pooling`` or ``loss_over`` is unknown, or a head is to have a loss over the
+            vocabulary.
     """
 
     short_name = "classification"
@@ -58,6 +59,7 @@ class ClassificationModule(LoPALightningModule):
             raise LoPAError(f"loss_over must be one of {', '.join(get_args(LossOver))}, got {loss_over!r}")
         if loss_over == "vocabulary" and objective == "head":
             raise LoPAError("loss_over: vocabulary needs objective: masked_lm or causal_lm; a head has no vocabulary")
+        check_pooling(head_pooling, "head_pooling")
         self.objective = objective
         self.loss_over = loss_over
         self.head_pooling = head_pooling

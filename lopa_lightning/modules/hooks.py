@@ -66,6 +66,10 @@ class TaskHooks(ABC):
         """Builds the metrics of one evaluation set; None to report the loss alone."""
         return None
 
+    def more_logged(self) -> list[str]:
+        """Names that a validation logs beside ``loss``, ``score`` and the metrics."""
+        return []
+
     def official_metrics(self) -> list[str]:
         """The metrics whose mean is logged as ``score``, the figure to choose a checkpoint by.
 

@@ -110,12 +110,14 @@ A class, or a ``functools.partial`` of one; a config names ``class_path`` and ``
 """
 
 
-def positive(name: str, value: int) -> int:
-    """Returns ``value`` if it is at least 1.
+def positive(name: str, value: int, most: int = 10**6) -> int:
+    """Returns a size if it is a whole number from 1 to ``most``; products of three such sizes fit into 64 bits.
 
     Raises:
         LoPAError: If it is not.
     """
-    if value < 1:
-        raise LoPAError(f"{name} must be at least 1, got {value}")
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not 1 <= value <= most:
+        allowed = ("at least 1" if value < 1 else f"at most {most}") if is_whole else "a whole number"
+        raise LoPAError(f"{name} must be {allowed}, got {value!r}")
     return value

@@ -29,13 +29,13 @@ class DePT(PromptEncoder):
         instance_dim: Ignored; every prompt encoder is offered it.
         num_virtual_tokens: Number m of virtual tokens.
         max_length: Number s of text tokens whose embeddings are changed.
-        rank: Rank r of the change.
+        rank: Rank r of the change, up to d.
         init: What Z_S starts from, see :class:`~lopa_lightning.prompts.shared.SharedPrompt`.
         init_text: The text of ``init="text"``.
         init_std: Standard deviation of ``init="normal"``.
 
     Raises:
-        LoPAError: If a size is below 1, or ``init`` unknown.
+        LoPAError: If a size is out of range, or ``init`` unknown.
 
     Example:
         The published 76,800 parameters on T5-base, those of prompt tuning with 100 tokens:
@@ -63,7 +63,8 @@ class DePT(PromptEncoder):
     ) -> None:
         super().__init__(num_virtual_tokens)
         self.shared_prompt = SharedPrompt(num_virtual_tokens, embedding_dim, init, init_text, init_std)
-        self.offset_a = nn.Parameter(torch.empty(positive("max_length", max_length), positive("rank", rank)))
+        shape = positive("max_length", max_length), positive("rank", rank, embedding_dim)
+        self.offset_a = nn.Parameter(torch.empty(shape))
         self.offset_b = nn.Parameter(torch.zeros(rank, embedding_dim))
         nn.init.uniform_(self.offset_a, -(rank**-0.5), rank**-0.5)
 

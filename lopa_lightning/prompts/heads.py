@@ -27,8 +27,10 @@ def head(
         phm: Number of components of both layers, see :class:`PHMLinear`; 0 for dense layers.
 
     Raises:
-        LoPAError: If a width or ``phm`` is out of range, or ``phm`` does not divide all widths.
+        LoPAError: If a width, ``dropout`` or ``phm`` is out of range, or ``phm`` does not divide all widths.
     """
+    if not 0 <= dropout <= 1:
+        raise LoPAError(f"dropout must be from 0 to 1, got {dropout!r}")
     sizes = positive("instance_dim", instance_dim), positive("hidden_dim", hidden_dim), output_dim
     make = functools.partial(PHMLinear, n=phm) if phm else _dense
     return nn.Sequential(nn.Dropout(dropout), make(*sizes[:2]), nn.Tanh(), make(*sizes[1:], bias=bias))

@@ -32,7 +32,7 @@ class IDPG(PromptEncoder):
         init_std: Standard deviation of ``init="normal"``.
 
     Raises:
-        LoPAError: If a size is below 1, ``init`` unknown, or ``phm`` does not divide e, h and m·d.
+        LoPAError: If a size or ``dropout`` is out of range, ``init`` unknown, or ``phm`` does not divide e, h and m·d.
 
     Example:
         The 2.89 M parameters on RoBERTa-large that LoPA is compared with:

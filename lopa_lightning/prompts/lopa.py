@@ -58,7 +58,7 @@ class LoPA(PromptEncoder):
         embedding_dim: Width d of a virtual token.
         instance_dim: Width e of the instance vector.
         num_virtual_tokens: Number m of rows of Z_S and U.
-        rank: Rank r of the gate's logits; the paper uses 1, 2 and 4.
+        rank: Rank r of the gate's logits, up to d; the paper uses 1, 2 and 4.
         hidden_dim: Width h of the two heads; None for the instance vector's. The paper's released code has 256 for
             NLU, and the instance vector's for code.
         dropout: Dropout on the instance vector in both heads.
@@ -71,7 +71,7 @@ class LoPA(PromptEncoder):
             weights N(0, 0.02²), the last biases 0, the first ones as torch's ``Linear`` draws them.
 
     Raises:
-        LoPAError: If a size is below 1, or ``combine``, ``init`` or ``heads_init`` unknown.
+        LoPAError: If a size or ``dropout`` is out of range, or ``combine``, ``init`` or ``heads_init`` unknown.
 
     Example:
         The published 1.60 M parameters of r=4 on RoBERTa-large:
@@ -107,8 +107,8 @@ class LoPA(PromptEncoder):
         rule = _RULES[combine]
         super().__init__(num_virtual_tokens * rule.tokens)
         self.combine = combine
-        self.rank = positive("rank", rank)
         shared = SharedPrompt(num_virtual_tokens, embedding_dim, init, init_text, init_std, rule.scale)
+        self.rank = positive("rank", rank, embedding_dim)
         self.shared_prompt = shared if rule.shared else None
         width = instance_dim if hidden_dim is None else hidden_dim
         self.row_head = head(instance_dim, width, num_virtual_tokens * rank, dropout)

@@ -43,7 +43,7 @@ class PTuning(PromptEncoder):
         init_std: Standard deviation of ``init="normal"``.
 
     Raises:
-        LoPAError: If a size is below 1, or ``encoder`` or ``init`` is unknown.
+        LoPAError: If a size is out of range, or ``encoder`` or ``init`` is unknown.
 
     Example:
         >>> sum(p.numel() for p in PTuning(8, 0, num_virtual_tokens=5, input_dim=4, hidden_dim=6).parameters())
@@ -75,7 +75,7 @@ class PTuning(PromptEncoder):
         self.inputs = nn.Parameter(torch.randn(num_virtual_tokens, k))
         self.lstm = None
         if encoder == "lstm":
-            self.lstm = nn.LSTM(k, h, positive("num_layers", num_layers), bidirectional=True, batch_first=True)
+            self.lstm = nn.LSTM(k, h, positive("num_layers", num_layers, 100), bidirectional=True, batch_first=True)
             self.mlp = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU())
         else:
             self.mlp = nn.Sequential(nn.Linear(k, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU())

@@ -28,7 +28,8 @@ class SharedPrompt(nn.Module):
             virtual tokens at the start asks for 2, and the first soft prompt has the embeddings' scale.
 
     Raises:
-        LoPAError: If ``init`` is unknown, or ``init_text`` is given without ``init="text"`` or missing with it.
+        LoPAError: If a size or ``init_std`` is out of range, ``init`` is unknown, or ``init_text`` is blank, given
+            without ``init="text"`` or missing with it.
 
     Example:
         >>> SharedPrompt(5, 8, init="normal").weight.shape
@@ -49,8 +50,12 @@ class SharedPrompt(nn.Module):
             raise LoPAError(f"init must be one of {', '.join(get_args(PromptInit))}, got {init!r}")
         if (init == "text") != (init_text is not None):
             raise LoPAError(f"init_text and init='text' go together, got init={init!r} and init_text={init_text!r}")
+        if init_text is not None and not init_text.strip():
+            raise LoPAError(f"init_text {init_text!r} has no tokens")
+        if not 0 <= init_std < float("inf"):
+            raise LoPAError(f"init_std must be a finite number from 0, got {init_std!r}")
         self.init, self.init_text, self.scale = init, init_text, scale
-        shape = positive("num_virtual_tokens", num_virtual_tokens), positive("embedding_dim", embedding_dim)
+        shape = positive("num_virtual_tokens", num_virtual_tokens), positive("embedding_dim", embedding_dim, 2**31)
         self.weight = nn.Parameter(torch.empty(shape))
         nn.init.normal_(self.weight, std=init_std)
 

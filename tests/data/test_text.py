@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from lopa_lightning.data import TextClassificationDataModule
 from tests.data.conftest import SpecOf, TokenizerOf
-from tests.data.helpers import labelled, prepared, rows_of, write
+from tests.data.helpers import labelled, prepared, rows_of, texts_of, write
 
 TEXTS = ["a great film", "a terrible story , badly told", "it was good", "No"]
 ROWS = labelled(TEXTS, ["good", "bad"])
@@ -147,9 +147,13 @@ def test_two_columns_are_a_pair(tokenizer: TokenizerOf, text_spec: SpecOf) -> No
     assert [row["token_type_ids"] for row in read] == expected["token_type_ids"]
 
 
-def test_columns_that_are_not_text_are_read_as_written(tokenizer: TokenizerOf, text_spec: SpecOf) -> None:
-    read = val_rows(text_spec("gpt2"), labelled([2.5, 10.0], ["good"]))  # type: ignore[arg-type]
-    assert [tokenizer("gpt2").decode(row["input_ids"]) for row in read] == ["2.5", "10.0"]
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_numbers_in_a_text_column_of_a_csv_are_read_as_written(ending: str, text_spec: SpecOf) -> None:
+    written = ["007", "1.0", "1e5", "True", "NA", "2020-01-01", " 42 "]
+    files: Any = {"test": write(f"test.{ending}", labelled(written, [0, 1]))}
+    data = prepared(text_spec("gpt2"), "test", data_files=files, labels=[0, 1])
+    assert texts_of(data, data.test_dataloader()[0]) == written
+    assert [row["labels"] for row in rows_of(data.test_dataloader()[0])] == [0, 1, 0, 1, 0, 1, 0]
 
 
 def test_a_template_asks_for_the_word_at_the_mask(tokenizer: TokenizerOf, text_spec: SpecOf) -> None:

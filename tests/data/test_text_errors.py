@@ -170,7 +170,7 @@ def test_a_folder_that_is_not_there() -> None:
 def test_a_config_that_is_not_there() -> None:
     write("folder/train.csv", ROWS)
     Path("folder/README.md").write_text("---\nconfigs:\n- config_name: long\n  data_files: train.csv\n---\n")
-    with refused("no data found for 'folder': BuilderConfig 'short' not found"):
+    with refused("the data in 'folder' cannot be read: BuilderConfig 'short' not found. Available: ['long']"):
         TextClassificationDataModule(path="folder", name="short", labels=[]).raw()
 
 

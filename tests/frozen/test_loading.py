@@ -121,7 +121,7 @@ def test_a_config_of_an_unknown_architecture_is_an_error_that_names_it(tmp_path:
 
 def test_a_config_without_weights_is_an_error(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(LoPAError, match="no model weights found for"):
+    with pytest.raises(LoPAError, match="no usable model weights in"):
         load_model(PretrainedSpec(str(tmp_path)), "encoder")
 
 

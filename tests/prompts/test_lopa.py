@@ -67,7 +67,7 @@ def formula(p: dict[str, Tensor], x: Tensor, rank: int, combine: str) -> Tensor:
 
 sizes = st.fixed_dictionaries(
     {
-        "embedding_dim": st.integers(1, 6),
+        "embedding_dim": st.integers(3, 6),
         "instance_dim": st.integers(1, 5),
         "num_virtual_tokens": st.integers(1, 4),
         "rank": st.integers(1, 3),
