@@ -194,7 +194,7 @@ def test_tensorboard_shows_the_prompt_unless_switched_off(tiny: Tiny, mini_glue:
         ),
         (["--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"], "put configs/trainer/fsdp.yaml over"),
         (["--trainer.strategy=deepspeed_stage_3"], "put configs/trainer/fsdp.yaml over"),
-        (["--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+        (["--ckpt_path=nowhere.ckpt"], "no checkpoint at 'nowhere.ckpt'"),
         ([f"--ckpt_path={Path(__file__)}"], "cannot be read as a checkpoint"),
         (["--data.labels=[good]"], "labels"),
         (["--data.task=rtf"], "task must be one of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, got 'rtf'"),
