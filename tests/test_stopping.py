@@ -6,12 +6,14 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+import lopa_lightning.__main__
 from lopa_lightning.cli import main
 from lopa_lightning.modules import CausalLMModule, ClassificationModule
 from lopa_lightning.stopping import Stopped
@@ -19,6 +21,7 @@ from tests.modules.helpers import COMPLETIONS, completions
 from tests.resumed_run import Signal, fit
 from tests.test_distributed import ROOT
 from tests.test_resume import equal, write_all
+from tests.test_run_folder import process
 
 Tiny = Callable[[str], str]
 
@@ -101,6 +104,21 @@ def ended(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     return stop.value.code, capsys.readouterr().err.rstrip("\n").rpartition("\n")[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_modules_are_imported_ends_in_a_line(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Importing(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setitem(sys.modules, "lopa_lightning.cli", Importing("lopa_lightning.cli"))
+    with process(lopa_lightning.__main__.main) as command:
+        command.join()
+    assert command.exitcode == 128 + number
+    assert capfd.readouterr().err == f"ended by {number.name}: nothing was there to save\n"
 
 
 @pytest.mark.parametrize(
