@@ -89,6 +89,23 @@ def test_other_batches_than_before_are_said(tiny: Tiny, tmp_path: Path) -> None:
         trainer(tmp_path, 1).fit(module(tiny("bert_base"), objective="head"), data, ckpt_path=keep.path)
 
 
+@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("changed", [("film", "cast"), (",good", ",bad"), None])
+def test_data_of_other_texts_or_labels_is_said(
+    changed: tuple[str, str] | None, step: int, tiny: Tiny, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    keep = Keep(step, tmp_path / "mid.ckpt")
+    fit(tiny("bert_base"), tmp_path / "whole", (keep,), epochs=1)
+    data = reviews(tmp_path, rows=ROWS)
+    train = tmp_path / "train.csv"
+    if changed is not None:
+        train.write_text(train.read_text().replace(*changed, 1))
+    os.utime(train, (1, 1))  # the same data in another file
+    trainer(tmp_path, 2).fit(module(tiny("bert_base"), objective="head", warmup=3), data, ckpt_path=keep.path)
+    said = [str(w.message) for w in recwarn if "training data has changed since the checkpoint" in str(w.message)]
+    assert len(said) == (changed is not None)
+
+
 def test_killed_while_writing_it_goes_on_from_the_checkpoint_before(tiny: Tiny, tmp_path: Path) -> None:
     step = random.SystemRandom().randint(2, STEPS - 1)
     write_all(tmp_path)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lopa_lightning.data.collate import Rows
 from lopa_lightning.data.sampler import LengthGroupedSampler
 
 
@@ -106,12 +107,14 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
             "seed": sampler.seed,
             "examples": len(sampler.lengths),
             "tokens": int(sampler.lengths.sum()),
+            "checksum": self.dataset.checksum if isinstance(self.dataset, Rows) else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
         """Goes on from a place, in the next iteration."""
         mine = self.state_dict()
         batches = state_dict["batches"] or 0
+        checksum = mine.pop("checksum", None)
         deciding = [name for name in mine if name != "batches" and state_dict.get(name) != mine[name]]
         changed = [f"{name} {state_dict.get(name)}, now {mine[name]}" for name in deciding]
         if changed and batches:
@@ -119,4 +122,6 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
                 f"the checkpoint was saved within an epoch, and its batches were others ({'; '.join(changed)}): the "
                 "rest of that epoch is drawn anew, some examples come twice and some not"
             )
+        elif state_dict.get("checksum", checksum) != checksum:
+            rank_zero_warn("the training data has changed since the checkpoint was saved: other texts or labels")
         self._handed_out = self._passed_over = min(batches, self._used)
