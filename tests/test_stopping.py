@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -85,6 +86,13 @@ def test_a_stop_within_an_accumulated_step_takes_effect_at_its_end(tiny: Tiny, t
     assert asked.calls == 4
 
 
+def test_a_validation_is_ended_at_once_with_the_checkpoint_from_before_it(tiny: Tiny, tmp_path: Path) -> None:
+    asked = SignalIn("on_validation_batch_start", 2, signal.SIGINT)
+    stop = stopped(tiny("bert_base"), tmp_path / "asked", (asked,), num_sanity_val_steps=0)
+    assert "last.ckpt holds step 6" in str(stop)
+    assert (saved_step(tmp_path / "asked"), asked.calls) == (6, 2)
+
+
 def test_handlers_of_the_calling_program_and_ignored_signals_stay(tiny: Tiny, tmp_path: Path) -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number)), signal.getsignal(signal.SIGINT)
@@ -145,9 +153,12 @@ def test_where_nothing_is_to_be_saved_a_command_ends_at_once_in_a_line(
     monkeypatch.setattr(ClassificationModule, method, lambda *_, **__: os.kill(os.getpid(), number))
     arguments = [
         *(subcommand, "--config", str(ROOT / "configs" / "own_csv.yaml"), "--trainer.logger=false"),
-        *(f"--model.backbone.name={tiny('bert_base')}", '--data.labels=["good", "bad"]', "--trainer.accelerator=cpu"),
+        *(f"--model.backbone.name={tiny('bert')}", '--data.labels=["good", "bad"]', "--trainer.accelerator=cpu"),
+        *("--model.objective=masked_lm", '--data.template=["{text} {mask}"]', '--data.words=["good", "bad"]'),
         '--data.data_files={"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}',
     ]
+    if subcommand in ("test", "predict"):  # which want something trained, or nothing to train
+        arguments += ["--model.prompt_encoder=lopa_lightning.NoPrompt", "--model.learning_rates={}"]
     line = f"ended by {number.name}: nothing was there to save"
     assert ended(arguments, capsys) == (128 + number, line)
 

@@ -105,12 +105,14 @@ class LastCheckpoint(ModelCheckpoint):
 
         All are at the same step.
         """
-        asked = torch.tensor([float(self._end), float(self._requeue)], device=pl_module.device)
-        end, requeue = trainer.strategy.reduce(asked, reduce_op="max").tolist()
+        end, requeue = self._end, self._requeue
+        if trainer.world_size > 1:  # else nothing waits for the device
+            asked = torch.tensor([float(end), float(requeue)], device=pl_module.device)
+            end, requeue = map(int, trainer.strategy.reduce(asked, reduce_op="max").tolist())
         if requeue:
             self._requeue = 0
             trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
-        return int(end)
+        return end
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Says what is left of a run that was asked to end. No other error is worth a checkpoint.
