@@ -19,6 +19,9 @@ from lopa_lightning.frozen.sharding import placed_like, whole
 
 _OVERLAY = "put configs/trainer/fsdp.yaml over the configuration (FSDP2, lopa_lightning.strategies.FSDP2Strategy)"
 
+_SPAWNS = "strategies that spawn or fork processes lose what is trained in them; use strategy: ddp"
+_SPAWNING = ("spawn", "fork", "notebook")
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes, with checkpoints that any other strategy writes and reads too.
@@ -95,7 +98,7 @@ def check_strategy(strategy: Strategy) -> None:
     """
     check_strategy_name(type(strategy).__name__)
     if getattr(strategy, "_start_method", "popen") != "popen":
-        raise LoPAError("strategies that spawn or fork processes lose what is trained in them; use strategy: ddp")
+        raise LoPAError(_SPAWNS)
     if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
         raise LoPAError(
             f"{type(strategy).__name__} with save_distributed_checkpoint: true writes folders that no other strategy "
@@ -132,10 +135,13 @@ def check_configured(strategy: str) -> None:
         LoPAError: If there is none of that name, or it cannot serve.
     """
     check_strategy_name(strategy)
+    if "." in strategy:
+        return
+    if any(part in strategy for part in _SPAWNING):
+        raise LoPAError(f"trainer.strategy {strategy}: {_SPAWNS}")
     known = ["auto", *StrategyRegistry.available_strategies()]
-    if "." not in strategy and strategy not in known:
-        refused = ("deepspeed", "fsdp", "spawn", "fork", "notebook")
-        usable = [name for name in known if not any(part in name for part in refused)]
+    if strategy not in known:
+        usable = [name for name in known if not any(part in name for part in ("deepspeed", "fsdp", *_SPAWNING))]
         raise LoPAError(f"trainer.strategy must be one of {', '.join(usable)}, or a class path, got {strategy}")
 
 

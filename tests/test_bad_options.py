@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lopa_lightning.cli import LoPACLI, main
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.resolve import built as built_from
 from lopa_lightning.experiments.resolve import resolve
 from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
 from lopa_lightning.options import check_options
@@ -338,7 +337,7 @@ def test_what_lightning_refuses(option: str, value: str, arguments: list[str], r
     assert option.removeprefix("trainer.max_").removeprefix("trainer.") in said or "duration" in said
 
 
-@pytest.mark.parametrize("strategy", ["junk", "dpp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("strategy", ["junk", "dpp", "fsdp", "deepspeed", "ddp_spawn", "ddp_notebook"])
 def test_a_strategy_that_cannot_serve(strategy: str, arguments: list[str], refused: Refused) -> None:
     said = refused("fit", *arguments, f"--trainer.strategy={strategy}")
     assert "strategy" in said
@@ -440,12 +439,24 @@ def test_a_scheduler_may_have_a_value_for_each_group() -> None:
     check_optimization(AdamW, functools.partial(OneCycleLR, max_lr=[0.1, 0.2, 0.3], total_steps=10), {})
 
 
-def test_a_module_tries_them_before_weights_are_read(arguments: list[str]) -> None:
-    with pytest.raises(LoPAError, match=r"^optimizer.lr must be above 0 .*, got 0$"):
-        built_from([*arguments, "--model.optimizer.lr=0", "--model.learning_rates={}"])
-    scheduler = f"{{class_path: {SCHEDULERS}.StepLR, init_args: {{step_size: 0}}}}"
-    with pytest.raises(LoPAError, match=r"^lr_scheduler: ZeroDivisionError"):
-        built_from([*arguments, f"--model.lr_scheduler={scheduler}"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.optimizer.lr=0", "model.learning_rates={}"], "optimizer.lr must be above 0 where learning_rates give"),
+        (["model.optimizer.init_args.betas=[1.5, 0.9]"], "optimizer: Invalid beta parameter at index 0: 1.5"),
+        ([f"model.lr_scheduler={{class_path: {SCHEDULERS}.StepLR, init_args: {{step_size: 0}}}}"], "ZeroDivisionError"),
+        (["model.learning_rates={head: .nan}"], "learning_rates must be at least 0 and finite, got {'head': nan}"),
+        (["model.warmup=.inf"], "warmup must be a number of steps, or a share of the run below 1; got inf"),
+        (["model.warmup=-1"], "got -1"),
+        (["data.num_workers=-1"], "num_workers must be at least 0, got -1"),
+        (["data.max_length=0"], "max_length must be at least 1, got 0"),
+        (["checkpoint.monitor=val/nothing"], "got 'val/nothing'"),
+    ],
+)
+def test_what_the_module_or_the_data_refuses(
+    options: list[str], message: str, arguments: list[str], refused: Refused
+) -> None:
+    assert message in refused("fit", *arguments, *(f"--{option}" for option in options))
 
 
 @pytest.mark.parametrize(
@@ -482,7 +493,7 @@ def test_a_home_folder_is_written_out(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert f"no checkpoint at {tmp_path}/mine.ckpt" in refused("fit", *arguments, "--ckpt_path=~/mine.ckpt")
+    assert f"no checkpoint at '{tmp_path}/mine.ckpt'" in refused("fit", *arguments, "--ckpt_path=~/mine.ckpt")
     paths = ["trainer.default_root_dir", "trainer.logger.save_dir", "checkpoint.dirpath", "predictions.folder"]
     settings = resolve([], [*arguments, *(f"--{path}=~/{path}" for path in paths), "--data.path=~/glue"])
     found = [settings["trainer"]["default_root_dir"], settings["trainer"]["logger"]["init_args"]["save_dir"]]
