@@ -150,7 +150,7 @@ class LoPACLI(LightningCLI):
         missing = [cause for cause in causes if isinstance(cause, ImportError)]
         said = folded(str((missing or causes)[-1]))
         trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
-        named = [name for name in re.findall(r"\w+", said) if isinstance(trainer.get(name), (str, int, float))]
+        named = [name for name in re.findall(r"\w+", said) if isinstance(trainer.get(name), (str, int, float, list))]
         named = [name for name in named if str(trainer[name]) not in said]
         given = ", ".join(f"trainer.{name} {trainer[name]}" for name in dict.fromkeys(named))
         return f"{given}: {said}" if given else said

@@ -39,7 +39,7 @@ _TRAINER = {
 }
 _SAVING = dict.fromkeys(("every_n_train_steps", "every_n_epochs"), _COUNT)
 _OPTIMIZER = {
-    "lr": _OR_NONE,
+    "lr": (lambda value: 0 < value < float("inf"), "above 0, and finite (learning_rates may give a group 0)"),
     "weight_decay": _OR_NONE,
 }
 _ALLOWED: dict[str, dict[str, _Allowed]] = {

@@ -172,7 +172,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
         self.builder.check()
         if stage == "fit":
-            check_optimization(self.make_optimizer, self.make_lr_scheduler, self.learning_rates)
+            check_optimization(self.make_optimizer, self.make_lr_scheduler)
         check_warmup(self.warmup, self.trainer)
         self.window = Window()
         check_strategy(self.trainer.strategy)

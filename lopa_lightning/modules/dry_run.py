@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,33 +16,27 @@ from lopa_lightning.errors import LoPAError
 _MOST_GROUPS = 8  # a module has fewer
 
 
-def check_optimization(
-    make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None, rates: Mapping[str, float]
-) -> None:
+def check_optimization(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None) -> None:
     """Builds optimizer and scheduler for parameters that are thrown away, so that they refuse what they would later.
 
     Args:
         make_optimizer: Still wants parameters.
         make_scheduler: Still wants an optimizer; None for none.
-        rates: Learning rates by group, over the optimizer's own.
 
     Raises:
-        LoPAError: If either refuses its options, or no learning rate is above 0.
+        LoPAError: If either refuses its options.
 
     Example:
         >>> import functools
-        >>> check_optimization(functools.partial(torch.optim.SGD, lr=-1), None, {})
+        >>> check_optimization(functools.partial(torch.optim.SGD, lr=-1), None)
         Traceback (most recent call last):
         ...
         lopa_lightning.errors.LoPAError: optimizer: Invalid learning rate: -1
     """
     try:
-        optimizer = make_optimizer(_groups(1))
+        make_optimizer(_groups(1))
     except Exception as error:
         raise LoPAError(f"optimizer: {str(error) or type(error).__name__}") from error
-    own = float(optimizer.param_groups[0].get("lr", 1.0))
-    if not any(rate > 0 for rate in (own, *rates.values())):
-        raise LoPAError(f"optimizer.lr must be above 0 where learning_rates give no group a rate, got {own:g}")
     if make_scheduler is None:
         return
     refused: list[Exception] = []
