@@ -43,8 +43,8 @@ def condensed(message: str) -> str:
     """
     if found := _KEY.search(message):
         return _of_option(*found.groups())
-    if found := re.search(r"arguments are required: (.*)", message):
-        required = {name.partition(".")[2] or name for name in found[1].split(", ")}
+    if found := re.search(r"arguments are required: (.*)|Key \"(.*?)\" is required", message):
+        required = {name.partition(".")[2] or name for name in (found[1] or found[2]).split(", ")}
         return f"{', '.join(sorted(required))} must be given"
     if found := re.search(r"Unexpected config: (.*)", message, re.DOTALL):
         return f"--config must be a YAML file with options by name, got {shortened(found[1])}"

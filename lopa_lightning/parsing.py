@@ -19,7 +19,7 @@ from lopa_lightning import yaml_files
 from lopa_lightning.option_errors import condensed
 
 _UNKNOWN = re.compile(
-    r"(?:Option|Key) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|unrecognized arguments: (.*)", re.DOTALL
+    r"(?:Option|Key) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|[Uu]nrecognized arguments: (.*)", re.DOTALL
 )
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 # Where options are that belong to a class which the configuration names: by the classes that most name.
