@@ -58,7 +58,7 @@ def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LOPA = "--model.prompt_encoder.init_args"
 OTHERS = [
-    ([f"{LOPA}.num_virtual_tokens=4"], "prompt_encoder.num_virtual_tokens: the checkpoint has 3, this run 4"),
+    ([f"{LOPA}.num_virtual_tokens=4"], "num_virtual_tokens: the checkpoint has 3, this run 4"),
     (["--model.prompt_encoder=lopa_lightning.PromptTuning"], "prompt_encoder.class_path: the checkpoint has"),
     (["--model.placement=after_first"], "task.placement: the checkpoint has 'before', this run 'after_first'"),
     (["--model.objective=head"], "task.objective: the checkpoint has 'masked_lm', this run 'head'"),
@@ -69,7 +69,7 @@ OTHERS = [
     (["--data.template=['{text} {mask}']"], "task.template: the checkpoint has ['{text} . It was {mask} .']"),
     (["--model.instance_encoder.pooling=cls"], "instance_encoder.pooling: the checkpoint has 'mean', this run 'cls'"),
     (["--model.train_backbone=true"], "backbone_training: the checkpoint has None, this run 'all'"),
-    (["--model.optimizer=torch.optim.SGD"], "the checkpoint holds the state of AdamW, this run has SGD"),
+    (["--model.optimizer=torch.optim.SGD"], "the checkpoint holds the state of optimizer AdamW, this run has SGD"),
 ]
 RUNS = [*(("fit", *other) for other in OTHERS), ("validate", *OTHERS[0]), ("test", *OTHERS[1]), ("predict", *OTHERS[3])]
 
