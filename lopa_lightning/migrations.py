@@ -36,9 +36,9 @@ def migrate(checkpoint: dict[str, Any]) -> None:
     Raises:
         LoPAError: If its format is later than the present one, or none.
     """
-    identity = checkpoint[IDENTITY_KEY]
-    found = identity.get("format")
-    if type(found) is not int or found < 1:
+    identity = checkpoint.get(IDENTITY_KEY)
+    found = identity.get("format") if isinstance(identity, dict) else None
+    if not isinstance(identity, dict) or type(found) is not int or found < 1:
         raise LoPAError(f"no checkpoint of LoPA Lightning: its format is {found!r}")
     if found > FORMAT:
         raise LoPAError(f"it has format {found}, and this version of LoPA Lightning reads up to {FORMAT}; update it")
