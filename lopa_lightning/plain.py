@@ -195,8 +195,11 @@ def subclasses(bases: Iterable[type]) -> list[type]:
     return found
 
 
-def _paths(cls: type) -> tuple[str, str]:
-    return _path(cls), f"{cls.__module__}.{cls.__qualname__}"
+def _paths(cls: type) -> set[str]:
+    """The paths that a class may be known by; ours are also exported by the package itself."""
+    own = __name__.partition(".")[0]
+    exported = {f"{own}.{cls.__qualname__}"} if cls.__module__.startswith(f"{own}.") else set()
+    return {_path(cls), f"{cls.__module__}.{cls.__qualname__}"} | exported
 
 
 def _path(cls: type) -> str:
