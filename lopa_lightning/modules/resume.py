@@ -51,12 +51,12 @@ class ResumePoint(Callback):
         Raises:
             LoPAError: If they begin anew within an epoch.
         """
-        saved = (self._last_step or {}).get("state_dict", {}).get("combined_loader")
-        loader = trainer.train_dataloader
-        if saved and isinstance(loader, ResumableLoader) and saved[0]["batches"] and not loader.state_dict()["batches"]:
+        saved = (self._last_step or {}).get("state_dict", {}).get("combined_loader") or [{}]
+        done, loader = saved[0].get("batches"), trainer.train_dataloader
+        if done and isinstance(loader, ResumableLoader) and not loader.state_dict()["batches"]:
             raise LoPAError(
-                f"the checkpoint was saved after {saved[0]['batches']} batches of an epoch, but the training data were "
-                "set up before that was restored: read trainer.estimated_stepping_batches in on_train_start, not before"
+                f"the checkpoint was saved after {done} batches of an epoch, but the training data were set up before "
+                "that was restored: read trainer.estimated_stepping_batches in on_train_start, not before"
             )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
 
