@@ -126,12 +126,15 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
     )
 
 
-def fit(kind: str, how: str, models: dict[str, str], folder: Path, epochs: int = 1, **options: Any) -> dict[str, Any]:
+def fit(
+    kind: str, how: str, models: dict[str, str], folder: Path, epochs: int = 1, accumulated: int = 1, **options: Any
+) -> dict[str, Any]:
     """Fits, validates and predicts; everything that must be the same under both strategies."""
     seed_everything(3)
     (folder / f"{kind}-{how}").mkdir(exist_ok=True)
     model, data, saves, step = made(kind, models), reviews(folder, rows=ROWS), CountedSaves(), CountedStep()
-    run = trainer(folder / f"{kind}-{how}", epochs, devices=2, strategy=strategy(how), num_sanity_val_steps=0)
+    devices: dict[str, Any] = {"devices": 2, "strategy": strategy(how), "accumulate_grad_batches": accumulated}
+    run = trainer(folder / f"{kind}-{how}", epochs, num_sanity_val_steps=0, **devices)
     run.callbacks[:0] = [saves, step]
     run.fit(model, data, **options)
     planned = sizes(model, Step(4, 12, 12, 4)).sent(how, 2) if epochs == 1 else 0
@@ -164,6 +167,9 @@ def main(folder: Path, models: dict[str, str]) -> None:
             (chain := folder / f"{name}-{epochs}").mkdir(exist_ok=True)
             results[f"{name}-{epochs}"] = fit("head", how, models, chain, epochs, ckpt_path=path)
             path = chain / f"head-{how}" / "last.ckpt"
+    (folder / "accumulated").mkdir(exist_ok=True)
+    for how in ("ddp", "fsdp"):
+        results[f"accumulated-{how}"] = fit("head", how, models, folder / "accumulated", accumulated=2)
     results["refused"] = refused(folder, models)
     results["written"] = written(folder, models["llama"], devices=2, strategy=FSDP2Strategy())
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.killed import Kill, fit, forked
 from tests.modules.helpers import LoPATiny, module, reviews
 
+ROOT = Path(__file__).parent.parent
 Tiny = Callable[[str], str]
 Schedulers = torch.optim.lr_scheduler
 
@@ -69,6 +71,15 @@ def equal(one: Any, other: Any) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(equal(*pair) for pair in zip(one, other))
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_every_schedule_that_is_shipped_is_among_the_runs() -> None:
+    shipped = [yaml.safe_load(path.read_text()).get("model", {}) for path in (ROOT / "configs").rglob("*.yaml")]
+    arguments = [model.get("init_args", {}) for model in shipped]
+    assert len(arguments) > 20
+    assert not any("lr_scheduler" in given for given in arguments)
+    tried = {given.get("warmup", 0) for given, *_ in RUNS.values()}
+    assert {given.get("warmup", 0) for given in arguments} <= tried
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -62,6 +62,13 @@ def test_ranks_end_alike_and_where_ddp_ends(ranks: Ranks, kind: str) -> None:
     assert {value.dtype for value in first["state"].values()} == {torch.float32}
 
 
+def test_accumulated_batches_are_those_of_ddp(ranks: Ranks) -> None:
+    """Three batches in steps of two: the gradient of the last is scaled."""
+    accumulated, of_ddp = (ranks[1][0][f"accumulated-{how}"] for how in ("fsdp", "ddp"))
+    assert accumulated["step"] == 2
+    assert farthest(accumulated["state"], of_ddp["state"]) < 1e-6
+
+
 @each_kind
 def test_validation_is_that_of_ddp(ranks: Ranks, kind: str) -> None:
     for result in ranks[1]:
@@ -95,7 +102,7 @@ def test_a_step_sends_what_lopa_plan_says(ranks: Ranks, kind: str, how: str) -> 
     for result in ranks[1]:
         sent, planned, small = result[f"{kind}-{how}"]["sent"]
         assert sent == pytest.approx(planned, rel=0.02, abs=64)
-        assert small == 1  # one number: whether a loss was none
+        assert small == 1  # whether a loss was none, and of how many things it is the mean
 
 
 @each_kind
