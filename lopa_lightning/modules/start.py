@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.frozen.padding import Side, check_padding
+from lopa_lightning.frozen.sharding import gathered
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
@@ -84,4 +85,5 @@ def check_states(module: LoPALightningModule, sides: set[Side]) -> None:
             check_padding(net.backbone, net.prompt_encoder.num_virtual_tokens, side, pad_id)
 
     if new:
-        net.run(check)
+        with gathered(net):  # and sharded again: a checkpoint may be loaded next
+            net.run(check)
