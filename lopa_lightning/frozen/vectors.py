@@ -75,7 +75,8 @@ class VectorCache:
 
     A vector depends on the encoder's files, on how hidden states are pooled, and on the tokens that are
     read: the first two name a folder, the tokens of all rows a file in it. Tokenizer and length are
-    in the tokens. Files come into being whole, under a lock; one that is not as it was written is made anew.
+    in the tokens. Files come into being whole, under a lock. One whose size or time has changed is checked, and
+    rebuilt if its content is not what was written; bytes that change under an unchanged time are not looked for.
 
     Args:
         source: Where the encoder's weights are.
