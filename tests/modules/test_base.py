@@ -192,7 +192,7 @@ def test_instance_vectors_in_the_batch_replace_the_encoder(tiny: Tiny, tmp_path:
     ("options", "message"),
     [
         ({"objective": "maskd_lm"}, "objective must be one of masked_lm, causal_lm, head, got 'maskd_lm'"),
-        ({"learning_rates": {"low_rank": -1.0}}, "learning_rates must not be negative"),
+        ({"learning_rates": {"low_rank": -1.0}}, "learning_rates must be at least 0 and finite"),
         ({"warmup": -5}, "warmup must be a number of steps, or a share of the run below 1; got -5"),
         ({"prompt_encoder": functools.partial(LoPATiny, rank=0)}, "rank must be at least 1, got 0"),
         (
