@@ -235,5 +235,5 @@ def test_a_special_token_that_no_text_has_needs_no_embedding(tiny: Tiny, tmp_pat
 def test_a_folder_without_a_tokenizer_is_named(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(Path(tiny(kind), name).read_bytes())
-    with pytest.raises(LoPAError, match=f"no tokenizer found for '{tmp_path}'"):
+    with pytest.raises(LoPAError, match=f"no (tokenizer found for|usable tokenizer in) '{tmp_path}'"):
         module(str(tmp_path)).tokenizer  # noqa: B018
