@@ -20,6 +20,10 @@ settings.load_profile("lopa")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread here and in the processes that tests start: several would wait for each other, and round differently.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 # Absolute: tests go into folders of their own.
 REAL_DATA = Path(os.environ.get("LOPA_REAL_DATA", "../shared/hub/datasets")).resolve()
