@@ -173,7 +173,8 @@ def test_two_evaluation_sets_are_logged_apart(tiny: Tiny, tmp_path: Path) -> Non
 
 
 def test_an_encoder_of_its_own_reads_the_text_with_its_own_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
-    model = module(tiny("llama"), objective="causal_lm", instance_encoder=InstanceEncoderSpec(tiny("bert_base"), "cls"))
+    encoder = InstanceEncoderSpec(tiny("bert_base"), "cls", cache=False)  # whose tokens are in the batch
+    model = module(tiny("llama"), objective="causal_lm", instance_encoder=encoder)
     data = reviews(tmp_path)
     trainer(tmp_path, fast_dev_run=True).fit(model, data)
     batch = next(iter(data.val_dataloader()[0]))
