@@ -105,6 +105,7 @@ def test_what_a_model_wrote_is_run_and_scored(
 
 def test_an_answer_that_the_harness_skips_is_no_sample(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the model: the call again for the output, which is skipped, and in every second row the answer."""
+    trained_arguments = trained("cruxeval_output", tiny)
     monkeypatch.setattr(
         CausalLMModule,
         "complete",
@@ -112,7 +113,7 @@ def test_an_answer_that_the_harness_skips_is_no_sample(tiny: Tiny, monkeypatch: 
     )
     logged: dict[str, float] = {}
     monkeypatch.setattr(CausalLMModule, "log", lambda _, name, value, **__: logged.update({name: float(value)}))
-    arguments = [*small("cruxeval_output", tiny), "--data.allow_code_execution=true", "--model.num_samples=2"]
+    arguments = [*trained_arguments, "--data.allow_code_execution=true", "--model.num_samples=2"]
     main(["test", *arguments, "--predictions.folder=out", "--trainer.logger=false"])
     assert [(row["skipped"], row["passed"]) for row in read_results("out")][:4] == [
         *((True, False), (False, False), (True, False), (False, True))

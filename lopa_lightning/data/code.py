@@ -32,6 +32,8 @@ class CodeDataModule(CompletionDataModule):
         **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
     """
 
+    _isolation_told = False
+
     def __init__(
         self,
         allow_code_execution: bool = False,
@@ -71,7 +73,9 @@ class CodeDataModule(CompletionDataModule):
     def check_scoring(self) -> None:
         """Refuses to run code without the user's permission, and says what isolates it."""
         require_permission(self.allow_code_execution)
-        rank_zero_info(isolation_line())
+        if not self._isolation_told:  # a run is checked before its data are read, and again by Lightning
+            rank_zero_info(isolation_line())
+        self._isolation_told = True
 
     def scoring_identity(self) -> dict[str, Any]:
         """With what a program may use, and where it is run."""
