@@ -159,10 +159,10 @@ class Scheduling(Callback):
             if trainer.ckpt_path is not None:  # of a run without a schedule
                 scheduler.steps = 0
             else:
-                whole = (
-                    pl_module.warmup if pl_module.warmup >= 1 else pl_module.warmup * trainer.estimated_stepping_batches
-                )
-                scheduler.begin(round(whole))
+                warmup = pl_module.warmup
+                if 0 < warmup < 1:  # not of a run without an end, see check_warmup
+                    warmup *= trainer.estimated_stepping_batches
+                scheduler.begin(round(warmup))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps a ``ReduceLROnPlateau``; callbacks that save checkpoints come after all others."""
