@@ -191,7 +191,7 @@ class LoPACLI(LightningCLI):
             return newest
         if self.subcommand != "fit" or config.ckpt_path != "last":
             raise LoPAError(f"no checkpoint {name} under {folder}; name one with --ckpt_path")
-        rank_zero_warn(f"no checkpoint {name} under {folder} yet: the run starts anew")
+        rank_zero_warn(f"no checkpoint {name} under {folder} yet: the run starts from scratch")
         return None
 
     def after_fit(self) -> None:

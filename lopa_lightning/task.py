@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from lopa_lightning.errors import LoPAError
 
 IGNORED = -100
-"""Label of a token that is not to be foretold."""
+"""Label of a token that is not to be predicted."""
 
 InstanceReads = Literal["columns", "template"]
 

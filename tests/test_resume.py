@@ -187,7 +187,7 @@ def test_the_command_line_finds_the_last_run(
         *("--data.data_files", '{"train": "train.csv", "validation": "validation.csv"}', "--data.batch_size=4"),
         *("--data.labels", '["good", "bad"]', "--trainer.accelerator=cpu", "--ckpt_path=last"),
     ]
-    with pytest.warns(UserWarning, match="no checkpoint last.ckpt under runs/lopa yet: the run starts anew"):
+    with pytest.warns(UserWarning, match="no checkpoint last.ckpt under runs/lopa yet: the run starts from scratch"):
         main([*arguments, "--trainer.max_epochs=1"])
     main([*arguments, "--trainer.max_epochs=2"])
     steps = [

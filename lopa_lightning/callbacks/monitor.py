@@ -53,7 +53,7 @@ class PromptMonitor(Callback):
         self._restart()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draws the soft prompt, and starts the clock anew: validation is not training time."""
+        """Draws the soft prompt, and restarts the clock: validation is not training time."""
         if self._logger(trainer) is not None and not trainer.sanity_checking:
             with torch.no_grad(), gathered(pl_module.net):
                 self._draw(trainer, pl_module)

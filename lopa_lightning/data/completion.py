@@ -208,7 +208,7 @@ class EncodeCompletions:
     def _fitted(self, prompt: list[int], completion: list[int] | None) -> dict[str, Any]:
         whole, answer = [*self.start, *prompt], completion or []
         limit = self.max_tokens if self.max_tokens is not None else len(whole) + len(answer)
-        least = len(self.start) + 1  # a completion's first token is foretold at the prompt's last
+        least = len(self.start) + 1  # a completion's first token is predicted at the prompt's last
         has_room = limit - len(answer) >= least
         if not has_room:
             answer = []

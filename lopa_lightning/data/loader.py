@@ -84,7 +84,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         return None
 
     def _look_at(self, mask: Tensor) -> None:
-        """Counts tokens while the batch still lies in the host's memory: nothing waits for a device."""
+        """Counts tokens while the batch is still in the host's memory: nothing waits for a device."""
         virtual = len(mask) * self._virtual_tokens
         self._tokens += int(mask.sum()) + virtual
         self._places += mask.numel() + virtual
@@ -120,7 +120,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         if changed and batches:
             rank_zero_warn(
                 f"the checkpoint was saved within an epoch, and its batches were others ({'; '.join(changed)}): the "
-                "rest of that epoch is drawn anew, some examples come twice and some not"
+                "rest of that epoch is drawn again, some examples come twice and some not"
             )
         elif state_dict.get("checksum", checksum) != checksum:
             rank_zero_warn("the training data has changed since the checkpoint was saved: other texts or labels")

@@ -1,4 +1,4 @@
-"""Metrics of foretold tokens, each token counted once over all batches and processes."""
+"""Metrics of predicted tokens, each token counted once over all batches and processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class _OverTokens(Metric):
-    """A mean over tokens of one column of ``[B, 3]``: losses, tokens, tokens foretold right, in sum for each text."""
+    """A mean over tokens of one column of ``[B, 3]``: losses, tokens, tokens predicted right, in sum for each text."""
 
     full_state_update = False
     column: int

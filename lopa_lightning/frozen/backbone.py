@@ -211,7 +211,7 @@ class Backbone(nn.Module):
     def _embedded(
         self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Virtual tokens in the backbone's number format, and the text's embeddings."""
+        """Virtual tokens in the backbone's dtype, and the text's embeddings."""
         embedded = self.model.get_input_embeddings()(input_ids)
         if offset is not None:
             embedded = with_offset(embedded, offset, attention_mask)

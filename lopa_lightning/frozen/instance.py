@@ -43,7 +43,7 @@ class InstanceEncoderSpec:
             prompt encoders start as if it were about 1; the paper's released code takes them as they come.
         trainable: Whether the encoder is trained (and saved) as well, as the paper's released NLU code does.
         cache: Whether a frozen encoder's vectors are made once on a machine and kept beside the data sets' cache;
-            the encoder is then not in memory while prompts are trained. False to encode every batch anew.
+            the encoder is then not in memory while prompts are trained. False to encode every batch again.
         dropout: Whether a frozen encoder's own dropout is active in training, as in the paper's released code; every
             batch is then encoded. A trainable encoder's always is.
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.

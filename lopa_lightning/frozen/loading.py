@@ -199,7 +199,7 @@ def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = N
 
 
 def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
-    """Builds a model as it will be loaded, in its number format, with start values in the place of weights.
+    """Builds a model as it will be loaded, in its dtype, with initial values in place of weights.
 
     Args:
         spec: The model.
@@ -226,7 +226,7 @@ def _built(spec: PretrainedSpec, family: Family, config: PretrainedConfig) -> Pr
 
 
 def _dtype(spec: PretrainedSpec, config: PretrainedConfig) -> torch.dtype:
-    """The number format that weights will have."""
+    """Returns the dtype that weights will have."""
     found: Any = (config.dtype if spec.dtype == "auto" else spec.dtype) or torch.float32
     dtype: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
     return dtype

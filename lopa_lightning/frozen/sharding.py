@@ -60,12 +60,12 @@ def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -
         mesh: The processes.
 
     Raises:
-        LoPAError: If what is trained is not all of one number format.
+        LoPAError: If what is trained is not all of one dtype.
     """
     formats = sorted({str(p.dtype).removeprefix("torch.") for p in net.parameters() if p.requires_grad})
     if len(formats) > 1:
         raise LoPAError(
-            f"sharded, all that is trained must have one number format, got {' and '.join(formats)}; "
+            f"sharded, all that is trained must have one dtype, got {' and '.join(formats)}; "
             "load the model that is trained with dtype: float32"
         )
     for model in models:

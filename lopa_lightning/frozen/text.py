@@ -30,7 +30,7 @@ class TextSpec:
         instance_max_tokens: Tokens that the instance encoder reads at most; None if not limited.
         virtual_tokens: Number of virtual tokens that the backbone reads with each text; 0 where they stand in every
             layer, as keys and values alone.
-        instance_vectors: Where the vectors of a frozen instance encoder are kept; None if each batch is encoded anew.
+        instance_vectors: Where the vectors of a frozen instance encoder are kept; None if each batch is encoded again.
         start_token: Whether a text to be continued starts with a start token also where the tokenizer puts none.
     """
 

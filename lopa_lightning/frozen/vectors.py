@@ -140,7 +140,7 @@ class VectorCache:
             with FileLock(path.with_suffix(".lock")):
                 if (fault := _fault(path, len(data))) is not None:  # or another process has made them meanwhile
                     if path.exists():
-                        _log.warning("instance vectors of %s are made anew: %s %s", what, path, fault)
+                        _log.warning("instance vectors of %s are rebuilt: %s %s", what, path, fault)
                     self._make(columns, path, what, device)
         except OSError as error:
             raise LoPAError(

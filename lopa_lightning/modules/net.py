@@ -85,18 +85,18 @@ class HeadReadout(Readout):
 
 
 class CompletionReadout(Readout):
-    """How well each labelled token was foretold. No other place's logits are computed."""
+    """Reads how well each labelled token was predicted. No other position's logits are computed."""
 
     def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
         """For each text, its labels' losses in sum, their number, and how many were the likeliest token: ``[B, 3]``.
 
         The last is 0 where gradients are taken, and it is not asked. ``labels [B, T]`` stand at the tokens
-        themselves, :data:`IGNORED` at all that is not to be foretold.
+        themselves, :data:`IGNORED` at all that is not to be predicted.
         """
         # The text's own tokens are together, wherever virtual ones and padding are.
         place = states.text_mask.cumsum(1) - 1 + batch["attention_mask"].argmax(1, keepdim=True)
         labels = batch["labels"].gather(1, place.clamp(min=0)).masked_fill(states.text_mask == 0, IGNORED)
-        # A token is foretold at the place before it; the first has none.
+        # A token is predicted at the position before it; the first has none.
         rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         losses, hits = backbone.token_losses(states.hidden[rows, places], labels[rows, places + 1])
         hits = torch.zeros_like(losses) if hits is None else hits.to(losses.dtype)

@@ -49,7 +49,7 @@ class ResumePoint(Callback):
         """Puts the metrics of the last validation back, and makes sure that the data are where they were.
 
         Raises:
-            LoPAError: If they begin anew within an epoch.
+            LoPAError: If they start from the beginning within an epoch.
         """
         saved = (self._last_step or {}).get("state_dict", {}).get("combined_loader") or [{}]
         done, loader = saved[0].get("batches"), trainer.train_dataloader

@@ -45,7 +45,7 @@ class Scores(nn.Module):
             self.metrics.update(predictions, labels)
 
     def compute(self) -> dict[str, Tensor]:
-        """All values by name, with ``loss`` and ``score``; starts anew."""
+        """All values by name, with ``loss`` and ``score``; starts from zero again."""
         values = {"loss": self.loss.compute(), **(self.metrics.compute() if self.metrics is not None else {})}
         with torch.inference_mode(False):  # states made in inference mode could not be updated in a fit that follows
             self.loss.reset()

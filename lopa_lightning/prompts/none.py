@@ -28,7 +28,7 @@ class NoPrompt(PromptEncoder):
 
     def __init__(self, embedding_dim: int, instance_dim: int) -> None:
         super().__init__(0)
-        # It knows the device and number format that the module was moved to, as no parameter does here.
+        # It knows the device and dtype that the module was moved to, as no parameter does here.
         self.register_buffer("nothing", torch.empty(1, 0, positive("embedding_dim", embedding_dim)), persistent=False)
 
     def forward(self, instance: Tensor | None) -> Tensor:

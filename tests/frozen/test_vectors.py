@@ -237,7 +237,7 @@ def test_a_damaged_file_is_made_anew_and_said(
     np.testing.assert_array_equal(found.at(range(len(ROWS))), wanted)
     assert calls == [len(TEXTS)] * 2
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"instance vectors of the train set are made anew: {path} ")
+    assert record.getMessage().startswith(f"instance vectors of the train set are rebuilt: {path} ")
     assert re.search(said, record.getMessage())
     made.stored(data, "x", CPU)
     assert calls == [len(TEXTS)] * 2
