@@ -18,9 +18,9 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.migrations import HYPERPARAMETERS, IDENTITY_KEY, migrate
-from lopa_lightning.plain import shown, subclasses
+from lopa_lightning.plain import subclasses
 
 _NEEDED = {"state_dict": dict, HYPERPARAMETERS: dict, IDENTITY_KEY: dict, "pytorch-lightning_version": str}
 _ENTRIES: dict[str, type] = {

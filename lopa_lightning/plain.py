@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 import numpy as np
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 
 _NO_DEFAULT = inspect.Parameter.empty
 _LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
@@ -274,12 +274,6 @@ def _filled(cls: type, values: Any, name: str, partly: bool = False) -> dict[str
     ]:
         raise LoPAError(f"{name} lacks {', '.join(lacking)}")
     return {key: built(value, known[key].hint, f"{name}.{key}") for key, value in values.items()}
-
-
-def shown(value: Any) -> str:
-    """Returns a value as a message shows it: control characters escaped, and not without end."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

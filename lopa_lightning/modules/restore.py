@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.errors import LoPAError
-from lopa_lightning.plain import arguments, built, defaults, find_class, shown, with_arguments, with_defaults
+from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.plain import arguments, built, defaults, find_class, with_arguments, with_defaults
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
