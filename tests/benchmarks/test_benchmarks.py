@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import logging
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Places:
         (data / name).mkdir(parents=True)
         write(data / name)
     return Places(models, data)
+
+
+@pytest.fixture(autouse=True)
+def _talkative_again() -> Iterator[None]:
+    """A benchmark tells libraries to be quiet; the tests that follow must not be."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
 
 
 @pytest.fixture
