@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lopa_lightning.backbones.pretrained import PretrainedSpec
     from lopa_lightning.data import (
         CompletionDataModule,
         CRUXEvalDataModule,
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
         MBPPDataModule,
         TextClassificationDataModule,
     )
-    from lopa_lightning.frozen.instance import InstanceEncoderSpec
-    from lopa_lightning.frozen.loading import PretrainedSpec
+    from lopa_lightning.instances.encoder import InstanceEncoderSpec
     from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
     from lopa_lightning.prompts import (
         IDPG,
@@ -38,14 +38,14 @@ _HOMES = {
     "DePT": "prompts",
     "GLUEDataModule": "data",
     "IDPG": "prompts",
-    "InstanceEncoderSpec": "frozen.instance",
+    "InstanceEncoderSpec": "instances.encoder",
     "LoPA": "prompts",
     "LoPALightningModule": "modules",
     "MBPPDataModule": "data",
     "NoPrompt": "prompts",
     "PTuning": "prompts",
     "PeftPromptTuning": "prompts",
-    "PretrainedSpec": "frozen.loading",
+    "PretrainedSpec": "backbones.pretrained",
     "PromptEncoder": "prompts",
     "PromptTuning": "prompts",
     "TextClassificationDataModule": "data",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lopa_lightning.backbones.quantization import dense
+from lopa_lightning.backbones.sharding import values_at
 from lopa_lightning.checkpoint_file import read as read
 from lopa_lightning.errors import LoPAError, shown
-from lopa_lightning.frozen.quantization import dense
-from lopa_lightning.frozen.sharding import values_at
 from lopa_lightning.migrations import HYPERPARAMETERS as HYPERPARAMETERS
 from lopa_lightning.migrations import IDENTITY_KEY as IDENTITY_KEY
 from lopa_lightning.plain import with_arguments, with_defaults

@@ -24,7 +24,7 @@ _UNKNOWN = re.compile(
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 # Where options are that belong to a class which the configuration names: by the classes that most name.
 _PLACES = {
-    "model.backbone": "lopa_lightning.frozen.loading.PretrainedSpec",
+    "model.backbone": "lopa_lightning.backbones.pretrained.PretrainedSpec",
     "model.optimizer": "torch.optim.AdamW",
     "model.prompt_encoder": "lopa_lightning.LoPA",
     "data": "lopa_lightning.TextClassificationDataModule",

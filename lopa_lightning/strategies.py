@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, Strate
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lopa_lightning.backbones.sharding import placed_like, whole
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.sharding import placed_like, whole
 
 _OVERLAY = "put configs/trainer/fsdp.yaml over the configuration (FSDP2, lopa_lightning.strategies.FSDP2Strategy)"
 

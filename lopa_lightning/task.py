@@ -20,7 +20,7 @@ class TextTask:
     Args:
         labels: Names of the classes, in the order of their indices; empty for regression.
         words: The verbalizer: one word for each label, for the objectives that read a language model head.
-        metrics: Official metrics, see :func:`lopa_lightning.evaluation.metrics.build_metrics`.
+        metrics: Official metrics, see :func:`lopa_lightning.metrics.classification.build_metrics`.
         eval_sets: Name suffixes of the evaluation sets; MNLI has two.
         template: What the backbone reads, with ``{column}`` fields and ``{mask}``.
         causal_template: Its wording for causal LMs, where that is another.

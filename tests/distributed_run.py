@@ -13,7 +13,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
 from lopa_lightning import InstanceEncoderSpec, NoPrompt
-from lopa_lightning.frozen.instance import InstanceEncoder
+from lopa_lightning.instances.encoder import InstanceEncoder
 from tests.modules.helpers import causal, completions, module, reviews, trainer
 from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, Windows
 

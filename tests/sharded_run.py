@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopa_lightning import ClassificationModule, InstanceEncoderSpec, PretrainedSpec, PromptTuning
+from lopa_lightning.backbones.sharding import whole
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.sizes import Step, sizes
-from lopa_lightning.frozen.sharding import whole
 from lopa_lightning.strategies import FSDP2Strategy
 from tests.modules.helpers import LoPATiny, causal, completions, reviews, trainer
 

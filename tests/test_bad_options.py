@@ -222,7 +222,7 @@ def _nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: d
         self.parser, self._subcommand_parsers = kept.parser, kept._subcommand_parsers
         self._subcommand_method_arguments = kept._subcommand_method_arguments
 
-    monkeypatch.setattr("lopa_lightning.modules.build.load_model", fail)
+    monkeypatch.setattr("lopa_lightning.modules.builder.load_model", fail)
     monkeypatch.setattr(LoPACLI, "setup_parser", setup_parser)
     monkeypatch.chdir(tmp_path)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lopa_lightning.cli import main
-from lopa_lightning.evaluation.sandbox import isolation_line
 from lopa_lightning.modules import CausalLMModule
+from lopa_lightning.sandbox.run import isolation_line
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 
 Tiny = Callable[[str], str]

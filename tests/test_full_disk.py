@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lopa_lightning.callbacks.stream import PredictionStream
+from lopa_lightning.callbacks.streamed_predictions import PredictionStream
 from lopa_lightning.cli import main
 from lopa_lightning.files import write_whole
 from lopa_lightning.modules import ClassificationModule

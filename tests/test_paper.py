@@ -210,7 +210,7 @@ def test_the_nlu_recipe_computes_what_the_released_code_does(tiny: Tiny) -> None
 
 def test_gradients_of_the_loss_over_the_vocabulary_are_the_formulas(tiny: Tiny) -> None:
     """∂/∂h of log Σ_v exp(ℓ_v) − ℓ_label, through a frozen head."""
-    from lopa_lightning.frozen.backbone import Backbone
+    from lopa_lightning.backbones.text import Backbone
 
     plain = AutoModelForMaskedLM.from_pretrained(tiny("roberta")).eval()
     backbone = Backbone(AutoModelForMaskedLM.from_pretrained(tiny("roberta")))
@@ -352,7 +352,7 @@ def test_a_start_token_stands_before_what_is_generated_too(with_start: str, monk
 def test_a_start_token_that_there_is_not_is_refused_before_weights_are_loaded(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lopa_lightning.modules.build.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("lopa_lightning.modules.builder.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(LoPAError, match="start_token: true needs a backbone whose tokenizer has a start token"):
         LoPACLI(args=["fit", *tiny_code("cruxeval_output", tiny("llama"), tiny)])
 

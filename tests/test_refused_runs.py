@@ -14,7 +14,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from lopa_lightning.cli import main
-from lopa_lightning.modules.build import Builder
+from lopa_lightning.modules.builder import Builder
 from tests.modules.helpers import causal, module, write_reviews
 from tests.refusals import assert_refusal
 

@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning import ClassificationModule, PretrainedSpec
 from lopa_lightning.callbacks import LastCheckpoint
+from lopa_lightning.checkpoint_io import WholeFiles
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.storage import WholeFiles
 from tests.modules.helpers import LoPATiny, module, reviews, trainer, write_reviews
 from tests.resumed_run import ROWS, Signal, fit
 from tests.test_distributed import ROOT, launch

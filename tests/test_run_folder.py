@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from lopa_lightning.callbacks import LastCheckpoint, RunLogger
-from lopa_lightning.callbacks.stream import PredictionStream
+from lopa_lightning.callbacks.streamed_predictions import PredictionStream
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import Claim, clear_unfinished, is_writable

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lopa_lightning import InstanceEncoderSpec, LoPALightningModule, PromptTuning
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.instance import InstanceEncoder
+from lopa_lightning.instances.encoder import InstanceEncoder
 from tests.modules.helpers import causal, completions, module, reviews, trainer
 from tests.test_distributed import ROOT
 from tests.tiny import save_tiny
@@ -118,7 +118,7 @@ def test_no_weight_of_the_encoder_is_read_in_a_second_run_of_any_kind(
     def fail(*_: Any) -> None:
         raise AssertionError("an encoder was loaded")
 
-    monkeypatch.setattr("lopa_lightning.modules.build._body", fail)
+    monkeypatch.setattr("lopa_lightning.modules.builder._body", fail)
     again, data = LoPALightningModule.load_from_checkpoint(tmp_path / "last.ckpt"), reviews(tmp_path)
     run = trainer(tmp_path)
     for do in (run.validate, run.test):

@@ -1,7 +1,7 @@
 """Lightning callbacks: what a run shows, and what it writes."""
 
 from lopa_lightning.callbacks.best import BestCheckpoint
-from lopa_lightning.callbacks.last import LastCheckpoint
+from lopa_lightning.callbacks.last_checkpoint import LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
 from lopa_lightning.callbacks.run_folder import RunConfig, RunLogger

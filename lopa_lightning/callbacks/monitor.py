@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lopa_lightning.frozen.sharding import gathered, whole
+from lopa_lightning.backbones.sharding import gathered, whole
 
 _NEAREST = 5
 _ROWS_AT_ONCE = 8192  # of the embedding table

@@ -14,7 +14,7 @@ import torch.distributed
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lopa_lightning.callbacks.run_folder import start_run
-from lopa_lightning.callbacks.stream import PredictionStream
+from lopa_lightning.callbacks.streamed_predictions import PredictionStream
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import is_writable, write_whole
 from lopa_lightning.stopping import Stopped

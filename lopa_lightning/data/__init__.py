@@ -1,11 +1,11 @@
 """LightningDataModules: one for each benchmark or source, on one base."""
 
 from lopa_lightning.data.base import TextDataModule
+from lopa_lightning.data.code.cruxeval import CRUXEvalDataModule
+from lopa_lightning.data.code.mbpp import MBPPDataModule
 from lopa_lightning.data.completion import CompletionDataModule
-from lopa_lightning.data.cruxeval import CRUXEvalDataModule
 from lopa_lightning.data.docstrings import DocstringDataModule
 from lopa_lightning.data.glue import GLUEDataModule
-from lopa_lightning.data.mbpp import MBPPDataModule
 from lopa_lightning.data.text import TextClassificationDataModule
 
 __all__ = [

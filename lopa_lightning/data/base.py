@@ -13,16 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Collate, Rows
+from lopa_lightning.data.instance_vectors import WithVectors, agrees_with, reads_all
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.rows import EncodeRows, LabelLookup, RowEncoder, TextError, fault_of
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
-from lopa_lightning.data.vectors import WithVectors, agrees_with, reads_all
 from lopa_lightning.errors import LoPAError, shown
-from lopa_lightning.frozen.text import TextSpec
-from lopa_lightning.frozen.vectors import StoredVectors
+from lopa_lightning.instances.vectors import StoredVectors
 from lopa_lightning.task import TextTask
 
 if TYPE_CHECKING:  # takes a second to import, and a command that reads no data does without

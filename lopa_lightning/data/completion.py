@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from lopa_lightning.backbones.text_spec import end_of, running_ids
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
 from lopa_lightning.data.source import SourceDataModule
 from lopa_lightning.errors import LoPAError, one_line, shown
-from lopa_lightning.frozen.text import end_of, running_ids
 from lopa_lightning.task import IGNORED
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.text import TextSpec
 
 Side = Literal["left", "right"]
 

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lopa_lightning.data.vectors import agrees_with
-from lopa_lightning.frozen.quantization import saved_bytes
-from lopa_lightning.frozen.stack import transformer_layers
+from lopa_lightning.backbones.quantization import saved_bytes
+from lopa_lightning.backbones.transformer_layers import transformer_layers
+from lopa_lightning.data.instance_vectors import agrees_with
 from lopa_lightning.modules import LoPALightningModule
-from lopa_lightning.modules.net import CompletionReadout, PromptedModel
+from lopa_lightning.modules.prompted_model import CompletionReadout, PromptedModel
 from lopa_lightning.task import IGNORED
 
 _attention: Any = sdpa_flop_count

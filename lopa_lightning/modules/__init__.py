@@ -3,7 +3,13 @@
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.causal_lm import CausalLMModule
 from lopa_lightning.modules.classification import ClassificationModule
-from lopa_lightning.modules.net import CompletionReadout, HeadReadout, LabelWordReadout, PromptedModel, Readout
+from lopa_lightning.modules.prompted_model import (
+    CompletionReadout,
+    HeadReadout,
+    LabelWordReadout,
+    PromptedModel,
+    Readout,
+)
 
 __all__ = [
     "CausalLMModule",

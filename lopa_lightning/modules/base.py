@@ -20,30 +20,30 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.backbones.injection import Placement
+from lopa_lightning.backbones.padding import Side
+from lopa_lightning.backbones.pretrained import PretrainedSpec
+from lopa_lightning.backbones.sharding import data_mesh, placed_like, shard
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.checkpoint_file import adopt
+from lopa_lightning.checkpoint_io import write_whole_checkpoints
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.injection import Placement
-from lopa_lightning.frozen.instance import InstanceEncoderSpec
-from lopa_lightning.frozen.loading import PretrainedSpec
-from lopa_lightning.frozen.padding import Side
-from lopa_lightning.frozen.sharding import data_mesh, placed_like, shard
-from lopa_lightning.frozen.text import TextSpec
-from lopa_lightning.modules.build import Builder
+from lopa_lightning.instances.encoder import InstanceEncoderSpec
+from lopa_lightning.modules.builder import Builder
+from lopa_lightning.modules.checkpoint_loading import check_optimizer, check_resume, rebuild
 from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
-from lopa_lightning.modules.finite import LossGuard, OnNonfinite
-from lopa_lightning.modules.hooks import TaskHooks
 from lopa_lightning.modules.monitors import check_monitors
-from lopa_lightning.modules.net import Batch, PromptedModel
-from lopa_lightning.modules.restore import check_optimizer, check_resume, rebuild
+from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
+from lopa_lightning.modules.prompted_model import Batch, PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
 from lopa_lightning.modules.schedule import Scheduling, check_warmup, schedule, with_rates
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.modules.start import check_before_weights, check_with_weights
+from lopa_lightning.modules.task_hooks import TaskHooks
 from lopa_lightning.modules.window import Window
 from lopa_lightning.plain import class_name, plain, without_defaults
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
-from lopa_lightning.storage import write_whole_checkpoints
 from lopa_lightning.strategies import check_strategy
 
 
@@ -51,7 +51,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
     """A frozen backbone, shown a soft prompt for every instance.
 
     A new task is a subclass with :meth:`configure_readout` and :meth:`loss`, and what else it wants of
-    :class:`~lopa_lightning.modules.hooks.TaskHooks`.
+    :class:`~lopa_lightning.modules.task_hooks.TaskHooks`.
 
     Nothing is loaded before :meth:`configure_model`. Frozen parts have no gradient, stay in eval
     mode, and are neither in the optimizer nor in a checkpoint.
@@ -238,7 +238,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
         return self.net
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs of a batch, see :class:`~lopa_lightning.modules.net.PromptedModel`."""
+        """Outputs of a batch, see :class:`~lopa_lightning.modules.prompted_model.PromptedModel`."""
         outputs: Tensor
         outputs, _ = self._net()(batch)
         return outputs

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, MetricCollection
 
+from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
+from lopa_lightning.backbones.padding import Side
+from lopa_lightning.backbones.sharding import is_sharded, whole
+from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text_spec import TextSpec, end_of, running_ids
 from lopa_lightning.errors import LoPAError, listed, shown
-from lopa_lightning.evaluation.completion import Perplexity, TokenAccuracy
-from lopa_lightning.evaluation.pass_at_k import PassAtK
-from lopa_lightning.frozen.backbone import Backbone
-from lopa_lightning.frozen.generation import check_generates, check_samples, generate, generation_config
-from lopa_lightning.frozen.padding import Side
-from lopa_lightning.frozen.sharding import is_sharded, whole
-from lopa_lightning.frozen.text import TextSpec, end_of, running_ids
+from lopa_lightning.metrics.pass_at_k import PassAtK
+from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
-from lopa_lightning.modules.net import Batch, CompletionReadout, Readout
+from lopa_lightning.modules.prompted_model import Batch, CompletionReadout, Readout
 from lopa_lightning.modules.start import check_learned, check_states
 from lopa_lightning.task import IGNORED
 

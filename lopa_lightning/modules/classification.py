@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text_spec import Objective, label_word_ids
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.evaluation.metrics import build_metrics
-from lopa_lightning.frozen.backbone import Backbone
-from lopa_lightning.frozen.instance import Pooling, check_pooling
-from lopa_lightning.frozen.text import Objective, label_word_ids
+from lopa_lightning.instances.encoder import Pooling, check_pooling
+from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
-from lopa_lightning.modules.net import Batch, HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.modules.prompted_model import Batch, HeadReadout, LabelWordReadout, Readout
 from lopa_lightning.plain import plain
 from lopa_lightning.task import TextTask
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lopa_lightning.backbones.padding import Side, check_padding
+from lopa_lightning.backbones.sharding import gathered
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.padding import Side, check_padding
-from lopa_lightning.frozen.sharding import gathered
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule

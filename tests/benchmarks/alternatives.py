@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from lopa_lightning import LoPA
 from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.data.completion import CompletionDataModule
-from lopa_lightning.frozen.instance import pool
+from lopa_lightning.instances.encoder import pool
 from lopa_lightning.task import IGNORED
 from tests.benchmarks.cases import MINILM, Case, Places
 from tests.benchmarks.training import Batch

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import datasets
 
-from lopa_lightning.evaluation.programs import cruxeval_program, mbpp_program
-from lopa_lightning.evaluation.sandbox import isolation, run_programs
+from lopa_lightning.data.code.programs import cruxeval_program, mbpp_program
+from lopa_lightning.sandbox.run import isolation, run_programs
 
 
 def references(folder: Path) -> dict[str, str]:

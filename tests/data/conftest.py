@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lopa_lightning.frozen.text import Objective, TextSpec
+from lopa_lightning.backbones.text_spec import Objective, TextSpec
 
 TokenizerOf = Callable[[str], PreTrainedTokenizerBase]
 SpecOf = Callable[..., TextSpec]

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data import TextClassificationDataModule
 from lopa_lightning.data.base import TextDataModule
-from lopa_lightning.frozen.text import TextSpec
 
 _MASK_OF = {
     "input_ids": "attention_mask",

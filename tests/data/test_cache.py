@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.cache import check_cached
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.text import TextSpec
 from tests.data.conftest import SpecOf
 from tests.data.helpers import labelled, prepared, write
 

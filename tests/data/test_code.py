@@ -10,7 +10,7 @@ import pytest
 
 from lopa_lightning.data import CRUXEvalDataModule, MBPPDataModule
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.evaluation.sandbox import run_programs
+from lopa_lightning.sandbox.run import run_programs
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 
 Find = Callable[[str], str]

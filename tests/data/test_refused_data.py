@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lopa_lightning import CompletionDataModule, TextClassificationDataModule
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.glue import GLUEDataModule
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.text import TextSpec
 from tests.data.conftest import SpecOf
 from tests.data.helpers import labelled, prepared, rows_of, texts_of, write
 from tests.refusals import Refused, assert_refusal

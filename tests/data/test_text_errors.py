@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.text import TextSpec
 from tests.data.conftest import SpecOf
 from tests.data.helpers import labelled, prepared, write
 

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 import pytest
 from transformers import AutoTokenizer
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data import TextClassificationDataModule
 from lopa_lightning.data.template import Tokenize
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.text import TextSpec
 from tests.data.conftest import SpecOf
 from tests.data.helpers import labelled, prepared, rows_of, texts_of, write
 

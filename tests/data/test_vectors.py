@@ -14,8 +14,8 @@ from datasets import Dataset
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lopa_lightning.data.collate import Collate
-from lopa_lightning.data.vectors import WithVectors, reads_all
-from lopa_lightning.frozen.vectors import StoredVectors
+from lopa_lightning.data.instance_vectors import WithVectors, reads_all
+from lopa_lightning.instances.vectors import StoredVectors
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from lopa_lightning import CausalLMModule
+from lopa_lightning.backbones import pretrained
 from lopa_lightning.cli import main
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import (
@@ -23,7 +24,6 @@ from lopa_lightning.experiments.sizes import (
     StepTracker,
     sizes,
 )
-from lopa_lightning.frozen import loading
 from tests.benchmarks.plan import compared
 from tests.modules.helpers import trainer, write_reviews
 from tests.tiny import WIDTH
@@ -114,7 +114,7 @@ def test_it_says_what_a_step_of_completions_takes(tiny: Tiny, monkeypatch: pytes
 def check(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module, _ = built(options)
     with monkeypatch.context() as patched:
-        for auto_class in loading._AUTO_CLASSES.values():
+        for auto_class in pretrained._AUTO_CLASSES.values():
             patched.setattr(auto_class, "from_pretrained", None)
         said = sizes(module, STEP)
     assert module.net is None

@@ -104,7 +104,7 @@ def fit_checked(model: str, method: Any) -> None:
 def test_more_than_the_machine_has_memory_for(
     options: dict[str, Any], tiny: Tiny, refused: Refused, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("lopa_lightning.modules.build._physical_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr("lopa_lightning.modules.builder._physical_memory", lambda: 2_000_000_000)
     with refused("prompt encoder and adapter would take", "GB in training, and this machine has 2 GB of memory"):
         fit(tiny("bert"), **options)
 

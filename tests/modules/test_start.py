@@ -22,9 +22,9 @@ from lopa_lightning import (
     PretrainedSpec,
     TextClassificationDataModule,
 )
+from lopa_lightning.backbones.pretrained import PreTrainedModel
 from lopa_lightning.callbacks import BestCheckpoint, FitSummary
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.loading import PreTrainedModel
 from tests.modules.helpers import LoPATiny, causal, completions, module, reviews, trainer
 from tests.tiny import causal_tokenizer
 
@@ -48,7 +48,7 @@ def fail(*_: Any, **__: Any) -> None:
 def test_initial_values_answer_nothing_and_no_weight_is_read_to_say_so(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr("lopa_lightning.modules.build.load_model", fail)
+    monkeypatch.setattr("lopa_lightning.modules.builder.load_model", fail)
     for do in ("test", "predict"):
         # Without a cache: its vectors belong to the data, and are made with it.
         encoder = InstanceEncoderSpec(cache=False)
@@ -89,7 +89,7 @@ def test_a_backbone_as_it_comes_answers_and_is_not_fitted(
     model, data = module(tiny("bert"), **AS_IT_COMES), reviews(tmp_path)
     model.awaits_checkpoint = False
     trainer(tmp_path).predict(model, data)
-    monkeypatch.setattr("lopa_lightning.modules.build.load_model", fail)
+    monkeypatch.setattr("lopa_lightning.modules.builder.load_model", fail)
     with pytest.raises(LoPAError, match="nothing is trained"):
         trainer(tmp_path).fit(module(tiny("bert"), **AS_IT_COMES), data)
 
@@ -186,7 +186,7 @@ def test_a_backbone_whose_generate_takes_no_embeddings_learns_but_writes_nothing
     refused = "OpenAIGPTLMHeadModel cannot generate after virtual tokens"
     with pytest.warns(UserWarning, match=refused):
         trainer(tmp_path, fast_dev_run=True).fit(causal(folder), data)
-    monkeypatch.setattr("lopa_lightning.modules.build.load_model", fail)
+    monkeypatch.setattr("lopa_lightning.modules.builder.load_model", fail)
     no_cache = {"instance_encoder": InstanceEncoderSpec(cache=False)}
     for do, options in (("predict", {}), ("fit", {"exact_match": 2}), ("validate", {"exact_match": "all"})):
         with pytest.raises(LoPAError, match=refused):
@@ -209,7 +209,7 @@ def grown(folder: str, to: Path, token: str, **role: str) -> str:
 def test_a_token_without_an_embedding_is_refused_before_weights(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lopa_lightning.modules.build.load_model", fail)
+    monkeypatch.setattr("lopa_lightning.modules.builder.load_model", fail)
     rows = len(AutoTokenizer.from_pretrained(tiny("llama")))
     folder = grown(tiny("llama"), tmp_path / "grown", "[PAD]", pad_token="[PAD]")
     refused = (

@@ -7,9 +7,9 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lopa_lightning.backbones.pretrained import PretrainedSpec, load_model
+from lopa_lightning.backbones.text import Backbone
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.frozen.backbone import Backbone
-from lopa_lightning.frozen.loading import PretrainedSpec, load_model
 from lopa_lightning.prompts import PromptTuning, Vocabulary
 from tests.prompts.checks import assert_follows, randomized
 

@@ -1,0 +1,1 @@
+"""Backbones, which stay as they are: the models, where virtual tokens go, and what is read from them."""

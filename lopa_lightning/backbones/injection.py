@@ -1,0 +1,123 @@
+"""Where virtual tokens go among the tokens of a text. Pure functions on tensors.
+
+Virtual tokens sit directly before a text's first token, or directly after it, wherever the padding
+is: ``prompt, text, pad, pad`` and ``pad, pad, prompt, text``, never ``prompt, pad, pad, text``. All
+that goes with a token (embedding, mask, token type, label) is moved by one layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lopa_lightning.errors import LoPAError
+
+Placement = Literal["before", "after_first", "every_layer"]
+"""Where virtual tokens go: ``before`` a text's first token (as published), ``after_first``, between a ``[CLS]``
+or ``<s>`` and the rest, or in ``every_layer`` as keys and values, see :mod:`~lopa_lightning.backbones.prefix`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the content of each place of a prompted sequence comes from.
+
+    Attributes:
+        index: ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a place of the text.
+        start: The first virtual token's place, where it is the same in every row since every text starts at the
+            first place: nothing then need be looked up by the index. None where rows differ.
+    """
+
+    index: Tensor
+    start: int | None
+
+
+def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Placement = "before") -> Layout:
+    """For every place of the prompted sequence, where its content comes from.
+
+    Args:
+        attention_mask: 1 at the text's tokens, 0 at padding, ``[B, T]``. The ones of a row are contiguous.
+        num_virtual_tokens: Number m of virtual tokens.
+        placement: ``before`` or ``after_first``.
+
+    Example:
+        >>> prompt_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), num_virtual_tokens=2).index
+        tensor([[0, 1, 2, 3, 4],
+                [2, 0, 1, 3, 4]])
+    """
+    m, length = num_virtual_tokens, attention_mask.shape[1]
+    own_token = int(placement == "after_first")  # before the virtual ones
+    start = attention_mask.argmax(dim=1, keepdim=True) + own_token
+    place = torch.arange(m + length, device=attention_mask.device).expand(len(attention_mask), -1)
+    in_prompt = (place >= start) & (place < start + m)
+    index = torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
+    return Layout(index, own_token if bool(attention_mask[:, 0].all()) else None)
+
+
+def check_placement(placement: str) -> None:
+    """Raises a LoPAError if ``placement`` is unknown."""
+    if placement not in get_args(Placement):
+        raise LoPAError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
+
+
+def insert(layout: Layout, prompt: Tensor | int, text: Tensor) -> Tensor:
+    """Puts the virtual tokens' part of something among the text's.
+
+    Args:
+        layout: From :func:`prompt_layout`.
+        prompt: What the virtual tokens have, ``[B, m, ...]``, or one number for all of them.
+        text: What the text's tokens have, ``[B, T, ...]``.
+
+    Returns:
+        Both in the layout's order, ``[B, m + T, ...]``.
+
+    Example:
+        >>> layout = prompt_layout(torch.tensor([[0, 1, 1]]), num_virtual_tokens=2)
+        >>> insert(layout, -1, torch.tensor([[7, 8, 9]]))
+        tensor([[ 7, -1, -1,  8,  9]])
+    """
+    index, start = layout.index, layout.start
+    if isinstance(prompt, int):
+        m = index.shape[1] - text.shape[1]
+        prompt = text.new_full((len(text), m, *text.shape[2:]), prompt)
+    if start is not None:  # a gather and its backward pass cost many times as much
+        return torch.cat([text[:, :start], prompt, text[:, start:]], dim=1)
+    both = torch.cat([prompt, text], dim=1)
+    index = index.view(*index.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
+    return both.gather(1, index)
+
+
+def with_offset(embedded: Tensor, offset: Tensor, attention_mask: Tensor) -> Tensor:
+    """Adds learned vectors to the embeddings of a text's first tokens, counted from its first real one.
+
+    Args:
+        embedded: Embeddings of the text, ``[B, T, d]``.
+        offset: ``[s, d]``; tokens after the first s stay as they are.
+        attention_mask: ``[B, T]``.
+
+    Returns:
+        ``[B, T, d]``.
+    """
+    place = position_ids(attention_mask)
+    added = offset[place.clamp(max=len(offset) - 1)].to(embedded.dtype)
+    return embedded + added * (place < len(offset)).unsqueeze(-1)
+
+
+def position_ids(attention_mask: Tensor, offset: int = 0) -> Tensor:
+    """Positions that count tokens and pass over padding.
+
+    Args:
+        attention_mask: ``[B, L]``.
+        offset: Position of the first token (2 in RoBERTa, whose positions start after its padding index).
+
+    Returns:
+        ``[B, L]``; padding before the text gets the first token's position, which nothing reads.
+
+    Example:
+        >>> position_ids(torch.tensor([[0, 1, 1], [1, 1, 0]]), offset=2)
+        tensor([[2, 2, 3],
+                [2, 3, 3]])
+    """
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0) + offset

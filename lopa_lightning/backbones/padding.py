@@ -1,0 +1,140 @@
+"""Checks that a text gets the same hidden states alone as padded in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lopa_lightning.errors import LoPAError
+
+if TYPE_CHECKING:
+    from lopa_lightning.backbones.text import Backbone
+
+Side = Literal["left", "right"]
+
+_SHORT, _LONG, _VIRTUAL = 6, 18, 8  # tokens
+_WIDEST = 1024  # the window of local attention that a check still looks across, in tokens
+
+
+def check_padding(backbone: Backbone, num_virtual_tokens: int, side: Side, pad_id: int) -> None:
+    """Compares the states of a short text alone and padded to a longer one; warns if the model itself mixes padding in.
+
+    Two short forward passes, or three with virtual tokens in every layer; two more where states differ. It is to be
+    called on all processes, and with weights.
+
+    Args:
+        backbone: The model and where its virtual tokens go.
+        num_virtual_tokens: Number m of virtual tokens.
+        side: Where padding goes.
+        pad_id: Token at padding.
+
+    Raises:
+        LoPAError: If padding changes states only because of where virtual tokens are.
+    """
+    name, modes = type(backbone.body).__name__, [(part, part.training) for part in backbone.modules()]
+    backbone.train(False)
+    try:
+        found = _change(backbone, min(num_virtual_tokens, _VIRTUAL), side, pad_id)
+        if found <= tolerance(backbone.body):
+            return
+        own = _change(backbone, 0, side, pad_id)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    if own <= tolerance(backbone.body):
+        raise LoPAError(
+            f"placement {backbone.placement!r} cannot be right with padding on the {side}: beside virtual tokens it "
+            f"changes the hidden states of {name} by {found:.0%}, without them not at all; use another placement "
+            "or another backbone"
+        )
+    warn_of_mixing(name, side, own)
+
+
+def warn_of_mixing(name: str, side: Side, change: float) -> None:
+    """Warns that what a model computes for a text depends on the texts that it is batched with.
+
+    Args:
+        name: Of the model.
+        side: Where padding goes.
+        change: How much padding changes states, relative to their size.
+    """
+    rank_zero_warn(
+        f"{name} mixes padding into a text's hidden states: padding on the {side} changes them by {change:.2%}, as in "
+        "transformers itself. A text's answer depends on the batch that it is in; batches of one text have no padding"
+    )
+
+
+def tolerance(model: nn.Module) -> float:
+    """Returns how much states may differ by rounding, relative to their size.
+
+    Args:
+        model: With the dtype, the device and the quantisation that it computes in.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    is_exact = dtypes <= {torch.float32, torch.float64} and not hasattr(model.config, "quantization_config")
+    return 1e-3 if is_exact and not (on_gpu and torch.get_float32_matmul_precision() != "highest") else 0.1
+
+
+@torch.no_grad()
+def change_by_padding(
+    states: Callable[[Tensor, Tensor], Tensor],
+    vocabulary: int,
+    side: Side,
+    pad_id: int = 0,
+    room: int | None = None,
+    gap: int = 0,
+    device: Any = None,
+) -> float:
+    """Returns how much padding changes the states of a short text, relative to their size.
+
+    Args:
+        states: From ids and mask ``[B, T]`` to the states of the first text's own tokens.
+        vocabulary: Number of token ids.
+        side: Where padding goes.
+        pad_id: Token at padding.
+        room: Tokens that a text may have at most; None for no limit.
+        gap: Padding beside what there is by default.
+        device: Of the ids.
+    """
+    length = _LONG + gap if room is None else min(_LONG + gap, room)
+    short = min(_SHORT, length // 2)
+    if short < 1:
+        return 0.0
+    own = slice(length - short, None) if side == "left" else slice(short)
+    ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    mask[0, own] = 1
+    ids = ids.masked_fill(mask == 0, pad_id)
+    padded, alone = states(ids, mask).float(), states(ids[:1, own], mask[:1, own]).float()
+    return float((padded - alone).norm() / alone.norm())
+
+
+def _change(backbone: Backbone, m: int, side: Side, pad_id: int) -> float:
+    weight, limit = backbone.embedding_weight, backbone.max_positions
+    # Real tokens: any numbers would not be of the scale that a model's layers are made for.
+    with torch.no_grad():
+        virtual = (
+            backbone.virtual_tokens(torch.arange(m) % len(weight)) if m else weight.new_zeros(0, backbone.prompt_dim)
+        )
+
+    def states(ids: Tensor, mask: Tensor) -> Tensor:
+        found = backbone(virtual[None], ids, mask)
+        own: Tensor = found.hidden[0][found.text_mask[0] == 1]
+        return own
+
+    gap = _window(backbone) if m and backbone.placement == "every_layer" else 0
+    room = None if limit is None else limit - m
+    return change_by_padding(states, len(weight), side, pad_id, room, gap, weight.device)
+
+
+def _window(backbone: Backbone) -> int:
+    """The widest window of local attention in a config: padding between virtual tokens and text must not use it up."""
+    entries = backbone.body.config.to_dict().items()
+    widths = [value for key, value in entries if "window" in key and type(value) is int and value <= _WIDEST]
+    return max(widths, default=0)

@@ -1,0 +1,153 @@
+"""Models split over processes by FSDP2: each layer a group of its own, all that lies around the layers one more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from lopa_lightning.backbones.transformer_layers import transformer_layers
+from lopa_lightning.errors import LoPAError
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes that see different data, among all of a strategy's.
+
+    Args:
+        mesh: With the dimensions of Lightning's ``ModelParallelStrategy``, or one alone.
+
+    Raises:
+        LoPAError: If the mesh asks for tensor parallelism.
+    """
+    names = mesh.mesh_dim_names or ()
+    if "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
+        size = mesh["tensor_parallel"].size()
+        raise LoPAError(
+            f"tensor_parallel_size must be 1, got {size}: a frozen backbone is sharded, its matrices are not split; "
+            "use configs/trainer/fsdp.yaml"
+        )
+    return mesh["data_parallel"] if "data_parallel" in names else mesh
+
+
+def shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Splits the weights of every layer over the processes, in place; done already, it stays as it is.
+
+    Args:
+        model: On the ``meta`` device or on a real one.
+        mesh: The processes.
+    """
+    for layer in transformer_layers(model):
+        if not isinstance(layer, FSDPModule):
+            fully_shard(layer, mesh=mesh)
+
+
+def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -> None:
+    """Splits all weights of a net over the processes, in place.
+
+    What is trained outside of the layers lies in the group of ``net`` itself: in a group of no one,
+    its gradients would never be averaged.
+
+    Args:
+        net: Its ``forward`` is the whole way from a batch to outputs, and its ``run`` runs anything else.
+        models: The models in it whose layers are to be groups of their own.
+        mesh: The processes.
+
+    Raises:
+        LoPAError: If what is trained is not all of one dtype.
+    """
+    formats = sorted({str(p.dtype).removeprefix("torch.") for p in net.parameters() if p.requires_grad})
+    if len(formats) > 1:
+        raise LoPAError(
+            f"sharded, all that is trained must have one dtype, got {' and '.join(formats)}; "
+            "load the model that is trained with dtype: float32"
+        )
+    for model in models:
+        shard_layers(model, mesh)
+    fully_shard(net, mesh=mesh)
+    register_fsdp_forward_method(net, "run")
+    assert all(isinstance(parameter, DTensor) for parameter in net.parameters())
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether processes wait for each other in every layer of a net."""
+    return isinstance(net, FSDPModule)
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as a parameter holds it: this process's part where it is sharded.
+
+    Args:
+        value: The same on every process.
+        parameter: Of the same shape.
+    """
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, gathered from all processes where it is sharded; every one must ask for it.
+
+    Args:
+        tensor: Sharded or not.
+    """
+    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered
+
+
+def values_at(tensor: Tensor, places: Tensor) -> Tensor:
+    """Numbers of a tensor, as if it were flat; of a sharded one no more than these are sent.
+
+    Args:
+        tensor: Whole, or sharded by rows.
+        places: Indices into the flat tensor, ``[n]``.
+
+    Returns:
+        ``[n]``, on every process.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.flatten()[places.to(tensor.device)]
+    local = tensor.to_local().flatten()
+    start = row_range(tensor)[0] * (tensor.numel() // max(1, len(tensor)))
+    places = places.to(local.device) - start
+    here = (places >= 0) & (places < len(local))
+    values = torch.zeros(len(places), dtype=torch.float32, device=local.device)
+    values[here] = local[places[here]].float()
+    dist.all_reduce(values, group=tensor.device_mesh.get_group())
+    return values
+
+
+def row_range(tensor: DTensor) -> tuple[int, int]:
+    """First and last (exclusive) row of a tensor sharded by rows that this process has.
+
+    Args:
+        tensor: As FSDP2 shards it: equal parts, the last ones perhaps short.
+    """
+    part = -(-len(tensor) // tensor.device_mesh.size())
+    rank = tensor.device_mesh.get_local_rank()
+    return min(rank * part, len(tensor)), min((rank + 1) * part, len(tensor))
+
+
+@contextmanager
+def gathered(net: nn.Module) -> Iterator[None]:
+    """What lies outside of the layers is whole in this block; every process must enter it.
+
+    Args:
+        net: Sharded or not.
+    """
+    if not isinstance(net, FSDPModule):
+        yield
+        return
+    net.unshard()
+    try:
+        yield
+    finally:
+        net.reshard()

@@ -1,0 +1,307 @@
+"""The frozen backbone: embeddings in, hidden states out, and the language model head where one is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from lopa_lightning.backbones.adapters import adapter_layers
+from lopa_lightning.backbones.injection import (
+    Placement,
+    check_placement,
+    insert,
+    position_ids,
+    prompt_layout,
+    with_offset,
+)
+from lopa_lightning.backbones.lm_head import LabelWordHead, VocabularyHead, chunked_cross_entropy
+from lopa_lightning.backbones.prefix import cache_input, layer_prompts
+from lopa_lightning.backbones.pretrained import (
+    accepted_inputs,
+    first_position,
+    has_token_types,
+    hidden_size,
+    is_causal,
+    max_positions,
+)
+from lopa_lightning.backbones.transformer_layers import compile_for_training, recompute, transformer_layers
+from lopa_lightning.errors import LoPAError
+
+
+@dataclass(frozen=True)
+class PromptedStates:
+    """What the backbone computed for ``[Z; embed(x)]``.
+
+    Attributes:
+        hidden: Last hidden states ``[B, L, h]``; L is m + T, or T with virtual tokens in every layer.
+        text_mask: 1 at the text's own tokens, 0 at virtual tokens and padding, ``[B, L]``.
+        input_ids: The text's token ids in place, -1 at virtual tokens, ``[B, L]``.
+    """
+
+    hidden: Tensor
+    text_mask: Tensor
+    input_ids: Tensor
+
+
+class Backbone(nn.Module):
+    """A pretrained transformer that is never changed, only shown soft prompts.
+
+    As a baseline it may be changed after all: by an adapter that lies in ``model``, or as a whole.
+
+    Args:
+        model: Encoder, masked LM or causal LM from transformers.
+        dropout: Whether the model's own dropout is active in training. It is off otherwise, always.
+        placement: Where virtual tokens go, see :mod:`~lopa_lightning.backbones.injection`.
+        trained: Whether all of the model's weights are trained.
+        gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
+        compiled: Whether torch compiles its layers for training.
+
+    Raises:
+        LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
+            attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
+            these are to be computed a second time or compiled.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dropout: bool = False,
+        placement: Placement = "before",
+        trained: bool = False,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        check_placement(placement)
+        self.model = model.requires_grad_() if trained else model
+        self.dropout = dropout or trained
+        self.placement = placement
+        self._accepts = accepted_inputs(self.body)
+        if missing := {"inputs_embeds", "attention_mask"} - self._accepts:
+            names = " and no ".join(sorted(missing))
+            raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
+        self._has_token_types = has_token_types(self.body)
+        self._is_causal = is_causal(self.body)
+        self._layers = layer_prompts(self.body) if placement == "every_layer" else None
+        if compiled:
+            if self._layers is not None:
+                raise LoPAError(
+                    "compile makes one program of all layers, and placement 'every_layer' one of each; "
+                    "use placement 'before' or 'after_first', or compile: false"
+                )
+            compile_for_training(transformer_layers(self.body))
+        if gradient_checkpointing:
+            if self._layers is not None:
+                raise LoPAError(
+                    "gradient_checkpointing computes a layer twice, and placement 'every_layer' fills its cache once; "
+                    "use placement 'before' or 'after_first', or gradient_checkpointing: false"
+                )
+            recompute(transformer_layers(self.body))
+        self._adapted = adapter_layers(model)
+        # In a list, so that torch does not register the head's weights a second time.
+        self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
+
+    @property
+    def body(self) -> PreTrainedModel:
+        """The model without its language model head."""
+        return cast(PreTrainedModel, self.model.base_model)
+
+    @property
+    def prompt_dim(self) -> int:
+        """Width d of a virtual token: the input embeddings', or that of all layers' keys and values."""
+        return int(self.embedding_weight.shape[1]) if self._layers is None else self._layers.width
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The weight of the model's embedding layer, ``[V, d]``."""
+        return cast(Tensor, self.model.get_input_embeddings().weight).detach()
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width h of the hidden states."""
+        return hidden_size(self.model.config)
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens, virtual ones included, the model has positions for; None if that is not limited."""
+        return max_positions(self.body)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in eval mode, unless the backbone's dropout was asked for."""
+        super().train(mode and self.dropout)
+        for layer in self._adapted:  # an adapter's dropout is its own
+            layer.train(mode)
+        return self
+
+    def embedding_table(self) -> Tensor:
+        """The vectors that token ids stand for at the model's input, ``[V, d]``.
+
+        No copy, unless the model's embedding layer does more than look up (Gemma's scales).
+        """
+        layer, weight = self.model.get_input_embeddings(), self.embedding_weight
+        if type(layer) is nn.Embedding:
+            return weight
+        with torch.no_grad():
+            return cast(Tensor, layer(torch.arange(len(weight), device=weight.device)))
+
+    def virtual_tokens(self, token_ids: Tensor) -> Tensor:
+        """What real tokens are where virtual tokens go, ``[n, d]``.
+
+        Args:
+            token_ids: ``[n]``.
+        """
+        token_ids = token_ids.to(self.embedding_weight.device)
+        if self._layers is not None:
+            return self._layers.embed(self.body, token_ids)
+        return self.embedding_table()[token_ids]
+
+    def forward(
+        self,
+        prompt: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> PromptedStates:
+        """Runs the backbone on ``[Z; embed(x)]``.
+
+        Args:
+            prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
+            input_ids: Token ids of the text, ``[B, T]``; padded on either side.
+            attention_mask: 1 at the text's tokens, ``[B, T]``.
+            token_type_ids: Segment of each token, ``[B, T]``; virtual tokens belong to the first.
+            offset: Added to the embeddings of the text's first s tokens, ``[s, d]``.
+
+        Returns:
+            Hidden states of virtual tokens and text; with virtual tokens in every layer the text's alone.
+
+        Raises:
+            LoPAError: If m + T is more than the backbone has positions for.
+        """
+        batch, m = len(input_ids), prompt.shape[1]
+        if self.max_positions is not None and m + input_ids.shape[1] > self.max_positions:
+            raise LoPAError(
+                f"{m} virtual tokens and {input_ids.shape[1]} tokens of text are more than the "
+                f"{self.max_positions} positions of the backbone; truncate the text"
+            )
+        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
+        if self._layers is not None:
+            cache = self._layers.cache(prompt, batch)
+            mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
+            places = position_ids(attention_mask, first_position(self.body) + m)
+            given = {str(cache_input(self.body)): cache}
+            hidden = self._run(embedded, places, token_type_ids, attention_mask=mask, **given)
+            return PromptedStates(hidden, attention_mask, input_ids)
+        layout = prompt_layout(attention_mask, m, self.placement)
+        prompted = insert(layout, prompt.expand(batch, -1, -1), embedded)
+        types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
+        if self._is_causal and layout.start is not None:
+            # All padding comes after the tokens that are read, which see nothing of it: attention without a mask.
+            hidden = self._run(prompted, None, types, attention_mask=None)
+        else:
+            mask = insert(layout, 1, attention_mask)
+            hidden = self._run(prompted, position_ids(mask, first_position(self.body)), types, attention_mask=mask)
+        return PromptedStates(hidden, insert(layout, 0, attention_mask), insert(layout, -1, input_ids))
+
+    def _embedded(
+        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Virtual tokens in the backbone's dtype, and the text's embeddings."""
+        embedded = self.model.get_input_embeddings()(input_ids)
+        if offset is not None:
+            embedded = with_offset(embedded, offset, attention_mask)
+        return prompt.to(embedded.dtype), embedded
+
+    def to_continue(
+        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Cache | None]:
+        """What a model's ``generate`` is given to continue ``[Z; x]``.
+
+        Args:
+            prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
+            input_ids: Token ids of the text, ``[B, T]``; padded on the left.
+            attention_mask: 1 at the text's tokens, ``[B, T]``.
+            offset: See :meth:`forward`.
+
+        Returns:
+            Embeddings ``[B, m + T, d]`` and their mask ``[B, m + T]``. With virtual tokens in every layer,
+            the filled cache as well: of the embeddings, the virtual tokens' are then never read.
+        """
+        batch, m = len(input_ids), prompt.shape[1]
+        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
+        if self._layers is not None:
+            mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
+            unread = embedded.new_zeros(batch, m, embedded.shape[-1])
+            return torch.cat([unread, embedded], dim=1), mask, self._layers.cache(prompt, batch) if m else None
+        layout = prompt_layout(attention_mask, m, self.placement)
+        embeddings = insert(layout, prompt.expand(batch, -1, -1), embedded)
+        return embeddings, insert(layout, 1, attention_mask), None
+
+    def _run(self, embedded: Tensor, places: Tensor | None, token_type_ids: Tensor | None, **options: Any) -> Tensor:
+        """Last hidden states of the model; what it does not take is left out."""
+        if places is not None and "position_ids" in self._accepts:
+            options["position_ids"] = places
+        if token_type_ids is not None and self._has_token_types:
+            options["token_type_ids"] = token_type_ids
+        if "use_cache" in self._accepts:
+            # Nothing is generated here, and a cache that is returned holds every layer's keys and values.
+            options["use_cache"] = False
+        hidden: Tensor = self.body(inputs_embeds=embedded, **options).last_hidden_state
+        return hidden
+
+    def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """The language model's logits of a few tokens, without those of the rest of the vocabulary.
+
+        Args:
+            hidden: Hidden states ``[B, h]``.
+            token_ids: The tokens, ``[n]``.
+
+        Returns:
+            ``[B, n]``.
+
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+        logits: Tensor = self._required_heads()[0](hidden, token_ids)
+        return logits
+
+    def label_log_probabilities(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Returns the log-probabilities of a few tokens among the language model's whole vocabulary.
+
+        Args:
+            hidden: Hidden states ``[B, h]``.
+            token_ids: The tokens, ``[n]``.
+
+        Returns:
+            ``[B, n]``, in float32.
+
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+        return self._required_heads()[1](hidden).float().log_softmax(-1)[:, token_ids]
+
+    def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Cross entropy of tokens over the whole vocabulary, of which only a chunk's logits exist at a time.
+
+        Args:
+            hidden: Hidden states at the places that predict a token, ``[N, h]``.
+            targets: The tokens, ``[N]``.
+            chunk: Places at a time; by default as many as keep a chunk's logits at 64 MB.
+
+        Returns:
+            Losses in float32 and, where no gradients are taken, whether the token was the likeliest, each ``[N]``.
+
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+        return chunked_cross_entropy(self._required_heads()[1], hidden, targets, chunk)
+
+    def _required_heads(self) -> tuple[LabelWordHead, VocabularyHead]:
+        if not self._heads:
+            raise LoPAError(f"{type(self.model).__name__} has no language model head")
+        return self._heads[0]

@@ -1,0 +1,1 @@
+"""MBPP and CRUXEval: prompts, programs made of completions, and their scores."""

@@ -1,0 +1,119 @@
+"""Prompts whose completion is judged by running a program."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lopa_lightning.data.base import Role
+from lopa_lightning.data.completion import CompletionDataModule, Layout
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.sandbox.run import Limits, isolation, isolation_line, require_permission, run_programs
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+InstanceReads = Literal["question", "prompt"]
+
+
+class CodeDataModule(CompletionDataModule):
+    """A benchmark of code: a subclass gives the layout of its prompts, and the program that judges a completion.
+
+    Args:
+        allow_code_execution: Whether code that the model wrote may be run on this machine, in a sandbox.
+        limits: What one program may use.
+        workers: Programs that run at once; by default one for each core.
+        instance_reads: What the instance encoder reads: the ``question`` without task description and solved examples,
+            or the whole ``prompt``, as in the paper's released code.
+        **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
+    """
+
+    _isolation_told = False
+
+    def __init__(
+        self,
+        allow_code_execution: bool = False,
+        limits: Limits = Limits(),
+        workers: int | None = None,
+        instance_reads: InstanceReads = "question",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if instance_reads not in get_args(InstanceReads):
+            raise LoPAError(f"instance_reads must be question or prompt, got {instance_reads!r}")
+        self.instance_reads = instance_reads
+        self.allow_code_execution, self.limits, self.workers = allow_code_execution, limits, workers
+
+    @abstractmethod
+    def layout(self, role: Role) -> Layout:
+        """How a row becomes an example."""
+
+    @abstractmethod
+    def program(self, row: dict[str, Any], completion: str) -> str:
+        """The program that passes if a completion is right.
+
+        Args:
+            row: The problem, as it is stored.
+            completion: What the model wrote.
+        """
+
+    def skips(self, row: dict[str, Any], completion: str) -> bool:
+        """Whether the benchmark's own harness passes over a completion, so that it is no sample of its problem.
+
+        Args:
+            row: The problem, as it is stored.
+            completion: What the model wrote.
+        """
+        return False
+
+    def check_scoring(self) -> None:
+        """Refuses to run code without the user's permission, and says what isolates it."""
+        require_permission(self.allow_code_execution)
+        if not self._isolation_told:  # a run is checked before its data are read, and again by Lightning
+            rank_zero_info(isolation_line())
+        self._isolation_told = True
+
+    def scoring_identity(self) -> dict[str, Any]:
+        """With what a program may use, and where it is run."""
+        return {**super().scoring_identity(), "limits": asdict(self.limits), "isolation": list(isolation())}
+
+    def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Runs every completion's program in the sandbox."""
+        require_permission(self.allow_code_execution)
+        (split,) = self.splits_of("test")
+        rows = self.load_split(split, "test")
+        written: list[dict[str, Any]] = [
+            {
+                "index": index,
+                "sample": sample,
+                "completion": text,
+                "program": self.program(rows[index], text),
+                "skipped": self.skips(rows[index], text),
+            }
+            for index, texts in zip(indices, completions)
+            for sample, text in enumerate(texts)
+        ]
+        outcomes = run_programs([record["program"] for record in written], self.limits, self.workers)
+        return [
+            {
+                **record,
+                "passed": outcome.passed,
+                "status": outcome.status,
+                "stderr": outcome.stderr,
+                "seconds": outcome.seconds,
+                "isolation": list(outcome.isolation),
+            }
+            for record, outcome in zip(written, outcomes)
+        ]
+
+
+def halves(data: Dataset) -> DatasetDict:
+    """The first half of the rows to train on, the second to test, as the paper does."""
+    from datasets import DatasetDict
+
+    middle = len(data) // 2
+    return DatasetDict({"train": data.select(range(middle)), "test": data.select(range(middle, len(data)))})

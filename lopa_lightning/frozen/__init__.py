@@ -1,1 +1,0 @@
-"""Frozen things: backbone, instance encoder, and where virtual tokens go. torch and transformers only."""

@@ -1,0 +1,1 @@
+"""The frozen instance encoder, and the cache of its vectors."""

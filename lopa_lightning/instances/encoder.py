@@ -1,0 +1,244 @@
+"""The frozen instance encoder: a text's tokens in, one vector out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lopa_lightning.backbones.injection import position_ids
+from lopa_lightning.backbones.padding import change_by_padding, tolerance, warn_of_mixing
+from lopa_lightning.backbones.pretrained import (
+    Dtype,
+    PretrainedSpec,
+    accepted_inputs,
+    check_dtype,
+    first_position,
+    has_token_types,
+    max_positions,
+)
+from lopa_lightning.errors import LoPAError
+
+Pooling = Literal["cls", "mean", "last", "max"]
+
+BACKBONE = "backbone"
+
+
+@dataclass(frozen=True)
+class InstanceEncoderSpec:
+    """Which model reads an instance, and how its hidden states become one vector.
+
+    Args:
+        name: ``backbone`` for the backbone itself, one copy in memory (two where one of both is trained);
+            else like :class:`~lopa_lightning.backbones.pretrained.PretrainedSpec`'s.
+        pooling: ``cls``: the first token's hidden state; ``last``: the last token's; ``mean`` and
+            ``max``: over the text's tokens.
+        normalize: Whether vectors are scaled to a root mean square of 1. Encoders differ twentyfold in scale, and
+            prompt encoders start as if it were about 1; the paper's released code takes them as they come.
+        trainable: Whether the encoder is trained (and saved) as well, as the paper's released NLU code does.
+        cache: Whether a frozen encoder's vectors are made once on a machine and kept beside the data sets' cache;
+            the encoder is then not in memory while prompts are trained. False to encode every batch again.
+        dropout: Whether a frozen encoder's own dropout is active in training, as in the paper's released code; every
+            batch is then encoded. A trainable encoder's always is.
+        max_length: Tokens of the text that it reads at most; None for as many as it has positions.
+        revision: Branch, tag or commit on the hub.
+        dtype: Number format of the weights.
+        attn_implementation: See :class:`~lopa_lightning.backbones.pretrained.PretrainedSpec`.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Raises:
+        LoPAError: If ``pooling`` or ``dtype`` is unknown, ``max_length`` below 1, or the backbone is the encoder and
+            is to have a dropout of its own.
+    """
+
+    name: str = BACKBONE
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    trainable: bool = False
+    max_length: int | None = None
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    cache: bool = True
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        check_pooling(self.pooling)
+        check_dtype(self.dtype)
+        if self.max_length is not None and self.max_length < 1:
+            raise LoPAError(f"instance_encoder.max_length must be at least 1, got {self.max_length}")
+        if self.dropout and self.is_backbone and not self.trainable:
+            raise LoPAError("instance_encoder.dropout needs a model of its own, not name: backbone")
+
+    @property
+    def is_varying(self) -> bool:
+        """Whether an instance's vector changes in training."""
+        return self.trainable or self.dropout
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether the backbone itself is the encoder."""
+        return self.name == BACKBONE
+
+    def pretrained(self) -> PretrainedSpec:
+        """How to load the encoder's own model."""
+        return PretrainedSpec(self.name, self.revision, self.dtype, self.attn_implementation, self.trust_remote_code)
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Makes one vector of a sequence of hidden states.
+
+    Args:
+        hidden: Hidden states ``[B, L, h]``.
+        mask: 1 at the tokens that count, ``[B, L]``; every row has at least one.
+        pooling: ``cls`` (the first that counts), ``last``, ``mean`` or ``max``.
+
+    Returns:
+        ``[B, h]``; a mean is in float32 at least.
+
+    Raises:
+        LoPAError: If ``pooling`` is unknown.
+
+    Example:
+        >>> hidden, mask = torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[0, 1, 1]])
+        >>> [pool(hidden, mask, p).item() for p in ("cls", "mean", "last", "max")]
+        [1.0, 2.0, 3.0, 3.0]
+    """
+    check_pooling(pooling)
+    if pooling == "mean":
+        # Summed in float32: bfloat16 has no number for 257 tokens.
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return (hidden * weight).sum(1, dtype=wide) / mask.sum(1, keepdim=True)
+    if pooling == "max":
+        return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
+    first = mask.argmax(1) if pooling == "cls" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+
+
+class InstanceEncoder(nn.Module):
+    """Turns the tokens of instances into vectors.
+
+    Args:
+        model: A model without a head, or what loads one once it is needed.
+        spec: Pooling and normalisation.
+        shared: Whether ``model`` belongs to the backbone. It is then not registered here a second time; nor is
+            one that is loaded later, which comes and goes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Callable[[], PreTrainedModel],
+        spec: InstanceEncoderSpec,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shared = shared
+        self._load: Callable[[], PreTrainedModel] | None = None
+        self.is_checked = False
+        """Whether it was looked at what padding does to a vector; to be set where there are no values to compare."""
+        # In a list, so that torch does not register it.
+        self._unregistered: list[PreTrainedModel] = []
+        if not isinstance(model, PreTrainedModel):
+            self._load = model
+        elif shared:
+            self._unregistered.append(model)
+        else:
+            self.model = model.requires_grad_(spec.trainable)
+
+    @property
+    def own_model(self) -> PreTrainedModel | None:
+        """The model that is registered here; None if there is none."""
+        return None if self.shared or self._load is not None else self.model
+
+    def loaded(self) -> PreTrainedModel:
+        """The model, loaded if it is not there."""
+        if self._load is not None and not self._unregistered:
+            # As if nothing happened: what is drawn next, and what may later be part of a graph.
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                self._unregistered.append(self._load())
+        return self._unregistered[0] if self._unregistered else self.model
+
+    def release(self) -> None:
+        """Gives back the memory of a model that can be loaded again."""
+        if self._load is not None:
+            self._unregistered.clear()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Encodes instances.
+
+        Args:
+            input_ids: ``[B, S]``, by the encoder's own tokenizer.
+            attention_mask: ``[B, S]``.
+            token_type_ids: Segment of each token, ``[B, S]``; None for one segment.
+
+        Returns:
+            Float32 vectors ``[B, e]``, without gradient unless the encoder is trained.
+        """
+        model = self.loaded()
+        if self._load is not None:  # the others are where their owner put them
+            with torch.inference_mode(False):
+                cast(nn.Module, model).to(input_ids.device)
+        if not self.is_checked:
+            self.is_checked = True
+            self._check_padding(model, input_ids.device)
+        return self._vectors(model, input_ids, attention_mask, token_type_ids)
+
+    def _vectors(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        extra = {}
+        if "position_ids" in accepted_inputs(model):
+            extra["position_ids"] = position_ids(attention_mask, first_position(model))
+        if token_type_ids is not None and has_token_types(model):
+            extra["token_type_ids"] = token_type_ids
+        with (
+            _eval_unless(self.spec.is_varying, model),
+            torch.set_grad_enabled(self.spec.trainable and torch.is_grad_enabled()),
+        ):
+            hidden = model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+            vector = pool(hidden, attention_mask, self.spec.pooling).float()
+            return F.rms_norm(vector, vector.shape[-1:]) if self.spec.normalize else vector
+
+    def _check_padding(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Warns if a vector depends on the texts that it is computed with."""
+        room = min((n for n in (max_positions(model), self.spec.max_length) if n is not None), default=None)
+        vocabulary = len(cast(Tensor, model.get_input_embeddings().weight))
+        with _eval_unless(False, model):
+            change = change_by_padding(
+                lambda ids, mask: self._vectors(model, ids, mask)[0], vocabulary, "right", 0, room, 0, device
+            )
+        if not change <= tolerance(model):
+            warn_of_mixing(f"instance encoder {type(model).__name__}", "right", change)
+
+    def train(self, mode: bool = True) -> InstanceEncoder:
+        """Keeps a frozen encoder in eval mode, unless its dropout was asked for."""
+        super().train(mode and self.spec.is_varying)
+        return self
+
+
+@contextlib.contextmanager
+def _eval_unless(varying: bool, model: PreTrainedModel) -> Iterator[None]:
+    """Switches off the dropout of a backbone in training, while it serves as a frozen encoder."""
+    switch = model.training and not varying
+    if switch:
+        model.train(False)
+    try:
+        yield
+    finally:
+        if switch:
+            model.train(True)
+
+
+def check_pooling(pooling: str, name: str = "pooling") -> None:
+    """Raises a LoPAError if a pooling is unknown."""
+    if pooling not in get_args(Pooling):
+        raise LoPAError(f"{name} must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")

@@ -1,0 +1,306 @@
+"""From specs to loaded parts: what is known from configs alone, and what weights are needed for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.backbones.adapters import adapt
+from lopa_lightning.backbones.injection import Placement
+from lopa_lightning.backbones.pretrained import (
+    Family,
+    PretrainedSpec,
+    checked_shapes,
+    hidden_size,
+    load_config,
+    load_model,
+    load_tokenizer,
+    unloaded_model,
+)
+from lopa_lightning.backbones.quantization import quantization_config
+from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text_spec import Objective, TextSpec, check_token_ids, vocabulary
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
+from lopa_lightning.instances.vectors import VectorCache
+from lopa_lightning.migrations import FORMAT
+from lopa_lightning.plain import plain, with_arguments, without_defaults
+from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
+
+_TRAINED_BYTES = 16  # of a parameter in float32: itself, its gradient and Adam's two moments
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What is known of the model before any weight is read.
+
+    Attributes:
+        backbone: The backbone on the ``meta`` device: names and shapes without numbers.
+        prompt_encoder: The prompt encoder, on the ``meta`` device as well.
+    """
+
+    backbone: Backbone
+    prompt_encoder: PromptEncoder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The loaded parts.
+
+    Attributes:
+        backbone: The frozen model.
+        prompt_encoder: With its start values.
+        instance_encoder: None if the prompt encoder reads no instance.
+        identity: What a checkpoint says of all three, see :mod:`lopa_lightning.checkpoint`.
+    """
+
+    backbone: Backbone
+    prompt_encoder: PromptEncoder
+    instance_encoder: InstanceEncoder | None
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds the parts of a module. Nothing is read before it is asked for.
+
+    Attributes:
+        backbone: The frozen model.
+        make_prompt_encoder: Still wants ``(embedding_dim, instance_dim)``.
+        instance_encoder: The model that reads instances.
+        objective: How an answer is read.
+        placement: Where virtual tokens go.
+        adapter: PEFT config of an adapter in the backbone; None for none.
+        train_backbone: Whether all weights of the backbone are trained.
+    """
+
+    backbone: PretrainedSpec
+    make_prompt_encoder: PromptEncoderFactory
+    instance_encoder: InstanceEncoderSpec
+    objective: Objective
+    placement: Placement = "before"
+    adapter: Mapping[str, Any] | None = None
+    train_backbone: bool = False
+
+    @property
+    def family(self) -> Family:
+        """Which head the backbone is loaded with."""
+        return "encoder" if self.objective == "head" else self.objective
+
+    @functools.cached_property
+    def encoder_spec(self) -> InstanceEncoderSpec:
+        """The instance encoder's, as a copy of the backbone where the two cannot be one: either is trained."""
+        spec, backbone = self.instance_encoder, self.backbone
+        if not spec.is_backbone or not (spec.trainable or self.train_backbone or self.adapter is not None):
+            return spec
+        names = {field.name for field in dataclasses.fields(backbone)} & {
+            field.name for field in dataclasses.fields(spec)
+        }
+        return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in names})
+
+    @functools.cached_property
+    def instance_vectors(self) -> VectorCache | None:
+        """Where the instance encoder's vectors are kept; None where they change or are not to be kept."""
+        spec = self.encoder_spec
+        if spec.is_varying or not spec.cache:
+            return None
+        # The backbone's own class, so that the vectors are those that it would make. It goes before the backbone comes.
+        source, family = (self.backbone, self.family) if spec.is_backbone else (spec.pretrained(), "encoder")
+        return VectorCache(source, InstanceEncoder(functools.partial(_body, source, family), spec), ckpt.fingerprint)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return load_tokenizer(self.backbone)
+
+    @functools.cached_property
+    def skeleton(self) -> Skeleton:
+        """The model's shapes, from configs alone."""
+        model = checked_shapes(self.backbone, self.family)
+        with torch.device("meta"):
+            backbone = self._backbone(model, dataclasses.replace(self.backbone, compile=False))
+            prompt_encoder = self._prompt_encoder(backbone)
+        # All of what is frozen has room somewhere, or it could not have been saved.
+        added = [*prompt_encoder.parameters(), *([] if self.train_backbone else backbone.parameters())]
+        needed, memory = sum(_TRAINED_BYTES * p.numel() for p in added if p.requires_grad), _physical_memory()
+        if memory is not None and needed > memory:
+            raise LoPAError(
+                f"prompt encoder and adapter would take {needed / 1e9:,.0f} GB in training, and this machine has "
+                f"{memory / 1e9:,.0f} GB of memory; choose smaller sizes"
+            )
+        return Skeleton(backbone, prompt_encoder)
+
+    @functools.cached_property
+    def text_spec(self) -> TextSpec:
+        """What a data module needs to tokenise for this model.
+
+        Raises:
+            LoPAError: If the virtual tokens leave no room for text, a masked LM's tokenizer has no mask, or a
+                tokenizer has ids that its model has no embedding for.
+        """
+        if self.objective == "masked_lm" and self.tokenizer.mask_token is None:
+            raise LoPAError(f"{self.backbone.name!r} has no mask token; use objective: causal_lm or head")
+        check_token_ids(self.tokenizer, len(self.skeleton.backbone.embedding_weight), self.backbone.name)
+        prompt_encoder, limit = self.skeleton.prompt_encoder, self.skeleton.backbone.max_positions
+        m = prompt_encoder.num_virtual_tokens
+        if limit is not None and m >= limit:
+            raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
+        room = None if limit is None else limit - m
+        read = 0 if self.placement == "every_layer" else m
+        if not prompt_encoder.uses_instance:
+            return TextSpec(self.tokenizer, room, self.objective, None, None, read)
+        spec = self.encoder_spec
+        own, tokenizer = limit, self.tokenizer
+        if not spec.is_backbone:
+            encoder = Backbone(checked_shapes(spec.pretrained(), "encoder"))
+            tokenizer = load_tokenizer(spec.pretrained())
+            check_token_ids(tokenizer, len(encoder.embedding_weight), spec.name)
+            own = encoder.max_positions
+        instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
+        return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit, read, self.instance_vectors)
+
+    def trains(self, readout: nn.Module) -> bool:
+        """Whether anything would be trained, known from configs alone.
+
+        Args:
+            readout: What reads the answer, built for the skeleton's backbone.
+        """
+        skeleton = self.skeleton
+        parts: list[nn.Module] = [skeleton.backbone, skeleton.prompt_encoder, readout]
+        trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        return trained or (skeleton.prompt_encoder.uses_instance and self.encoder_spec.trainable)
+
+    def check(self) -> None:
+        """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be, or cannot be made."""
+        how = self.backbone.quantization
+        if how is not None and self.train_backbone:
+            raise LoPAError(f"a backbone with quantization {how!r} cannot be trained; leave one of the two out")
+        if how == "torchao_int8" and self.adapter is not None:
+            raise LoPAError(f"adapters go with quantization bitsandbytes_8bit or bitsandbytes_4bit, not {how!r}")
+        if how is not None:
+            quantization_config(how, torch.float32)  # refuses what is not installed
+
+    def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
+        """Reads the weights and builds all parts.
+
+        Args:
+            dropout: Whether the backbone's own dropout is active in training.
+            mesh: The processes that weights are to be sharded over; None for whole ones.
+
+        Raises:
+            LoPAError: If they cannot be loaded as configured.
+        """
+        self.check()
+        # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
+        direct = mesh if self.adapter is None and self.placement != "every_layer" else None
+        model = load_model(self.backbone, self.family, direct)
+        identity = self.identity()
+        identity["backbone"] |= ckpt.fingerprint(model)
+        backbone = self._backbone(model, self.backbone, dropout)
+        prompt_encoder = self._prompt_encoder(backbone)
+        prompt_encoder.initialize(vocabulary(self.tokenizer, len(backbone.embedding_weight), backbone.virtual_tokens))
+        if not prompt_encoder.uses_instance:
+            return Parts(backbone, prompt_encoder, None, identity)
+        encoder, facts = self._encoder(backbone, mesh)
+        identity["instance_encoder"] |= facts
+        return Parts(backbone, prompt_encoder, encoder, identity)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of the frozen models and the method, as far as it is known without weights."""
+        identity: dict[str, Any] = {
+            "format": FORMAT,
+            "backbone": {
+                "name": self.backbone.name,
+                "revision": self.backbone.revision,
+                "config": ckpt.config_facts(load_config(self.backbone)),
+            },
+            "quantization": self.backbone.quantization,
+            "backbone_training": "all" if self.train_backbone else plain(self.adapter),
+            "prompt_encoder": with_arguments(plain(self.make_prompt_encoder), without_defaults, PromptEncoder),
+            "instance_encoder": None,
+        }
+        if self.skeleton.prompt_encoder.uses_instance:
+            spec = self.encoder_spec
+            told = {key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")}
+            own = {} if spec.is_backbone else {"config": ckpt.config_facts(load_config(spec.pretrained()))}
+            identity["instance_encoder"] = {**told, **own}
+        return identity
+
+    def _encoder(self, backbone: Backbone, mesh: DeviceMesh | None) -> tuple[InstanceEncoder, dict[str, Any]]:
+        """The instance encoder, and which one it is where the backbone does not say so."""
+        spec = self.encoder_spec
+        if spec.is_backbone:
+            return InstanceEncoder(backbone.body, spec, shared=True), {}
+        if self.instance_vectors is not None:
+            return self.instance_vectors.encoder, self.instance_vectors.facts()
+        encoder = load_model(spec.pretrained(), "encoder", mesh)
+        return InstanceEncoder(encoder, spec), ckpt.fingerprint(encoder)
+
+    def unloaded(self, dropout: bool) -> Parts:
+        """Builds all parts without reading weights; their values mean nothing.
+
+        Args:
+            dropout: Whether the backbone's own dropout is active in training.
+        """
+        plain = dataclasses.replace(self.backbone, compile=False)
+        backbone = self._backbone(unloaded_model(plain, self.family), plain, dropout)
+        prompt_encoder = self._prompt_encoder(backbone)
+        if not prompt_encoder.uses_instance:
+            return Parts(backbone, prompt_encoder, None, {})
+        spec = self.encoder_spec
+        if self.instance_vectors is not None and not spec.is_backbone:
+            return Parts(backbone, prompt_encoder, self.instance_vectors.encoder, {})
+        model = backbone.body if spec.is_backbone else unloaded_model(spec.pretrained(), "encoder")
+        encoder = InstanceEncoder(model, spec, shared=spec.is_backbone)
+        encoder.is_checked = True
+        return Parts(backbone, prompt_encoder, encoder, {})
+
+    def _backbone(self, model: PreTrainedModel, spec: PretrainedSpec, dropout: bool = False) -> Backbone:
+        if self.adapter is not None:
+            adapt(model, self.adapter)
+        return Backbone(
+            model,
+            dropout,
+            self.placement,
+            trained=self.train_backbone,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            compiled=spec.compile,
+        )
+
+    def instance_dim(self, backbone: Backbone) -> int:
+        """Width e of an instance vector.
+
+        Args:
+            backbone: Which may be the encoder.
+        """
+        spec = self.encoder_spec
+        return backbone.hidden_dim if spec.is_backbone else hidden_size(load_config(spec.pretrained()))
+
+    def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
+        prompt_encoder = self.make_prompt_encoder(backbone.prompt_dim, self.instance_dim(backbone))
+        if self.placement == "every_layer" and prompt_encoder.token_offset() is not None:
+            name = type(prompt_encoder).__name__
+            raise LoPAError(f"{name} changes the text's embeddings; placement 'every_layer' does not reach them")
+        return prompt_encoder
+
+
+def _physical_memory() -> int | None:
+    """Bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _body(source: PretrainedSpec, family: Family) -> PreTrainedModel:
+    return cast(PreTrainedModel, load_model(source, family).base_model)

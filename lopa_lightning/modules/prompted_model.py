@@ -1,0 +1,189 @@
+"""The way from a batch to outputs, as one torch module, and the read-outs at its end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lopa_lightning.backbones.text import Backbone, PromptedStates
+from lopa_lightning.instances.encoder import InstanceEncoder, Pooling, pool
+from lopa_lightning.prompts.base import PromptEncoder
+from lopa_lightning.task import IGNORED
+
+Batch = Mapping[str, Tensor]
+Result = TypeVar("Result")
+
+
+class Readout(nn.Module, ABC):
+    """Reads an answer from the backbone's hidden states. Its parameters, if any, are trained."""
+
+    @abstractmethod
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+        """Makes outputs of hidden states.
+
+        Args:
+            states: What the backbone computed.
+            backbone: The backbone, for its language model head.
+            batch: What was read, for read-outs that need to know where the answer lies.
+
+        Returns:
+            Outputs, ``[B, ...]``.
+        """
+
+
+class LabelWordReadout(Readout):
+    """Reads the label words' logits at one position.
+
+    Args:
+        word_ids: Token id of each label's word.
+        mask_id: Read at this token (a masked LM's); None to read at the text's last token (a causal LM's).
+        over_vocabulary: Whether to return log-probabilities among the whole vocabulary, in place of logits.
+            Otherwise no other token's logit is computed.
+    """
+
+    word_ids: Tensor
+
+    def __init__(self, word_ids: list[int], mask_id: int | None, over_vocabulary: bool = False) -> None:
+        super().__init__()
+        self.over_vocabulary = over_vocabulary
+        self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
+        self.mask_id = mask_id
+
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+        """Returns logits or log-probabilities, ``[B, labels]``."""
+        place = states.text_mask if self.mask_id is None else (states.input_ids == self.mask_id).long()
+        read = backbone.label_log_probabilities if self.over_vocabulary else backbone.label_logits
+        return read(pool(states.hidden, place, "last"), self.word_ids)
+
+
+class HeadReadout(Readout):
+    """A trained linear layer on the pooled hidden states of the text's own tokens.
+
+    Args:
+        hidden_dim: Width h of the hidden states.
+        num_outputs: Classes, or 1 for regression.
+        pooling: How hidden states become one vector.
+    """
+
+    def __init__(self, hidden_dim: int, num_outputs: int, pooling: Pooling = "mean") -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.linear = nn.Linear(hidden_dim, num_outputs)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+        """Outputs ``[B, num_outputs]``."""
+        pooled = pool(states.hidden, states.text_mask, self.pooling)
+        outputs: Tensor = self.linear(pooled.to(self.linear.weight.dtype))
+        return outputs
+
+
+class CompletionReadout(Readout):
+    """Reads how well each labelled token was predicted. No other position's logits are computed."""
+
+    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+        """For each text, its labels' losses in sum, their number, and how many were the likeliest token: ``[B, 3]``.
+
+        The last is 0 where gradients are taken, and it is not asked. ``labels [B, T]`` stand at the tokens
+        themselves, :data:`IGNORED` at all that is not to be predicted.
+        """
+        # The text's own tokens are together, wherever virtual ones and padding are.
+        place = states.text_mask.cumsum(1) - 1 + batch["attention_mask"].argmax(1, keepdim=True)
+        labels = batch["labels"].gather(1, place.clamp(min=0)).masked_fill(states.text_mask == 0, IGNORED)
+        # A token is predicted at the position before it; the first has none.
+        rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        losses, hits = backbone.token_losses(states.hidden[rows, places], labels[rows, places + 1])
+        hits = torch.zeros_like(losses) if hits is None else hits.to(losses.dtype)
+        counted = torch.stack([losses, torch.ones_like(losses), hits], dim=1)
+        return counted.new_zeros(len(labels), 3).index_add(0, rows, counted)
+
+
+class PromptedModel(nn.Module):
+    """Prompt encoder and read-out, instance encoder, backbone.
+
+    What is trained is registered first: optimizer states keyed over all parameters and those keyed
+    over the trained ones alone then number the trained ones alike.
+
+    Args:
+        prompt_encoder: Makes the soft prompts.
+        readout: Reads the answer.
+        instance_encoder: Makes instance vectors; None if the prompt encoder reads none.
+        backbone: The frozen model.
+    """
+
+    def __init__(
+        self,
+        prompt_encoder: PromptEncoder,
+        readout: Readout,
+        instance_encoder: InstanceEncoder | None,
+        backbone: Backbone,
+    ) -> None:
+        super().__init__()
+        self.prompt_encoder = prompt_encoder
+        self.readout = readout
+        self.instance_encoder = instance_encoder
+        self.backbone = backbone
+
+    def encode_instance(self, batch: Batch) -> Tensor | None:
+        """Instance vectors ``[B, e]``: the batch's own if it has them, else computed."""
+        if self.instance_encoder is None:
+            return None
+        if "instance" in batch:
+            return batch["instance"]
+        keys = "instance_input_ids", "instance_attention_mask", "instance_token_type_ids"
+        vectors: Tensor = self.instance_encoder(*(batch.get(key) for key in keys))
+        return vectors
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """From ids to outputs.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and optionally ``token_type_ids`` ``[B, T]``, and
+                ``instance [B, e]`` or ``instance_input_ids``, ``instance_attention_mask`` (and
+                ``instance_token_type_ids``) ``[B, S]``.
+
+        Returns:
+            The read-out's outputs, and the instance vectors (None without an instance encoder).
+        """
+        prompt, instance = self.soft_prompt(batch)
+        offset = self.prompt_encoder.token_offset()
+        text = batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
+        return self.readout(self.backbone(prompt, *text, offset), self.backbone, batch), instance
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Calls a function that uses parts of this model by themselves, such as one that generates.
+
+        Where weights are sharded, what lies around the layers is whole meanwhile, as in ``forward``.
+
+        Args:
+            function: Calls layers as often as on every other process.
+        """
+        return function()
+
+    def soft_prompt(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Soft prompts ``[B, m, d]`` (or ``[1, m, d]`` for all) and the instance vectors that they were made of."""
+        instance = self.encode_instance(batch)
+        if instance is not None:  # a backbone in bfloat16 goes with a prompt encoder in float32
+            instance = instance.to(next(self.prompt_encoder.parameters()).dtype)
+        return self.prompt_encoder(instance), instance
+
+    def pretrained_models(self) -> list[PreTrainedModel]:
+        """The pretrained models in it, each once."""
+        own = None if self.instance_encoder is None else self.instance_encoder.own_model
+        return [self.backbone.model, *([] if own is None else [own])]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All trained parameters by group: the prompt encoder's own, ``head``, ``instance_encoder``, ``backbone``."""
+        groups = dict(self.prompt_encoder.parameter_groups())
+        rest = {"head": self.readout, "instance_encoder": self.instance_encoder, "backbone": self.backbone}
+        for name, part in rest.items():
+            trained = [p for p in part.parameters() if p.requires_grad] if part is not None else []
+            if trained:
+                groups[name] = trained
+        return groups

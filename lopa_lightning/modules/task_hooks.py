@@ -1,0 +1,124 @@
+"""What a task defines, which a subclass of the module says in methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lopa_lightning.backbones.padding import Side
+from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text_spec import Objective
+from lopa_lightning.modules.prompted_model import Batch, Readout
+
+
+class TaskHooks(ABC):
+    """What :class:`~lopa_lightning.modules.base.LoPALightningModule` asks of a task. Two of them it must have."""
+
+    short_name: ClassVar[str | None] = None
+    """What checkpoints call the class, which may then be moved and renamed; None for the path that it is imported from.
+    Of the class itself: a subclass does not inherit it."""
+
+    objective: Objective = "head"
+    """How an answer is read from the backbone; decides which head it is loaded with."""
+
+    eval_suffixes: tuple[str, ...] = ("",)
+    """Name suffix of each evaluation set."""
+
+    @abstractmethod
+    def configure_readout(self, backbone: Backbone) -> Readout:
+        """Builds what reads outputs from the backbone's hidden states.
+
+        Args:
+            backbone: The backbone, for its sizes. It has no numbers where weights are not read yet.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss, in training and in evaluation.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+            batch: With ``labels``.
+
+        Returns:
+            A scalar, the mean over the batch.
+        """
+
+    def padding_sides(self) -> set[Side]:
+        """Where texts are padded that the task makes itself, beside the data module's batches."""
+        return set()
+
+    def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
+        """Of how many things a batch's loss is the mean.
+
+        The batches of an evaluation set, and those of an optimizer step, count as one large batch by it.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+            batch: The batch.
+        """
+        return len(batch["index"])
+
+    def configure_metrics(self) -> MetricCollection | None:
+        """Builds the metrics of one evaluation set; None to report the loss alone."""
+        return None
+
+    def more_logged(self) -> list[str]:
+        """Names that a validation logs beside ``loss``, ``score`` and the metrics."""
+        return []
+
+    def official_metrics(self) -> list[str]:
+        """The metrics whose mean is logged as ``score``, the figure to choose a checkpoint by.
+
+        If there are none, the score is the negative loss.
+        """
+        return []
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What metrics compare with the labels.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+        """
+        return outputs
+
+    def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """One record for each example of what ``predict`` returned for a batch, as it is written to a file.
+
+        Args:
+            predicted: ``index`` and what :meth:`predict_outputs` gave.
+        """
+        return [dict(zip(predicted, values)) for values in zip(*(value.tolist() for value in predicted.values()))]
+
+    def prediction_identity(self) -> dict[str, Any] | None:
+        """What the predictions depend on, as plain data, where they are worth writing one batch at a time.
+
+        A run that was interrupted then goes on where it stopped: what is there is put into the module's
+        ``written``. None to write them all at the end.
+        """
+        return None
+
+    def scoring_identity(self) -> dict[str, Any] | None:
+        """The same for what a test writes and scores: the ``results`` that ``test_step`` returns.
+
+        With ``results_per_row``, where a row has several.
+        """
+        return None
+
+    def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
+        """What ``predict`` returns for a batch, beside ``index``.
+
+        Args:
+            outputs: The read-out's, ``[B, ...]``.
+        """
+        return {"outputs": outputs}
+
+    def task_identity(self) -> dict[str, Any]:
+        """What a checkpoint of this task must agree in, as plain data.
+
+        An entry that is added later is left out where it is as it always was, or older checkpoints would not fit.
+        """
+        return {}

@@ -1,0 +1,1 @@
+from tests.backbones.conftest import load  # noqa: F401 - a fixture
