@@ -69,6 +69,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     CODE: {
         **_SHARED,
+        "seed_everything": 9876,
         f"{_MODEL}instance_encoder.name": "microsoft/codebert-base",
         f"{_MODEL}instance_encoder.trainable": False,
         f"{_MODEL}instance_encoder.dropout": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lopa_lightning.data import CRUXEvalDataModule, MBPPDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.sandbox.run import run_programs
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
+from tests.refusals import Refused
 
 Find = Callable[[str], str]
 
@@ -170,6 +172,65 @@ def test_exact_matches_of_functions_compare_their_bodies(tmp_path: Path) -> None
 def test_unknown_choices_are_listed(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(LoPAError, match=message):
         make()
+
+
+GIVEN = {"code": "def f(n):\n    return n", "input": "'a'", "output": "'a'"}
+
+
+def stored(folder: Path, rows: list[dict[str, Any]], split: str = "test") -> str:
+    """Writes a split in a folder whose only config is MBPP's, and returns the folder."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = f"[{{split: {split}, path: rows.jsonl}}]"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: full\n  data_files: {files}\n---\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "wanted"),
+    [
+        ("task_id", "one", "whole numbers"),
+        ("task_id", None, "whole numbers"),
+        ("text", None, "texts"),
+        ("text", 5, "texts"),
+        ("code", 7, "Python code"),
+        ("code", "def f(:", "Python code"),
+        ("code", "x = '\0'", "Python code"),
+        ("test_list", "assert f(1) == 4", "lists of Python code"),
+        ("test_list", None, "lists of Python code"),
+        ("test_list", [], "lists of Python code"),
+        ("test_list", ["assert f(1) == 4", None], "lists of Python code"),
+        ("test_list", ["assert f("], "lists of Python code"),
+        ("test_setup_code", None, "Python code"),
+        ("input", {"n": 1}, "texts"),
+        ("input", None, "texts"),
+        ("output", [1], "texts"),
+        ("output", 1, "texts"),
+    ],
+    ids=str,
+)
+def test_a_row_that_is_none_of_the_benchmark_is_named(
+    column: str, value: Any, wanted: str, tmp_path: Path, refused: Refused
+) -> None:
+    is_mbpp = column in PROBLEM or column == "task_id"
+    right = {"task_id": 1, **PROBLEM} if is_mbpp else GIVEN
+    folder = stored(tmp_path, [right, {**right, column: value}])
+    data = MBPPDataModule(path=folder) if is_mbpp else CRUXEvalDataModule(path=folder)
+    with refused(f"test: column {column!r} must hold {wanted}, got {value!r} in row 1 (counted from 0)"):
+        data.raw()
+
+
+def test_a_split_or_column_that_is_not_there_is_named(tmp_path: Path, refused: Refused) -> None:
+    folder = stored(tmp_path, [GIVEN], "train")
+    with refused("no split test; there are train"):
+        CRUXEvalDataModule(path=folder).raw()
+    with refused("train: no column task_id; there are code, input, output"):
+        MBPPDataModule(path=folder).raw()
+
+
+@pytest.mark.parametrize("test", ["assert f(1) == 1; x = 2", "f(1)", "assert f(1)", ""])
+def test_a_test_that_is_no_comparison_is_refused(test: str, tmp_path: Path) -> None:
+    with pytest.raises(LoPAError, match="a test must be an assert with a comparison, got "):
+        MBPPDataModule(path=str(tmp_path)).layout("test")({**PROBLEM, "test_list": [test]})
 
 
 @pytest.mark.real

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,9 @@ HEAD = "text,label\n"
             (HEAD + 50_000 * "a,good\n" + "café,good\n").encode("latin-1"),
             "it has a byte 0xe9 that is not UTF-8",
         ),
-        ("a.csv", f"{HEAD}a,good\n".encode("utf-16"), "it has NUL characters; save it in UTF-8"),
+        ("a.csv", f"{HEAD}a,good\n".encode("utf-16"), "it has a byte 0xff that is not UTF-8"),
         ("a.csv", f"{HEAD}a,good\n".encode("utf-16-le"), "it has NUL characters; save it in UTF-8"),
-        ("a.csv", f"{HEAD}a,good\n".encode("utf-32"), "it has NUL characters; save it in UTF-8"),
+        ("a.csv", f"{HEAD}a,good\n".encode("utf-32"), "it has a byte 0xff that is not UTF-8"),
         ("a.jsonl", '{"text": "café", "label": "good"}\n'.encode("latin-1"), "it has a byte 0xe9 that is not UTF-8"),
         ("a.csv", f"{HEAD}caf".encode() + b"\xc3", "it has a byte 0xc3 that is not UTF-8"),
         ("a.csv", f"{HEAD}a,good\nb\0,bad\n", "it has NUL characters; save it in UTF-8"),
@@ -238,6 +239,38 @@ def test_a_file_that_is_there_and_cannot_be_read(
     files = bad_file(name, content)
     with refused(name, message):
         prepared(spec, "test", data_files=files)
+
+
+OF_FOLDERS = [
+    ("test.csv", b"text,label,text\na,good,x\n", "has two columns of one name: text"),
+    ("test.tsv", b"text\tlabel\ttext\na\tgood\tx\n", "has two columns of one name: text"),
+    ("test.csv", f"{HEAD}café,good\n".encode("latin-1"), "it has a byte 0xe9 that is not UTF-8"),
+    ("test.csv", f"{HEAD}a,good\nb\0,bad\n".encode(), "it has NUL characters; save it in UTF-8"),
+    ("test.csv.gz", gzip.compress(b"text,label,text\na,good,x\n"), "has two columns of one name: text"),
+    ("test.csv.gz", gzip.compress(10 * HEAD.encode())[:-9], "test.csv.gz' cannot be read: "),
+    ("test.csv.gz", b"no gzip", "test.csv.gz' cannot be read: Not a gzipped file"),
+    ("test.csv", b"", "cannot be read: "),
+    ("test.jsonl", '{"text": "café", "label": "good"}\n'.encode("latin-1"), "a byte 0xe9 that is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), OF_FOLDERS, ids=lambda value: str(value)[:30])
+def test_a_folders_file_is_checked_as_one_that_is_named(
+    name: str, content: bytes, message: str, spec: TextSpec, refused: Refused
+) -> None:
+    Path("folder").mkdir()
+    Path("folder", name).write_bytes(content)
+    with refused("folder", message):
+        prepared(spec, "test", path="folder")
+
+
+def test_a_readme_says_how_its_csvs_are_read(text_spec: SpecOf) -> None:
+    Path("folder").mkdir()
+    Path("folder", "test.csv").write_bytes("café;good\ngood;good\n".encode("latin-1"))
+    said = "{config_name: default, sep: ;, encoding: latin-1, header: null, names: [text, label]}"
+    Path("folder", "README.md").write_text(f"---\nconfigs:\n- {said}\n---\n")
+    data = prepared(text_spec("gpt2"), "test", path="folder")
+    assert texts_of(data, data.test_dataloader()[0]) == ["café", "good"]
 
 
 def test_no_data_found_is_never_said_of_a_file_that_is_there(spec: TextSpec) -> None:
@@ -265,16 +298,20 @@ def test_a_byte_order_mark_is_no_part_of_a_name(text_spec: SpecOf) -> None:
     [
         ({}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
         ({"test": []}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
-        ({"test": "folder"}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got folder"),
+        ({"test": "folder"}, "no such file: folder"),
         ({"test": "a.csv.gz"}, "got .gz"),
         ({"test": "~/nothing.csv"}, "no such file: ~/nothing.csv"),
         ({"test": ["here.csv", "no*.csv"]}, "no such file: no*.csv"),
         ({"test": "here.csv/x.csv"}, "no such file: here.csv/x.csv"),
+        ({"test": "folder.csv"}, "no such file: folder.csv"),
+        ({"test": "folder.jsonl"}, "no such file: folder.jsonl"),
+        ({"test": "folder.parquet"}, "no such file: folder.parquet"),
     ],
     ids=str,
 )
 def test_files_that_are_none(files: Any, message: str, spec: TextSpec, refused: Refused) -> None:
-    Path("folder").mkdir()
+    for name in ("folder", "folder.csv", "folder.jsonl", "folder.parquet"):
+        Path(name).mkdir()
     Path("a.csv.gz").write_bytes(b"")
     write("here.csv", ROWS)
     with refused(message):
@@ -317,13 +354,45 @@ def test_a_home_folder_is_expanded(text_spec: SpecOf, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["a[1]", "a*", "deep[x]/folder"])
+@pytest.mark.parametrize("source", ["the folder", "its files", "a pattern in it"])
 def test_a_folder_with_a_patterns_letters_in_its_name_is_not_taken_for_another(
-    name: str, spec: TextSpec, refused: Refused
+    name: str, source: str, text_spec: SpecOf
 ) -> None:
     write(f"{name}/test.csv", labelled(["this one"], ["good"]))
-    write("a1/test.csv", labelled(["another"], ["bad"]))
-    with refused(f"path {name!r}: the data sets library reads *, ? and [ in", "rename the folder, or name its files"):
-        prepared(spec, "test", path=name)
+    for other in ("a1", "deepx/folder"):
+        write(f"{other}/test.csv", labelled(["another"], ["bad"]))
+    files = {"test": f"{name}/test.csv" if source == "its files" else f"{name}/t*.csv"}
+    data = prepared(text_spec("gpt2"), "test", **({"path": name} if source == "the folder" else {"data_files": files}))
+    assert texts_of(data, data.test_dataloader()[0]) == ["this one"]
+
+
+CARD = """---
+configs:
+- config_name: one
+  data_files: [{split: test, path: "x/*.jsonl"}]
+- config_name: two
+  data_dir: y
+  data_files: [{split: test, path: "*.jsonl"}]
+dataset_info:
+- config_name: one
+  features: [{name: text, dtype: string}, {name: label, dtype: {class_label: {names: {"0": bad, "1": good}}}}]
+- config_name: two
+  features: [{name: text, dtype: string}, {name: label, dtype: string}]
+---
+"""
+
+
+def test_what_a_readme_says_holds_whatever_its_folder_is_called(text_spec: SpecOf, refused: Refused) -> None:
+    for folder in ("plain", "a[1]"):
+        write(f"{folder}/x/1.jsonl", labelled(["one"], [1]))
+        write(f"{folder}/y/test.jsonl", labelled(["two"], ["bad"]))
+        Path(folder, "README.md").write_text(CARD)
+        for name in ("one", "two"):
+            data = prepared(text_spec("gpt2"), "test", path=folder, name=name)
+            assert texts_of(data, data.test_dataloader()[0]) == [name]
+            assert [row["labels"] for row in rows_of(data.test_dataloader()[0])] == [int(name == "one")]
+        with refused(repr(folder), rows=True):
+            prepared(text_spec("gpt2"), "test", path=folder)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.completion import CompletionDataModule, Layout
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.sandbox.run import Limits, isolation, isolation_line, require_permission, run_programs
 
 if TYPE_CHECKING:
@@ -109,6 +110,45 @@ class CodeDataModule(CompletionDataModule):
             }
             for record, outcome in zip(written, outcomes)
         ]
+
+
+def _is_python(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and bool(ast.parse(text.replace("\r\n", "\n")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "texts": lambda value: isinstance(value, str),
+    "whole numbers": lambda value: type(value) is int,
+    "Python code": _is_python,
+    "lists of Python code": lambda value: isinstance(value, list) and value != [] and all(map(_is_python, value)),
+}
+
+
+def checked(stored: DatasetDict, columns: Mapping[str, str], splits: Sequence[str] = ()) -> DatasetDict:
+    """Returns a benchmark's rows as they are, once it is seen that they hold what they must.
+
+    Args:
+        stored: The rows.
+        columns: What each column must hold: ``texts``, ``whole numbers``, ``Python code`` or ``lists of Python code``.
+        splits: Those that must be there.
+
+    Raises:
+        LoPAError: If they do not.
+    """
+    if missing := [split for split in splits if split not in stored]:
+        raise LoPAError(f"no split {', '.join(missing)}; there are {', '.join(map(str, stored))}")
+    for split, rows in stored.items():
+        for column, kind in columns.items():
+            if column not in rows.column_names:
+                raise LoPAError(f"{split}: no column {column}; there are {', '.join(rows.column_names)}")
+            for row, value in enumerate(rows[column][:]):
+                if not _KINDS[kind](value):
+                    got = f"got {shown(value)} in row {row} (counted from 0)"
+                    raise LoPAError(f"{split}: column {column!r} must hold {kind}, {got}")
+    return stored
 
 
 def halves(data: Dataset) -> DatasetDict:

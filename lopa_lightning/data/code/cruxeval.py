@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.base import Role
-from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, halves
+from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
 from lopa_lightning.data.code.extraction import cruxeval_answer
 from lopa_lightning.data.code.programs import cruxeval_answer_program, is_skipped
 from lopa_lightning.data.completion import Example, Layout
@@ -111,7 +111,8 @@ class CRUXEvalDataModule(CodeDataModule):
         self.predict = predict
 
     def _stored(self) -> DatasetDict:
-        return halves(super()._stored()["test"])
+        columns = dict.fromkeys(("code", "input", "output"), "texts")
+        return halves(checked(super()._stored(), columns, ["test"])["test"])
 
     def layout(self, role: Role) -> Layout:
         """The published prompt."""

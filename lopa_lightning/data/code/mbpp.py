@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.base import Role
-from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, halves
+from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
 from lopa_lightning.data.code.extraction import code_block, first_function
 from lopa_lightning.data.code.programs import mbpp_program
 from lopa_lightning.data.completion import Example, Layout
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 Style = Literal["docstring", "asserts"]
 Division = Literal["halves", "own"]
+
+_COLUMNS = {
+    "task_id": "whole numbers",
+    "text": "texts",
+    "code": "Python code",
+    "test_list": "lists of Python code",
+    "test_setup_code": "Python code",
+}
 
 _EXPERT = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}"
@@ -71,10 +79,11 @@ def _names(lines: Sequence[str]) -> set[str]:
 
 
 def _test(line: str) -> ast.Compare:
-    (statement,) = ast.parse(line.strip()).body
-    if not isinstance(statement, ast.Assert) or not isinstance(statement.test, ast.Compare):
+    statements = ast.parse(line.strip()).body
+    test = statements[0].test if len(statements) == 1 and isinstance(statements[0], ast.Assert) else None
+    if not isinstance(test, ast.Compare):
         raise LoPAError(f"a test must be an assert with a comparison, got {line!r}")
-    return statement.test
+    return test
 
 
 def _tested(tree: ast.Module, tests: list[ast.Compare]) -> ast.FunctionDef:
@@ -171,7 +180,7 @@ class MBPPDataModule(CodeDataModule):
     def _stored(self) -> DatasetDict:
         from datasets import concatenate_datasets
 
-        stored = super()._stored()
+        stored = checked(super()._stored(), _COLUMNS, ["prompt"] if self.num_shots else [])
         self._solved = {row["task_id"]: row for row in stored["prompt"]} if self.num_shots else {}
         if self.division == "own":
             return stored
