@@ -270,4 +270,4 @@ def expected_cause(error: BaseException | None) -> BaseException | None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit("error: run `python -m lopa_lightning`")

@@ -101,10 +101,22 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def is_writable(folder: Path) -> bool:
-    """Returns whether a folder can be written to, or made and written to; makes nothing."""
+def check_writable(folder: Path, what: str) -> None:
+    """Refuses a folder that cannot be written to, or made and written to; leaves nothing.
+
+    Args:
+        folder: Need not exist.
+        what: Its name, for messages.
+
+    Raises:
+        LoPAError: If it cannot.
+    """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    try:  # what the permissions say is not all: nobody makes a folder in /proc
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise LoPAError(f"{what} {str(folder)!r} cannot be written to: {error.strerror}") from None
 
 
 class Claim:

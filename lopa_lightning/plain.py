@@ -179,10 +179,12 @@ def find_class(name: Any, *bases: type) -> type:
         return found[-1]  # of one that is defined again, the newest
     wanted = " or ".join(base.__name__ for base in bases)
     known = ", ".join(sorted(short for cls in subclasses(bases) if (short := cls.__dict__.get("short_name"))))
-    package = name.partition(".")[0] if isinstance(name, str) else ""
+    module = name.rpartition(".")[0] if isinstance(name, str) else ""
+    may_be_yours = module not in sys.modules and module.replace(".", "").isidentifier()
     raise LoPAError(
-        f"{shown(name)} is no {wanted} that is imported here{f'; ours are {known}' if known else ''}"
-        + (f"; if it is one of yours, import {package} first" if package.isidentifier() and "." in name else "")
+        f"{shown(name)} is no {'' if module in sys.modules else 'imported '}subclass of {wanted}"
+        + (f"; ours are {known}" if known else "")
+        + (f"; if it is one of yours, import {shown(module, str)} first" if may_be_yours else "")
     )
 
 

@@ -218,19 +218,6 @@ def test_wrong_input_ends_in_a_short_message(
     assert not Path("runs").exists()
 
 
-UNTRAINED = ["--model.prompt_encoder=lopa_lightning.NoPrompt", "--model.learning_rates={}"]
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused_before_predicting(
-    tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = small(ROOT / "configs" / "glue_rte.yaml", tiny, mini_glue)
-    Path("taken").write_text("a file")
-    with pytest.raises(SystemExit):
-        main(["predict", *arguments, *UNTRAINED, "--predictions.folder=taken/out", "--trainer.logger=false"])
-    assert "predictions.folder 'taken/out' cannot be written to" in capsys.readouterr().err
-
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

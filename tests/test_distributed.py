@@ -80,7 +80,7 @@ def test_the_command_line_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path,
         *("--data.labels", '["good", "bad"]', "--data.batch_size=4", "--trainer.max_epochs=1"),
         *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.log_every_n_steps=1"),
     ]
-    done = launch(["-m", "lopa_lightning.cli", *arguments], tmp_path)
+    done = launch(["-m", "lopa_lightning", *arguments], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Best validation") == 1
     assert (tmp_path / "runs" / "lopa" / "version_0" / "checkpoints" / "best.ckpt").is_file()

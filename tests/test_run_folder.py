@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import yaml
 
-from lopa_lightning.callbacks import LastCheckpoint, RunLogger
+from lopa_lightning.callbacks import LastCheckpoint, PredictionWriter, RunLogger
 from lopa_lightning.callbacks.streamed_predictions import PredictionStream
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.files import Claim, clear_unfinished, is_writable
+from lopa_lightning.files import Claim, check_writable, clear_unfinished
 from lopa_lightning.modules import ClassificationModule
 from tests.modules.helpers import module, reviews, trainer
+from tests.refusals import Refused
 from tests.test_distributed import ROOT
 from tests.test_resume import write_all
 
@@ -233,10 +234,38 @@ def test_the_next_run_clears_what_a_killed_one_left(command: Command) -> None:
 
 def test_whether_a_folder_can_be_written_to_is_seen_without_making_it(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    assert is_writable(tmp_path / "new" / "newer")
-    assert not is_writable(tmp_path / "taken")
-    assert not is_writable(tmp_path / "taken" / "new")
+    check_writable(tmp_path / "new" / "newer", "dirpath")
+    nowhere = [Path("/proc/x")] if sys.platform == "linux" else []  # which permissions do not tell
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "new", *nowhere):
+        with pytest.raises(LoPAError, match=f"dirpath '{folder}' cannot be written to: "):
+            check_writable(folder, "dirpath")
     assert contents(tmp_path) == {"taken"}
+
+
+@pytest.mark.parametrize(
+    ("do", "name", "options"),
+    [
+        ("fit", "trainer.logger.save_dir", lambda folder: {"logger": RunLogger(folder)}),
+        ("predict", "trainer.logger.save_dir", lambda folder: {"logger": RunLogger(folder)}),
+        ("fit", "dirpath", lambda folder: {"callbacks": [LastCheckpoint(str(folder))]}),
+        ("fit", "dirpath", lambda folder: {"callbacks": [LastCheckpoint()], "default_root_dir": folder}),
+        ("predict", "predictions.folder", lambda folder: {"callbacks": [PredictionWriter(str(folder))]}),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_refused_before_texts_are_tokenised(
+    do: str,
+    name: str,
+    options: Callable[[Path], dict[str, Any]],
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    run, data = trainer(tmp_path, **options(tmp_path / "taken" / "x")), reviews(tmp_path)
+    with refused(f"{name} '{tmp_path}/taken/x", "cannot be written to: Not a directory"):
+        getattr(run, do)(module(tiny("bert_base"), objective="head"), data)
 
 
 def test_a_dirpath_that_is_claimed_is_free_after_the_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -127,6 +128,13 @@ def test_a_signal_while_modules_are_imported_ends_in_a_line(
         command.join()
     assert command.exitcode == 128 + number
     assert capfd.readouterr().err == f"ended by {number.name}: nothing was there to save\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_there_is_one_module_to_run() -> None:
+    with pytest.raises(SystemExit, match="run `python -m lopa_lightning`"):
+        runpy.run_module("lopa_lightning.cli", run_name="__main__")
+    assert "-m lopa_lightning.cli" not in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

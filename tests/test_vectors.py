@@ -18,7 +18,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder
 from tests.modules.helpers import causal, completions, module, reviews, trainer
 from tests.test_distributed import ROOT
-from tests.tiny import save_tiny
+from tests.tiny import bert_tokenizer, save_tiny
 
 Tiny = Callable[[str], str]
 
@@ -142,6 +142,10 @@ def test_texts_that_are_new_are_encoded_when_they_come(tiny: Tiny, tmp_path: Pat
     assert written[0] == written[1]
 
 
+def test_tiny_models_have_one_tokenizer() -> None:
+    assert len({tokenizer().backend_tokenizer.to_str() for tokenizer in (bert_tokenizer, bert_tokenizer)}) == 1
+
+
 def test_a_checkpoint_goes_with_and_without_and_knows_its_encoder(
     tiny: Tiny, tmp_path: Path, kept: Path, passes: list[int]
 ) -> None:
@@ -155,7 +159,6 @@ def test_a_checkpoint_goes_with_and_without_and_knows_its_encoder(
             LoPALightningModule.load_from_checkpoint(tmp_path / "last.ckpt", instance_encoder=spec)
     assert identities[0] == identities[1]
     assert identities[0]["instance_encoder"]["weights"]
-    torch.manual_seed(8)
     other = save_tiny("bert_base", tmp_path / "other")
     for _ in range(2):  # told from its weights, and then from the disk
         with pytest.raises(LoPAError, match=r"instance_encoder\.weights"):

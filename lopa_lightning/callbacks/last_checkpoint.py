@@ -13,8 +13,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lopa_lightning.callbacks.run_folder import RunLogger, start_run
-from lopa_lightning.errors import LoPAError
-from lopa_lightning.files import Claim, clear_unfinished, is_writable
+from lopa_lightning.files import Claim, clear_unfinished
 from lopa_lightning.stopping import SIGNALS, StopHandler, Stopped, is_ours_to_handle
 
 
@@ -43,7 +42,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._claims: list[Claim] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks that checkpoints can be written, and by this run alone, before anything is trained.
+        """Makes sure that no other run writes to the same folder.
 
         Raises:
             LoPAError: If not.
@@ -55,8 +54,6 @@ class LastCheckpoint(ModelCheckpoint):
         runs = trainer.logger.folder if isinstance(trainer.logger, RunLogger) else None
         given = {str(each.dirpath) for each in trainer.checkpoint_callbacks if each.dirpath is not None}
         for folder in sorted(path for path in given if "://" not in path):
-            if not is_writable(Path(folder)):
-                raise LoPAError(f"checkpoints cannot be written to {folder!r}: not a folder that this user may write")
             if runs is None or Path(runs) not in Path(folder).parents:  # else it is made for this run alone
                 self._claims.append(Claim(Path(folder), "dirpath"))
                 clear_unfinished(Path(folder))

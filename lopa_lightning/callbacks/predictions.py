@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lopa_lightning.callbacks.run_folder import start_run
 from lopa_lightning.callbacks.streamed_predictions import PredictionStream
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.files import is_writable, write_whole
+from lopa_lightning.files import write_whole
 from lopa_lightning.stopping import Stopped
 
 Format = Literal["jsonl", "csv"]
@@ -46,17 +46,9 @@ class PredictionWriter(BasePredictionWriter):
         self._results: list[dict[str, Any]] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks that predictions can be written, before they are made.
-
-        Raises:
-            LoPAError: If the folder cannot be made or written to.
-        """
+        """Silences what Lightning says of indices."""
         # Lightning's indices of a batch are not read: every batch has its own.
         warnings.filterwarnings("ignore", "Couldn't infer the batch indices")
-        log_dir = trainer.log_dir  # broadcast from the first process: every one must ask for it
-        self._folder = Path(self.folder or log_dir or trainer.default_root_dir)
-        if stage in ("predict", "test") and not is_writable(self._folder):
-            raise LoPAError(f"predictions.folder {str(self._folder)!r} cannot be written to")
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Looks for what an interrupted run has left."""

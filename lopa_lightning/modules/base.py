@@ -171,8 +171,6 @@ class LoPALightningModule(TaskHooks, LightningModule):
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
         self.builder.check()
-        if stage == "fit":
-            check_optimization(self.make_optimizer, self.make_lr_scheduler)
         check_warmup(self.warmup, self.trainer)
         self.window = Window()
         check_strategy(self.trainer.strategy)
@@ -180,9 +178,10 @@ class LoPALightningModule(TaskHooks, LightningModule):
         write_whole_checkpoints(self.trainer.strategy)
         metrics = [str(name) for name in self.configure_metrics() or ()]
         if stage == "fit":
+            plateau = check_optimization(self.make_optimizer, self.make_lr_scheduler)
             keys = ["loss", "score", *metrics, *self.more_logged()]
             logged = ["train/loss", *(f"val{suffix}/{key}" for suffix in self.eval_suffixes for key in keys)]
-            check_monitors(self, cast(Any, self.trainer).callbacks, logged)
+            check_monitors(self, plateau, logged)
         if self.will_load is not None:
             identity = {**self.builder.identity(), "task": self._task()}
             ckpt.check_identity(self.will_load[ckpt.IDENTITY_KEY], identity, weights=False)

@@ -12,16 +12,20 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.modules.schedule import monitored
 
 _MOST_GROUPS = 8  # a module has fewer
 
 
-def check_optimization(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None) -> None:
+def check_optimization(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None) -> str | None:
     """Builds optimizer and scheduler for parameters that are thrown away, so that they refuse what they would later.
 
     Args:
         make_optimizer: Still wants parameters.
         make_scheduler: Still wants an optimizer; None for none.
+
+    Returns:
+        What the scheduler monitors; None for nothing.
 
     Raises:
         LoPAError: If either refuses its options.
@@ -38,7 +42,7 @@ def check_optimization(make_optimizer: OptimizerCallable, make_scheduler: LRSche
     except Exception as error:
         raise LoPAError(f"optimizer: {str(error) or type(error).__name__}") from error
     if make_scheduler is None:
-        return
+        return None
     refused: list[Exception] = []
     # A scheduler may have a list with a value for each group, whose number is not known yet.
     for count in range(1, _MOST_GROUPS):
@@ -50,7 +54,7 @@ def check_optimization(make_optimizer: OptimizerCallable, make_scheduler: LRSche
         except Exception as error:
             refused.append(error)
         else:
-            return
+            return monitored(scheduler)
     raise LoPAError(f"lr_scheduler: {type(refused[0]).__name__}: {refused[0]}") from refused[0]
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.modules.monitors import check_monitor
 
 
 def with_rates(groups: Mapping[str, list[nn.Parameter]], rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -145,7 +146,12 @@ def schedule(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, w
         raise LoPAError("warmup cannot precede ReduceLROnPlateau; set warmup: 0 or choose another lr_scheduler")
     # Lightning would step it after the epoch's checkpoints are saved, and not at all in a run that is resumed there.
     never = {"interval": "epoch", "frequency": sys.maxsize, "reduce_on_plateau": False}
-    return {"scheduler": then, "monitor": getattr(then, "monitor", "val/loss"), **never}
+    return {"scheduler": then, "monitor": monitored(then), **never}
+
+
+def monitored(scheduler: LRScheduler) -> str | None:
+    """Returns the name of the metric that a scheduler goes by; None for one that goes by steps."""
+    return getattr(scheduler, "monitor", "val/loss") if isinstance(scheduler, ReduceLROnPlateau) else None
 
 
 class Scheduling(Callback):
@@ -178,9 +184,5 @@ class Scheduling(Callback):
         for config in trainer.lr_scheduler_configs:
             if not isinstance(config.scheduler, ReduceLROnPlateau):
                 continue
-            if config.monitor not in trainer.callback_metrics:
-                known = ", ".join(sorted(trainer.callback_metrics))
-                raise LoPAError(
-                    f"ReduceLROnPlateau monitors {config.monitor!r}, which is not logged; these are: {known}"
-                )
-            config.scheduler.step(trainer.callback_metrics[config.monitor])
+            check_monitor(config.monitor, trainer.callback_metrics)
+            config.scheduler.step(trainer.callback_metrics[str(config.monitor)])

@@ -1,21 +1,25 @@
-"""What is checked of a module as a run starts: that it has learned what it answers, and what padding does to it."""
+"""What is checked as a run starts: its folders, that it has learned what it answers, and what padding does to it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lopa_lightning.backbones.padding import Side, check_padding
 from lopa_lightning.backbones.sharding import gathered
+from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import check_writable
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
 
 def check_before_weights(module: LoPALightningModule, stage: str) -> None:
-    """Checks that a run has something to train or, where no checkpoint is to come, something to answer from.
+    """Checks that a run can write its files and has something to train or, without a checkpoint, to answer from.
 
     Args:
         module: With its task.
@@ -28,6 +32,34 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
     if stage in ("test", "predict") and not module.awaits_checkpoint:
         check_learned(module, stage)
+    check_folders(module.trainer, stage)
+
+
+def check_folders(trainer: Any, stage: str) -> None:
+    """Checks that the folders of a run can be written to.
+
+    Args:
+        trainer: Of the run. One process may be alone in calling this: nothing is sent to others.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        LoPAError: If one cannot.
+    """
+    if not trainer.is_global_zero:
+        return
+    logged = [each.folder if isinstance(each, RunLogger) else each.save_dir for each in trainer.loggers]
+    given = {"trainer.logger.save_dir": logged}
+    elsewhere = None if any(logged) else trainer.default_root_dir
+    if stage == "fit" and not trainer.fast_dev_run:
+        kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        given["dirpath"] = [each.dirpath or elsewhere for each in kept]
+    elif stage in ("test", "predict"):
+        writers = [each for each in trainer.callbacks if isinstance(each, PredictionWriter)]
+        given["predictions.folder"] = [each.folder or elsewhere for each in writers]
+    for name, folders in given.items():
+        for folder in sorted({str(each) for each in folders if each}):
+            if "://" not in folder:
+                check_writable(Path(folder), name)
 
 
 def check_with_weights(module: LoPALightningModule) -> None:

@@ -18,7 +18,8 @@ class Window:
     size and the window is full, both factors are 1, and nothing is computed.
 
     With ``batch_tokens``, a window counts by its examples as well, relative to an epoch's windows on average: each
-    example so has the same weight in an epoch.
+    example so has the same weight in an epoch; where the loss is a mean over tokens, it has that on average over its
+    window.
 
     Attributes:
         batches: How many batches the window has so far; 0 after its optimizer step.

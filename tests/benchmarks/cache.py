@@ -67,7 +67,7 @@ def start(folder: Path, settings: Mapping[str, Any], found: Path, run: Spawn) ->
     path = folder / "benchmark.yaml"
     write_whole(path, yaml.safe_dump(dict(settings)))
     began = time.time()
-    run(["lopa_lightning.cli", "fit", "--config", str(path)], {"HF_DATASETS_CACHE": str(folder / "cache")})
+    run(["lopa_lightning", "fit", "--config", str(path)], {"HF_DATASETS_CACHE": str(folder / "cache")})
     values = json.loads(found.read_text())
     return {"ready": values["ready"] - began, "first_step": values["at"] - began, **_memory(values)}
 

@@ -19,7 +19,7 @@ def measure(rounds: int, run: Spawn) -> list[Row]:
     """The lines of the table."""
     alternatives = {
         _IMPORTS: functools.partial(run, ["tests.benchmarks.imports"], {}),
-        **{name: functools.partial(run, ["lopa_lightning.cli", *given], {}) for name, given in _COMMANDS.items()},
+        **{name: functools.partial(run, ["lopa_lightning", *given], {}) for name, given in _COMMANDS.items()},
     }
     seconds = take_turns(alternatives, rounds)
     return [

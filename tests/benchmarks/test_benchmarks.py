@@ -196,7 +196,7 @@ def test_startup(run: Run) -> None:
     started: list[str] = []
     rows = run("startup", run=lambda arguments, additions: started.append(" ".join(arguments[:2])))["rows"]
     imports, *commands = rows
-    assert sorted(set(started)) == ["lopa_lightning.cli --help", "lopa_lightning.cli fit", "tests.benchmarks.imports"]
+    assert sorted(set(started)) == ["lopa_lightning --help", "lopa_lightning fit", "tests.benchmarks.imports"]
     for row in commands:
         check_ratio(row["ratio"], row["seconds"], imports["seconds"])
         check_summary(row["seconds_each"], row["seconds"])

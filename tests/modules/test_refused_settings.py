@@ -139,7 +139,7 @@ def test_more_than_the_machine_has_memory_for(
         ({"instance_encoder": InstanceEncoderSpec("no/such")}, "no model found for 'no/such'"),
         *(
             ({"callbacks": [ModelCheckpoint(monitor=name)]}, f"{LOGGED}{name!r}")
-            for name in ("val/scor", "val_loss", "val/f1", "score", "valid/loss")
+            for name in ("val/scor", "val_loss", "val/f1", "score", "valid/loss", "train/los", "lr")
         ),
         ({"callbacks": [EarlyStopping("val/los")]}, f"{LOGGED}'val/los'"),
         ({"lr_scheduler": functools.partial(ReduceLROnPlateau, monitor="val/scor")}, f"{LOGGED}'val/scor'"),

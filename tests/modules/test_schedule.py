@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR, StepLR
 
+from lopa_lightning import ClassificationModule, PretrainedSpec
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.schedule import WarmUp
 from tests.modules.helpers import module, reviews, trainer
+from tests.refusals import Refused
 
 Tiny = Callable[[str], str]
 
@@ -104,12 +106,28 @@ def test_the_state_of_another_scheduler_is_refused(tiny: Tiny, tmp_path: Path) -
             trainer(tmp_path, 2).fit(model(lr_scheduler=other), reviews(tmp_path), ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_a_plateau_is_of_a_metric_that_is_logged(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"lr_scheduler": ReduceLROnPlateau}, {"callbacks": [EarlyStopping("val/loss")]}])
+def test_without_validation_nothing_of_it_is_monitored(
+    options: dict[str, Any], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    schedule = {"lr_scheduler": options.pop("lr_scheduler", None)}
+    data, run = reviews(tmp_path), trainer(tmp_path, limit_val_batches=0, **options)
+    with refused("monitor must be one of train/loss, got 'val/loss'"):
+        run.fit(module(tiny("bert_base"), objective="head", **schedule), data)
+
+
+class Unlike(ClassificationModule):
+    """A module of others, which may log what it likes."""
+
+
+def test_a_plateau_of_a_metric_that_a_module_of_others_did_not_log_is_named(tiny: Tiny, tmp_path: Path) -> None:
     from lightning.pytorch.cli import ReduceLROnPlateau as Monitoring
 
-    model = module(tiny("bert_base"), objective="head", lr_scheduler=functools.partial(Monitoring, monitor="val/los"))
+    plateau = functools.partial(Monitoring, monitor="val/los")
+    model = Unlike(backbone=PretrainedSpec(tiny("bert_base")), objective="head", lr_scheduler=plateau)
     with pytest.raises(LoPAError, match=r"monitor must be one of .*val/loss.*, got 'val/los'"):
-        trainer(tmp_path).fit(model, reviews(tmp_path))
+        trainer(tmp_path, max_steps=1, val_check_interval=1).fit(model, reviews(tmp_path))
 
 
 @pytest.mark.parametrize(("options", "steps"), [({"val_check_interval": 2}, 2), ({"limit_val_batches": 0}, 1)])

@@ -6,15 +6,19 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lopa_lightning import CausalLMModule, TextClassificationDataModule
+from lopa_lightning.data.loader import ResumableLoader
+from lopa_lightning.data.sampler import LengthGroupedSampler
+from lopa_lightning.modules.window import Window
 from tests.modules.helpers import LoPATiny, causal, completions, module, reviews, trainer
 
 Tiny = Callable[[str], str]
@@ -124,3 +128,44 @@ def test_batches_of_one_size_are_left_as_they_are(tiny: Tiny, tmp_path: Path) ->
         for batch in step:
             (model.loss(model(batch), batch) / 2).backward()
         assert all(torch.equal(found[name], value) for name, value in gradient(model).items())
+
+
+class Texts:
+    """Rows of no content."""
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        return {"index": torch.tensor(rows), "attention_mask": torch.ones(len(rows), 1)}
+
+
+@pytest.mark.parametrize("limit", [1.0, 8])
+@pytest.mark.parametrize(("accumulated", "resumed"), [(1, False), (1, True), (3, False), (3, True), (99, False)])
+def test_by_tokens_each_example_has_one_weight_in_an_epoch(accumulated: int, limit: int | float, resumed: bool) -> None:
+    """The gradient by an example's own loss, over all steps: steps by examples, of as much of the epoch as is used."""
+
+    def loader() -> ResumableLoader:
+        return ResumableLoader(
+            Texts(), LengthGroupedSampler([1 + i % 13 for i in range(60)], batch_tokens=40), share=limit
+        )
+
+    first, losses, seen = loader(), nn.Parameter(torch.zeros(60)), []
+    batches = len(first) if limit == 1.0 else int(limit)
+    run: Any = SimpleNamespace(accumulate_grad_batches=accumulated, num_training_batches=batches, world_size=1)
+    window, rest, total = Window(), iter(first), torch.zeros(60)
+    for batch_idx in range(batches):
+        if resumed and batch_idx == 3:
+            window, again = Window(), loader()
+            again.load_state_dict(first.state_dict())
+            rest = iter(again)
+        batch, run.is_last_batch = next(rest), batch_idx + 1 == batches
+        seen.append(batch["index"])
+        size = len(batch["index"])
+        loss = window.add(losses[batch["index"]].mean(), size, float(size), batch, batch_idx, run)
+        (loss / accumulated).backward()  # Lightning divides
+        window.end([losses], run)
+        if not window.batches:
+            assert losses.grad is not None
+            total, losses.grad = total + losses.grad, None
+    assert len({len(rows) for rows in seen}) > 1
+    steps = -(-batches // accumulated)
+    weights = total[torch.cat(seen)]
+    torch.testing.assert_close(weights, torch.full_like(weights, steps * len(first) / batches / 60))
