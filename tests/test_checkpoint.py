@@ -87,7 +87,7 @@ def test_a_module_is_rebuilt_from_the_checkpoint_alone(tiny: Tiny, tmp_path: Pat
 
 def _val_loader(model: Any, folder: Path) -> Any:
     data = reviews(folder)
-    data.connect(model.text_spec)
+    data.connect(model.input_spec)
     data.setup("validate")
     return data.val_dataloader()[0]
 
@@ -130,7 +130,7 @@ def _other_backbone(tiny: Tiny, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[0, 0] += 0.1
     model.save_pretrained(folder / "other")
-    module(tiny("bert")).tokenizer.save_pretrained(folder / "other")
+    module(tiny("bert")).input_spec.tokenizer.save_pretrained(folder / "other")
     return {"model": str(folder / "other")}
 
 

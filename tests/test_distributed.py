@@ -147,7 +147,7 @@ def test_a_step_of_all_processes_is_one_large_batch(ranks: Ranks, tiny: Tiny, nu
     model.configure_model()
     model.load_state_dict(first["state"])
     data = completions(folder / "unequal", UNEQUAL)
-    data.connect(model.text_spec)
+    data.connect(model.input_spec)
     data.setup("fit")
     rows = {int(row["index"]): row for batch in data.train_dataloader() for row in rows_of(batch)}
     assert len(first["rows"]) > 1

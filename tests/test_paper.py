@@ -158,7 +158,7 @@ def test_backbone_and_encoder_read_one_templated_text(task: str, text: str, tiny
     data = GLUEDataModule(
         task, path=write_mini_glue(Path("glue")), pair_template="mask_between", instance_reads="template"
     )
-    data.connect(nlu_module(tiny).text_spec)
+    data.connect(nlu_module(tiny).input_spec)
     data.setup("validate")
     tokenizer = AutoTokenizer.from_pretrained(tiny("roberta"))
     rows = data.load_split(data.splits_of("val")[0], "val")
@@ -211,10 +211,10 @@ def test_the_nlu_recipe_computes_what_the_released_code_does(tiny: Tiny) -> None
 
 def test_gradients_of_the_loss_over_the_vocabulary_are_the_formulas(tiny: Tiny) -> None:
     """∂/∂h of log Σ_v exp(ℓ_v) − ℓ_label, through a frozen head."""
-    from lopa_lightning.backbones.text import Backbone
+    from lopa_lightning.backbones.text import TextBackbone
 
     plain = AutoModelForMaskedLM.from_pretrained(tiny("roberta")).eval()
-    backbone = Backbone(AutoModelForMaskedLM.from_pretrained(tiny("roberta")))
+    backbone = TextBackbone(AutoModelForMaskedLM.from_pretrained(tiny("roberta")))
     words = torch.tensor([7, 300])
     ours, theirs = (torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     labels = torch.tensor([0, 1, 1, 0, 1])
@@ -266,7 +266,7 @@ def test_an_encoder_without_a_mask_cannot_read_the_template(tiny: Tiny) -> None:
     )
     Path("glue").mkdir()
     data = GLUEDataModule("rte", path=write_mini_glue(Path("glue")), instance_reads="template")
-    data.connect(module.text_spec)
+    data.connect(module.input_spec)
     with pytest.raises(LoPAError, match="needs an instance encoder whose tokenizer has a mask token"):
         data.setup("validate")
 
@@ -309,7 +309,7 @@ def test_the_code_recipe_fits_and_tests(name: str, tiny: Tiny, with_start: str) 
 
     rows, halves = data.datasets["train"][0], data.raw()
     assert len(rows) == len(halves["train"])  # all of the half, none to validate on
-    tokenizer, is_cruxeval = model.tokenizer, name != "mbpp"
+    tokenizer, is_cruxeval = model.input_spec.tokenizer, name != "mbpp"
     for row, ids in zip(halves["train"], rows):
         labels = [label for label in ids["labels"] if label != -100]
         example = data.layout("train")(row)
@@ -346,7 +346,7 @@ def test_a_start_token_stands_before_what_is_generated_too(with_start: str, monk
         module.generate(["good film"])
         assert module._cut([[0, 5, 6, 7, 8]], 3) == ([[0, 7, 8]] if start_token else [[6, 7, 8]])
     (without,), (with_token,) = asked
-    assert with_token == [module.tokenizer.bos_token_id, *without]
+    assert with_token == [module.input_spec.tokenizer.bos_token_id, *without]
     assert module.task_identity() == {"objective": "completion", "start_token": True}
 
 

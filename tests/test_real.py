@@ -76,7 +76,7 @@ def test_minilms_vectors_of_real_pairs_are_those_of_plain_transformers(real_data
     options = {"max_train_examples": 16, "validation_from_train": 0.5, "batch_size": 8}
     data = GLUEDataModule("rte", real_data("nyu-mll/glue"), **options)
     model = ClassificationModule(objective="head", backbone=PretrainedSpec(MINILM))
-    data.connect(model.text_spec)
+    data.connect(model.input_spec)
     data.setup("fit")
     assert model.net is None
     (batch,) = data.train_dataloader()
@@ -138,7 +138,7 @@ def test_smollm2_writes_with_its_soft_prompt_what_plain_generate_writes(real_mod
     assert samples == module.generate(texts, sampled, num_samples=2, seed=4, batch_size=2)
 
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), module.net.instance_encoder
-    reads = module.text_spec.instance_tokenizer(texts[1], return_tensors="pt")
+    reads = module.input_spec.instance_tokenizer(texts[1], return_tensors="pt")
     with torch.no_grad():
         soft = module.net.prompt_encoder(encoder(reads["input_ids"], reads["attention_mask"]))
         plain = module.net.backbone.model

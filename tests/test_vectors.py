@@ -180,7 +180,7 @@ def test_nothing_is_kept_where_it_is_off_or_changes_or_is_not_read(
 ) -> None:
     model = module(tiny("bert"), **options)
     losses, _ = fit(model, reviews(tmp_path), tmp_path, epochs=1)
-    assert model.text_spec.instance_vectors is None
+    assert model.input_spec.instance_vectors is None
     assert not vectors_in(kept)
     assert ("instance_input_ids" in losses.keys) == ("prompt_encoder" not in options)
 

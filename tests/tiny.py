@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -18,6 +19,11 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
+
+from lopa_lightning.backbones.base import States
+from lopa_lightning.backbones.pretrained import PretrainedSpec
+from lopa_lightning.backbones.text import TextBackbone
+from lopa_lightning.backbones.text_spec import TextKind
 
 TEXTS = [
     "the film was great and the cast was good",
@@ -123,3 +129,20 @@ def save_tiny(kind: str, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+TEXT = TextKind(PretrainedSpec("any"), "head")
+"""Reads tokens with whatever model it is given."""
+
+
+def run(
+    backbone: TextBackbone,
+    prompt: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_type_ids: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> States:
+    """Calls a backbone with the entries of a batch, each ``[B, T]``."""
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return backbone(prompt, batch if token_type_ids is None else {**batch, "token_type_ids": token_type_ids}, offset)

@@ -33,7 +33,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from lopa_lightning.backbones.injection import position_ids
 from lopa_lightning.backbones.prefix import cache_input
 from lopa_lightning.backbones.pretrained import accepted_inputs
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError, one_line
 
 # Said in full, so that a model's own defaults do not decide what nobody wrote down.
@@ -130,7 +130,7 @@ def check_samples(config: GenerationConfig, num_samples: int) -> None:
 
 @torch.no_grad()
 def generate(
-    backbone: Backbone,
+    backbone: TextBackbone,
     prompt: Tensor,
     text: tuple[Tensor, Tensor],
     config: GenerationConfig,
@@ -193,7 +193,7 @@ def generate(
 
 
 def _shared(
-    backbone: Backbone, embeddings: Tensor, mask: Tensor, cache: Cache | None, repeats: int
+    backbone: TextBackbone, embeddings: Tensor, mask: Tensor, cache: Cache | None, repeats: int
 ) -> tuple[Tensor, Tensor, Cache | None]:
     """Reads the texts once, all but their last token, and repeats what was read."""
     model, width = backbone.body, embeddings.shape[1]

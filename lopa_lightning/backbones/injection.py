@@ -27,14 +27,16 @@ class Layout:
     Attributes:
         index: ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a place of the text.
         start: The first virtual token's place, where it is the same in every row since every text starts at the
-            first place: nothing then need be looked up by the index. None where rows differ.
+            first position: nothing then need be looked up by the index. None where rows differ.
+        positions: Where each of the text's tokens is in the prompted sequence, ``[B, T]``.
     """
 
     index: Tensor
     start: int | None
+    positions: Tensor
 
 
-def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Placement = "before") -> Layout:
+def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: str = "before") -> Layout:
     """For every place of the prompted sequence, where its content comes from.
 
     Args:
@@ -53,7 +55,8 @@ def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: Pl
     place = torch.arange(m + length, device=attention_mask.device).expand(len(attention_mask), -1)
     in_prompt = (place >= start) & (place < start + m)
     index = torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
-    return Layout(index, own_token if bool(attention_mask[:, 0].all()) else None)
+    text = place[:, :length]
+    return Layout(index, own_token if bool(attention_mask[:, 0].all()) else None, text + m * (text >= start))
 
 
 def check_placement(placement: str) -> None:

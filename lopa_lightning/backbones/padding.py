@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lopa_lightning.errors import LoPAError
 
 if TYPE_CHECKING:
-    from lopa_lightning.backbones.text import Backbone
+    from lopa_lightning.backbones.text import TextBackbone
 
 Side = Literal["left", "right"]
 
@@ -20,7 +20,7 @@ _SHORT, _LONG, _VIRTUAL = 6, 18, 8  # tokens
 _WIDEST = 1024  # the window of local attention that a check still looks across, in tokens
 
 
-def check_padding(backbone: Backbone, num_virtual_tokens: int, side: Side, pad_id: int) -> None:
+def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, pad_id: int) -> None:
     """Compares the states of a short text alone and padded to a longer one; warns if the model itself mixes padding in.
 
     Two short forward passes, or three with virtual tokens in every layer; two more where states differ. It is to be
@@ -115,7 +115,7 @@ def change_by_padding(
     return float((padded - alone).norm() / alone.norm())
 
 
-def _change(backbone: Backbone, m: int, side: Side, pad_id: int) -> float:
+def _change(backbone: TextBackbone, m: int, side: Side, pad_id: int) -> float:
     weight, limit = backbone.embedding_weight, backbone.max_positions
     # Real tokens: any numbers would not be of the scale that a model's layers are made for.
     with torch.no_grad():
@@ -124,8 +124,8 @@ def _change(backbone: Backbone, m: int, side: Side, pad_id: int) -> float:
         )
 
     def states(ids: Tensor, mask: Tensor) -> Tensor:
-        found = backbone(virtual[None], ids, mask)
-        own: Tensor = found.hidden[0][found.text_mask[0] == 1]
+        found = backbone(virtual[None], {"input_ids": ids, "attention_mask": mask})
+        own: Tensor = found.hidden[0][found.content_mask[0] == 1]
         return own
 
     gap = _window(backbone) if m and backbone.placement == "every_layer" else 0
@@ -133,7 +133,7 @@ def _change(backbone: Backbone, m: int, side: Side, pad_id: int) -> float:
     return change_by_padding(states, len(weight), side, pad_id, room, gap, weight.device)
 
 
-def _window(backbone: Backbone) -> int:
+def _window(backbone: TextBackbone) -> int:
     """The widest window of local attention in a config: padding between virtual tokens and text must not use it up."""
     entries = backbone.body.config.to_dict().items()
     widths = [value for key, value in entries if "window" in key and type(value) is int and value <= _WIDEST]

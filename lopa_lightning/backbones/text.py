@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from lopa_lightning.backbones.adapters import adapter_layers
+from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
 from lopa_lightning.backbones.injection import (
     Placement,
     check_placement,
@@ -20,6 +22,7 @@ from lopa_lightning.backbones.injection import (
     with_offset,
 )
 from lopa_lightning.backbones.lm_head import LabelWordHead, VocabularyHead, chunked_cross_entropy
+from lopa_lightning.backbones.padding import Side, check_padding
 from lopa_lightning.backbones.prefix import cache_input, layer_prompts
 from lopa_lightning.backbones.pretrained import (
     accepted_inputs,
@@ -29,29 +32,14 @@ from lopa_lightning.backbones.pretrained import (
     is_causal,
     max_positions,
 )
+from lopa_lightning.backbones.tokens import vocabulary
 from lopa_lightning.backbones.transformer_layers import compile_for_training, recompute, transformer_layers
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.prompts.base import Vocabulary
 
 
-@dataclass(frozen=True)
-class PromptedStates:
-    """What the backbone computed for ``[Z; embed(x)]``.
-
-    Attributes:
-        hidden: Last hidden states ``[B, L, h]``; L is m + T, or T with virtual tokens in every layer.
-        text_mask: 1 at the text's own tokens, 0 at virtual tokens and padding, ``[B, L]``.
-        input_ids: The text's token ids in place, -1 at virtual tokens, ``[B, L]``.
-    """
-
-    hidden: Tensor
-    text_mask: Tensor
-    input_ids: Tensor
-
-
-class Backbone(nn.Module):
-    """A pretrained transformer that is never changed, only shown soft prompts.
-
-    As a baseline it may be changed after all: by an adapter that lies in ``model``, or as a whole.
+class TextBackbone(Backbone, LanguageModel):
+    """A language model from transformers, which reads token ids.
 
     Args:
         model: Encoder, masked LM or causal LM from transformers.
@@ -60,12 +48,15 @@ class Backbone(nn.Module):
         trained: Whether all of the model's weights are trained.
         gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
         compiled: Whether torch compiles its layers for training.
+        tokenizer: The model's, for soft prompts to start from words; None if there is none.
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
             attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
             these are to be computed a second time or compiled.
     """
+
+    input_keys = ("input_ids", "attention_mask", "token_type_ids")
 
     def __init__(
         self,
@@ -75,6 +66,7 @@ class Backbone(nn.Module):
         trained: bool = False,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         check_placement(placement)
@@ -87,6 +79,8 @@ class Backbone(nn.Module):
             raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
         self._has_token_types = has_token_types(self.body)
         self._is_causal = is_causal(self.body)
+        self.tokenizer = tokenizer
+        self._checked_sides: set[Side] = set()
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
         if compiled:
             if self._layers is not None:
@@ -105,11 +99,6 @@ class Backbone(nn.Module):
         self._adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
-
-    @property
-    def body(self) -> PreTrainedModel:
-        """The model without its language model head."""
-        return cast(PreTrainedModel, self.model.base_model)
 
     @property
     def prompt_dim(self) -> int:
@@ -131,7 +120,7 @@ class Backbone(nn.Module):
         """How many tokens, virtual ones included, the model has positions for; None if that is not limited."""
         return max_positions(self.body)
 
-    def train(self, mode: bool = True) -> Backbone:
+    def train(self, mode: bool = True) -> TextBackbone:
         """Stays in eval mode, unless the backbone's dropout was asked for."""
         super().train(mode and self.dropout)
         for layer in self._adapted:  # an adapter's dropout is its own
@@ -160,21 +149,36 @@ class Backbone(nn.Module):
             return self._layers.embed(self.body, token_ids)
         return self.embedding_table()[token_ids]
 
-    def forward(
-        self,
-        prompt: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor | None = None,
-        offset: Tensor | None = None,
-    ) -> PromptedStates:
+    def vocabulary(self) -> Vocabulary | None:
+        """Returns the tokenizer's tokens that stand for text."""
+        if self.tokenizer is None:
+            return None
+        table = self.embedding_weight
+        found = vocabulary(self.tokenizer, len(table), self.virtual_tokens)
+        return dataclasses.replace(found, table=table if self._layers is None else None)
+
+    def layers(self) -> list[nn.Module]:
+        """Returns the transformer layers, in their order."""
+        return transformer_layers(self.body)
+
+    def count_tokens(self, batch: Batch) -> Tensor:
+        """Returns how many tokens the texts of a batch have, without waiting for a device."""
+        return batch["attention_mask"].sum()
+
+    def check_padding(self, num_virtual_tokens: int, sides: Iterable[Side]) -> None:
+        """Checks that a text gets the same states alone and padded, see :mod:`~lopa_lightning.backbones.padding`."""
+        pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_token_id or 0
+        for side in sorted({*sides} - self._checked_sides):
+            self._checked_sides.add(side)
+            check_padding(self, num_virtual_tokens, side, pad_id)
+
+    def forward(self, prompt: Tensor, batch: Batch, offset: Tensor | None = None) -> States:
         """Runs the backbone on ``[Z; embed(x)]``.
 
         Args:
             prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
-            input_ids: Token ids of the text, ``[B, T]``; padded on either side.
-            attention_mask: 1 at the text's tokens, ``[B, T]``.
-            token_type_ids: Segment of each token, ``[B, T]``; virtual tokens belong to the first.
+            batch: Token ids ``input_ids`` ``[B, T]``, padded on either side; ``attention_mask`` ``[B, T]``, 1 at the
+                text's tokens; perhaps ``token_type_ids`` ``[B, T]``: virtual tokens belong to the first segment.
             offset: Added to the embeddings of the text's first s tokens, ``[s, d]``.
 
         Returns:
@@ -183,7 +187,9 @@ class Backbone(nn.Module):
         Raises:
             LoPAError: If m + T is more than the backbone has positions for.
         """
-        batch, m = len(input_ids), prompt.shape[1]
+        input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+        token_type_ids = batch.get("token_type_ids")
+        size, m = len(input_ids), prompt.shape[1]
         if self.max_positions is not None and m + input_ids.shape[1] > self.max_positions:
             raise LoPAError(
                 f"{m} virtual tokens and {input_ids.shape[1]} tokens of text are more than the "
@@ -191,14 +197,15 @@ class Backbone(nn.Module):
             )
         prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
         if self._layers is not None:
-            cache = self._layers.cache(prompt, batch)
-            mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
-            places = position_ids(attention_mask, first_position(self.body) + m)
+            cache = self._layers.cache(prompt, size)
+            mask = torch.cat([attention_mask.new_ones(size, m), attention_mask], dim=1)
+            positions = position_ids(attention_mask, first_position(self.body) + m)
             given = {str(cache_input(self.body)): cache}
-            hidden = self._run(embedded, places, token_type_ids, attention_mask=mask, **given)
-            return PromptedStates(hidden, attention_mask, input_ids)
+            hidden = self._run(embedded, positions, token_type_ids, attention_mask=mask, **given)
+            here = torch.arange(input_ids.shape[1], device=input_ids.device).expand(size, -1)
+            return States(hidden, attention_mask, here)
         layout = prompt_layout(attention_mask, m, self.placement)
-        prompted = insert(layout, prompt.expand(batch, -1, -1), embedded)
+        prompted = insert(layout, prompt.expand(size, -1, -1), embedded)
         types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
         if self._is_causal and layout.start is not None:
             # All padding comes after the tokens that are read, which see nothing of it: attention without a mask.
@@ -206,7 +213,7 @@ class Backbone(nn.Module):
         else:
             mask = insert(layout, 1, attention_mask)
             hidden = self._run(prompted, position_ids(mask, first_position(self.body)), types, attention_mask=mask)
-        return PromptedStates(hidden, insert(layout, 0, attention_mask), insert(layout, -1, input_ids))
+        return States(hidden, insert(layout, 0, attention_mask), layout.positions)
 
     def _embedded(
         self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None

@@ -1,25 +1,36 @@
-"""What a data module must know of the frozen models to turn text into batches for them."""
+"""Text as a kind of input: its backbones, and what a data module must know to turn text into batches for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lopa_lightning.backbones.base import Backbone, Batch, InputKind, InputSpec, Objective
+from lopa_lightning.backbones.injection import position_ids
+from lopa_lightning.backbones.padding import change_by_padding, tolerance, warn_of_mixing
+from lopa_lightning.backbones.pretrained import (
+    accepted_inputs,
+    checked_shapes,
+    first_position,
+    has_token_types,
+    load_tokenizer,
+    max_positions,
+)
+from lopa_lightning.backbones.text import TextBackbone
+from lopa_lightning.backbones.tokens import check_token_ids
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.instances.vectors import VectorCache
-from lopa_lightning.prompts.base import Vocabulary
 
-Objective = Literal["masked_lm", "causal_lm", "head"]
-
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+if TYPE_CHECKING:
+    from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
+    from lopa_lightning.instances.vectors import VectorCache
 
 
 @dataclass(frozen=True)
-class TextSpec:
+class TextSpec(InputSpec):
     """Tokenizers and lengths of the frozen models.
 
     Attributes:
@@ -28,19 +39,14 @@ class TextSpec:
         objective: How an answer is read, which decides what a template looks like.
         instance_tokenizer: The instance encoder's; None if no instance vector is needed.
         instance_max_tokens: Tokens that the instance encoder reads at most; None if not limited.
-        virtual_tokens: Number of virtual tokens that the backbone reads with each text; 0 where they stand in every
-            layer, as keys and values alone.
-        instance_vectors: Where the vectors of a frozen instance encoder are kept; None if each batch is encoded again.
         start_token: Whether a text to be continued starts with a start token also where the tokenizer puts none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int | None
     objective: Objective
-    instance_tokenizer: PreTrainedTokenizerBase | None
-    instance_max_tokens: int | None
-    virtual_tokens: int = 0
-    instance_vectors: VectorCache | None = None
+    instance_tokenizer: PreTrainedTokenizerBase | None = None
+    instance_max_tokens: int | None = None
     start_token: bool = False
 
     @property
@@ -57,132 +63,81 @@ class TextSpec:
         return [self.tokenizer.bos_token_id] if starts else []
 
 
-def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[int]:
-    """The token of each label word as it stands in running text, after a space.
+@dataclass(frozen=True)
+class TextKind(InputKind):
+    """Texts, read as token ids."""
 
-    Args:
-        tokenizer: The backbone's.
-        words: The verbalizer's words, one for each label.
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return load_tokenizer(self.spec)
 
-    Raises:
-        LoPAError: If a word is not one token, or two words are the same one.
-    """
-    ids: list[int] = []
-    for word in words:
-        # Seen after another word, as in a sentence: byte-pair tokenizers have a token of its own for that.
-        context = tokenizer.encode("x", add_special_tokens=False)
-        tokens = tokenizer.encode(f"x {word}", add_special_tokens=False)[len(context) :]
-        if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
-            pieces = tokenizer.convert_ids_to_tokens(tokens)
-            raise LoPAError(
-                f"label word {word!r} must be one token of the backbone, but it is {pieces}; choose another word"
-            )
-        ids += tokens
-    if len(set(ids)) < len(ids):
-        raise LoPAError(f"the label words {words} must differ in their tokens, got {ids}")
-    return ids
+    def check(self) -> None:
+        """Raises a LoPAError if a masked LM's tokenizer has no mask."""
+        if self.objective == "masked_lm" and self.tokenizer.mask_token is None:
+            raise LoPAError(f"{self.spec.name!r} has no mask token; use objective: causal_lm or head")
 
+    def backbone(self, model: PreTrainedModel, **settings: Any) -> TextBackbone:
+        """Builds the backbone, see :class:`~lopa_lightning.backbones.text.TextBackbone`."""
+        return TextBackbone(model, tokenizer=self.tokenizer, **settings)
 
-def check_token_ids(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
-    """Checks that a model has an embedding for each token that its tokenizer may give it.
+    def input_spec(
+        self,
+        backbone: Backbone,
+        num_virtual_tokens: int,
+        encoder: InstanceEncoderSpec | None,
+        vectors: VectorCache | None,
+    ) -> TextSpec:
+        """Returns tokenizers and lengths.
 
-    Special tokens without a role (padding, mask, ...) that the chat template does not have either are in no text.
-
-    Args:
-        tokenizer: The model's.
-        rows: Rows of its embedding table.
-        name: What it is called, for the message.
-
-    Raises:
-        LoPAError: If there is a token without an embedding.
-    """
-    template = str(tokenizer.chat_template or "")
-    unused = {
-        index
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content not in template
-    }
-    unused -= {getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
-    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows and index not in unused}
-    if beyond:
-        token = min(beyond, key=lambda token: beyond[token])
-        raise LoPAError(
-            f"{name!r} has no embedding for {len(beyond)} of its tokenizer's tokens, such as {token!r} with id "
-            f"{beyond[token]}: the table has {rows} rows, for ids below that; save the model after "
-            "resize_token_embeddings, or the tokenizer without the token"
+        Raises:
+            LoPAError: If the virtual tokens leave no room for text, or a tokenizer has ids that its model has no
+                embedding for.
+        """
+        assert isinstance(backbone, TextBackbone)
+        m, limit = num_virtual_tokens, backbone.max_positions
+        check_token_ids(self.tokenizer, len(backbone.embedding_weight), self.spec.name)
+        if limit is not None and m >= limit:
+            raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
+        room, read = None if limit is None else limit - m, 0 if backbone.placement == "every_layer" else m
+        if encoder is None:
+            return TextSpec(self.tokenizer, room, self.objective, virtual_tokens=read)
+        own, tokenizer = limit, self.tokenizer
+        if not encoder.is_backbone:
+            model = TextBackbone(checked_shapes(encoder.pretrained(), "encoder"))
+            own, tokenizer = model.max_positions, load_tokenizer(encoder.pretrained())
+            check_token_ids(tokenizer, len(model.embedding_weight), encoder.name)
+        longest = min((n for n in (own, encoder.max_length) if n is not None), default=None)
+        return TextSpec(
+            self.tokenizer, room, self.objective, tokenizer, longest, virtual_tokens=read, instance_vectors=vectors
         )
 
+    def instance_states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Runs an instance encoder's model on ``instance_input_ids`` and what goes with them, each ``[B, S]``."""
+        mask, types = batch["instance_attention_mask"], batch.get("instance_token_type_ids")
+        extra = {}
+        if "position_ids" in accepted_inputs(model):
+            extra["position_ids"] = position_ids(mask, first_position(model))
+        if types is not None and has_token_types(model):
+            extra["token_type_ids"] = types
+        hidden = model(input_ids=batch["instance_input_ids"], attention_mask=mask, **extra).last_hidden_state
+        return hidden, mask
 
-def vocabulary(
-    tokenizer: PreTrainedTokenizerBase, size: int, embed: Callable[[torch.Tensor], torch.Tensor]
-) -> Vocabulary:
-    """The backbone's tokens, for soft prompts to start from.
+    def check_instances(self, encoder: InstanceEncoder) -> None:
+        """Warns if a text's vector depends on the texts that it is padded with."""
+        model = encoder.loaded()
+        weight = cast(Tensor, model.get_input_embeddings().weight)
+        room = min((n for n in (max_positions(model), encoder.spec.max_length) if n is not None), default=None)
 
-    Args:
-        tokenizer: The backbone's.
-        size: Rows V of its embedding table, which may be fewer than the tokenizer's tokens.
-        embed: Token ids ``[n]`` to what stands for them where virtual tokens go, ``[n, d]``.
-    """
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ordinary = [
-        index
-        for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        if index < size and index not in special and not token.startswith("[unused")
-    ]
-    return Vocabulary(embed, ordinary, lambda text: tokenizer.encode(text, add_special_tokens=False))
+        def vector(ids: Tensor, mask: Tensor) -> Tensor:
+            return encoder.vectors({"instance_input_ids": ids, "instance_attention_mask": mask})[0]
 
-
-def running_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], with_special: bool = False
-) -> list[list[int]]:
-    """Token ids of texts that stand within a longer one.
-
-    Args:
-        tokenizer: A fast one.
-        texts: The texts.
-        with_special: Whether what looks like a special token is one, as in a chat that a template wrote.
-
-    Returns:
-        Ids without special tokens around them.
-    """
-    if not texts:
-        return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        split_special_tokens=not with_special,
-        verbose=False,  # the warning on long texts would come before they are cut
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+        change = change_by_padding(vector, len(weight), "right", 0, room, 0, weight.device)
+        if not change <= tolerance(model):
+            warn_of_mixing(f"instance encoder {type(model).__name__}", "right", change)
 
 
-def end_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None) -> dict[str, list[Any]]:
-    """Encodes texts with special tokens around them; of what is too long, the end.
-
-    Args:
-        tokenizer: A fast one.
-        texts: The texts.
-        max_tokens: Tokens of one at most, special ones included; None for no limit.
-
-    Returns:
-        ``input_ids``, ``token_type_ids`` where the tokenizer has them, and ``truncated``, a list of bools.
-    """
-    options: dict[str, Any] = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
-    encoded = tokenizer(list(texts), **options)
-    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
-    found: dict[str, list[Any]] = {key: list(encoded[key]) for key in keys}
-    too_long = [max_tokens is not None and len(ids) > max_tokens for ids in found["input_ids"]]
-    side = tokenizer.truncation_side
-    tokenizer.truncation_side = "left"
-    try:
-        for row, is_long in enumerate(too_long):
-            if is_long:
-                cut = tokenizer(texts[row], truncation=True, max_length=max_tokens, **options)
-                for key in keys:
-                    found[key][row] = cut[key]
-    finally:
-        tokenizer.truncation_side = side
-        tokenizer.backend_tokenizer.no_truncation()  # it is part of what a tokenizer is told apart by
-    return {**found, "truncated": too_long}
+def instance_inputs(ids: Tensor, mask: Tensor, types: Tensor | None = None) -> dict[str, Tensor]:
+    """Returns what the instance encoder reads as entries of a batch, each ``[B, S]``."""
+    inputs = {"instance_input_ids": ids, "instance_attention_mask": mask}
+    return inputs if types is None else {**inputs, "instance_token_type_ids": types}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lopa_lightning.backbones.sharding import gathered, whole
+from lopa_lightning.prompts.base import Vocabulary
 
 _NEAREST = 5
 _ROWS_AT_ONCE = 8192  # of the embedding table
@@ -77,7 +78,7 @@ class PromptMonitor(Callback):
         if not self.enabled:
             return
         self._samples += len(batch["index"])
-        self._tokens = self._tokens + batch["attention_mask"].sum()  # a tensor: no wait for the device here
+        self._tokens = self._tokens + pl_module.net.backbone.count_tokens(batch)  # no wait for the device here
         if self._is_logging_step(trainer, done=1) and trainer.global_step != self._measured:
             self._measured = trainer.global_step  # once, however many batches one step accumulates
             tokens, seconds = int(self._tokens), time.perf_counter() - self._since
@@ -125,10 +126,10 @@ class PromptMonitor(Callback):
         logger.experiment.add_histogram("prompt/norms", shared.norm(dim=-1).cpu(), step)
         logger.experiment.add_scalar("prompt/mean_norm", shared.norm(dim=-1).mean(), step)
         logger.experiment.add_image("prompt/cosines", cosine_picture(shared), step)
-        embeddings = net.backbone.embedding_weight
-        if shared.shape[1] != embeddings.shape[1]:  # keys and values of every layer: near to no word
+        vocabulary = net.backbone.vocabulary()
+        if vocabulary is None or vocabulary.table is None:
             return
-        words = nearest_words(shared, embeddings, pl_module.tokenizer)
+        words = nearest_words(shared, vocabulary)
         table = "| virtual token | nearest words |\n|-|-|\n" + "\n".join(
             f"| {i} | {row} |" for i, row in enumerate(words)
         )
@@ -169,23 +170,20 @@ def cosine_picture(virtual_tokens: Tensor) -> Tensor:
     return picture.repeat_interleave(_PIXELS, 1).repeat_interleave(_PIXELS, 2).cpu()
 
 
-def nearest_words(virtual_tokens: Tensor, embeddings: Tensor, tokenizer: Any) -> list[str]:
-    """The vocabulary's words nearest to virtual tokens, by cosine.
+def nearest_words(virtual_tokens: Tensor, vocabulary: Vocabulary) -> list[str]:
+    """Returns the words nearest to virtual tokens by cosine, one line for each virtual token.
 
     Args:
         virtual_tokens: ``[m, d]``.
-        embeddings: ``[V, d]``.
-        tokenizer: Names the words.
-
-    Returns:
-        One line for each virtual token.
+        vocabulary: With its table.
     """
+    assert vocabulary.table is not None
     unit = F.normalize(virtual_tokens, dim=-1)
     # In parts: a float32 copy of a large table would be larger than all that is trained.
-    parts = (part.float() for part in torch.split(embeddings, _ROWS_AT_ONCE))
+    parts = (part.float() for part in torch.split(vocabulary.table, _ROWS_AT_ONCE))
     cosine = torch.cat([unit @ part.T / part.norm(dim=-1).clamp(min=1e-12) for part in parts], dim=-1)
     top = cosine.topk(_NEAREST)
     return [
-        ", ".join(f"`{tokenizer.decode([index]).strip()}` {value:.2f}" for index, value in zip(ids, values))
+        ", ".join(f"`{vocabulary.decode([index]).strip()}` {value:.2f}" for index, value in zip(ids, values))
         for ids, values in zip(top.indices.tolist(), top.values.tolist())
     ]

@@ -139,7 +139,7 @@ class TextDataModule(LightningDataModule, ABC):
         """Sets the tokenizers to use, where no Trainer brings a module.
 
         Args:
-            text_spec: A module's ``text_spec``.
+            text_spec: A module's ``input_spec``.
         """
         self.text_spec = text_spec
         self.datasets, self.vectors = {}, {}  # what was made for another module
@@ -184,11 +184,11 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _spec(self) -> TextSpec:
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        spec = getattr(module, "text_spec", self.text_spec)
+        spec = getattr(module, "input_spec", self.text_spec)
         if spec is not self.text_spec or spec is None:
             if not isinstance(spec, TextSpec):
                 raise LoPAError(
-                    "a data module needs a module's text_spec: use a Trainer, or call connect(module.text_spec)"
+                    "a data module needs a module's input_spec: use a Trainer, or call connect(module.input_spec)"
                 )
             self.connect(spec)
         return spec

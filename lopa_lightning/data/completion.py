@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from lopa_lightning.backbones.text_spec import end_of, running_ids
+from lopa_lightning.backbones.tokens import end_of, running_ids
 from lopa_lightning.data.base import Role
 from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
 from lopa_lightning.data.source import SourceDataModule

@@ -106,12 +106,12 @@ def main(args: Sequence[str]) -> None:
     """
     options, rest = own_options(args)
     module, data = built(rest)
-    tokens = _least(module.text_spec.max_tokens, options.tokens or data.max_length or _TOKENS)
-    budget, read = data.batch_tokens, tokens + module.text_spec.virtual_tokens
+    tokens = _least(module.input_spec.max_tokens, options.tokens or data.max_length or _TOKENS)
+    budget, read = data.batch_tokens, tokens + module.input_spec.virtual_tokens
     step = Step(
         examples=data.batch_size if budget is None else max(1, budget // read),
         tokens=tokens,
-        instance_tokens=_least(module.text_spec.instance_max_tokens, options.instance_tokens or tokens),
+        instance_tokens=_least(module.input_spec.instance_max_tokens, options.instance_tokens or tokens),
         completion_tokens=_least(options.completion_tokens or max(1, tokens // 2), tokens),
     )
     found = sizes(module, step)

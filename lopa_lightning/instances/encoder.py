@@ -1,4 +1,4 @@
-"""The frozen instance encoder: a text's tokens in, one vector out."""
+"""The frozen instance encoder: an instance in, one vector out."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lopa_lightning.backbones.injection import position_ids
-from lopa_lightning.backbones.padding import change_by_padding, tolerance, warn_of_mixing
-from lopa_lightning.backbones.pretrained import (
-    Dtype,
-    PretrainedSpec,
-    accepted_inputs,
-    check_dtype,
-    first_position,
-    has_token_types,
-    max_positions,
-)
+from lopa_lightning.backbones.base import Batch, InputKind
+from lopa_lightning.backbones.pretrained import Dtype, PretrainedSpec, check_dtype
 from lopa_lightning.errors import LoPAError
 
 Pooling = Literal["cls", "mean", "last", "max"]
@@ -124,11 +115,12 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 class InstanceEncoder(nn.Module):
-    """Turns the tokens of instances into vectors.
+    """Turns instances into vectors.
 
     Args:
         model: A model without a head, or what loads one once it is needed.
         spec: Pooling and normalisation.
+        kind: Of input that it reads.
         shared: Whether ``model`` belongs to the backbone. It is then not registered here a second time; nor is
             one that is loaded later, which comes and goes.
     """
@@ -137,9 +129,11 @@ class InstanceEncoder(nn.Module):
         self,
         model: PreTrainedModel | Callable[[], PreTrainedModel],
         spec: InstanceEncoderSpec,
+        kind: InputKind,
         shared: bool = False,
     ) -> None:
         super().__init__()
+        self._kind = kind
         self.spec = spec
         self.shared = shared
         self._load: Callable[[], PreTrainedModel] | None = None
@@ -172,13 +166,12 @@ class InstanceEncoder(nn.Module):
         if self._load is not None:
             self._unregistered.clear()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Encodes instances.
 
         Args:
-            input_ids: ``[B, S]``, by the encoder's own tokenizer.
-            attention_mask: ``[B, S]``.
-            token_type_ids: Segment of each token, ``[B, S]``; None for one segment.
+            batch: With what the encoder reads: of texts ``instance_input_ids``, ``instance_attention_mask`` and perhaps
+                ``instance_token_type_ids``, each ``[B, S]``, by the encoder's own tokenizer.
 
         Returns:
             Float32 vectors ``[B, e]``, without gradient unless the encoder is trained.
@@ -186,38 +179,22 @@ class InstanceEncoder(nn.Module):
         model = self.loaded()
         if self._load is not None:  # the others are where their owner put them
             with torch.inference_mode(False):
-                cast(nn.Module, model).to(input_ids.device)
+                cast(nn.Module, model).to(next(iter(batch.values())).device)
         if not self.is_checked:
             self.is_checked = True
-            self._check_padding(model, input_ids.device)
-        return self._vectors(model, input_ids, attention_mask, token_type_ids)
+            with torch.no_grad(), _eval_unless(False, model):
+                self._kind.check_instances(self)
+        return self.vectors(batch)
 
-    def _vectors(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        extra = {}
-        if "position_ids" in accepted_inputs(model):
-            extra["position_ids"] = position_ids(attention_mask, first_position(model))
-        if token_type_ids is not None and has_token_types(model):
-            extra["token_type_ids"] = token_type_ids
+    def vectors(self, batch: Batch) -> Tensor:
+        """Encodes instances with a model that is in its place; see :meth:`forward`."""
+        model = self.loaded()
         with (
             _eval_unless(self.spec.is_varying, model),
             torch.set_grad_enabled(self.spec.trainable and torch.is_grad_enabled()),
         ):
-            hidden = model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
-            vector = pool(hidden, attention_mask, self.spec.pooling).float()
+            vector = pool(*self._kind.instance_states(model, batch), self.spec.pooling).float()
             return F.rms_norm(vector, vector.shape[-1:]) if self.spec.normalize else vector
-
-    def _check_padding(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Warns if a vector depends on the texts that it is computed with."""
-        room = min((n for n in (max_positions(model), self.spec.max_length) if n is not None), default=None)
-        vocabulary = len(cast(Tensor, model.get_input_embeddings().weight))
-        with _eval_unless(False, model):
-            change = change_by_padding(
-                lambda ids, mask: self._vectors(model, ids, mask)[0], vocabulary, "right", 0, room, 0, device
-            )
-        if not change <= tolerance(model):
-            warn_of_mixing(f"instance encoder {type(model).__name__}", "right", change)
 
     def train(self, mode: bool = True) -> InstanceEncoder:
         """Keeps a frozen encoder in eval mode, unless its dropout was asked for."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
+from lopa_lightning.backbones.text_spec import instance_inputs
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import replacing, write_whole
 from lopa_lightning.instances.encoder import InstanceEncoder
@@ -173,7 +174,7 @@ class VectorCache:
         ids, types = columns[0], columns[1] if len(columns) > 1 else None
         lengths = torch.tensor(table[_COLUMNS[0]].combine_chunks().value_lengths().to_pylist(), device=device)
         mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-        vectors: NDArray[np.float32] = self.encoder(ids, mask, types).cpu().numpy()
+        vectors: NDArray[np.float32] = self.encoder(instance_inputs(ids, mask, types)).cpu().numpy()
         return vectors.astype("<f4", copy=False)
 
 

@@ -17,14 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.injection import Placement
-from lopa_lightning.backbones.padding import Side
+from lopa_lightning.backbones.base import Batch, InputSpec
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.sharding import data_mesh, placed_like, shard
-from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.checkpoint_file import adopt
 from lopa_lightning.checkpoint_io import write_whole_checkpoints
 from lopa_lightning.errors import LoPAError
@@ -34,7 +31,7 @@ from lopa_lightning.modules.checkpoint_loading import check_optimizer, check_res
 from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
 from lopa_lightning.modules.monitors import check_monitors
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
-from lopa_lightning.modules.prompted_model import Batch, PromptedModel
+from lopa_lightning.modules.prompted_model import PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
 from lopa_lightning.modules.schedule import Scheduling, check_warmup, schedule, with_rates
 from lopa_lightning.modules.scores import Scores
@@ -88,7 +85,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
         backbone: PretrainedSpec,
         prompt_encoder: PromptEncoderFactory = LoPA,
         instance_encoder: InstanceEncoderSpec = InstanceEncoderSpec(),
-        placement: Placement = "before",
+        placement: str = "before",
         adapter: dict[str, Any] | None = None,
         train_backbone: bool = False,
         frozen_dropout: bool = False,
@@ -125,7 +122,6 @@ class LoPALightningModule(TaskHooks, LightningModule):
         """Whether a step was taken or a checkpoint loaded: what is trained has other than its initial values."""
         self.awaits_checkpoint = True
         """Whether a checkpoint may be loaded once the model is built; if not, that can be refused before."""
-        self.checked_sides: set[Side] = set()
         self.written: dict[int, list[dict[str, Any]]] = {}
         """What an interrupted run has left, by row."""
         self.will_load: Mapping[str, Any] | None = None
@@ -139,24 +135,18 @@ class LoPALightningModule(TaskHooks, LightningModule):
     def builder(self) -> Builder:
         """What builds the parts, and knows their sizes before."""
         return Builder(
-            self.backbone_spec,
+            self.input_kind(self.backbone_spec),
             self.make_prompt_encoder,
             self.instance_spec,
-            self.objective,
             self.placement,
             self.adapter,
             self.train_backbone,
         )
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer."""
-        return self.builder.tokenizer
-
-    @property
-    def text_spec(self) -> TextSpec:
-        """What a data module needs to tokenise for this module."""
-        return self.builder.text_spec
+    def input_spec(self) -> InputSpec:
+        """What a data module needs to make batches for this module."""
+        return self.builder.input_spec
 
     def setup(self, stage: str) -> None:
         """Checks what can be checked before weights are loaded; our data modules ask for it before they tokenise.
@@ -166,7 +156,7 @@ class LoPALightningModule(TaskHooks, LightningModule):
                 optimizer or the scheduler refuses its options, the backbone cannot serve the objective, nothing is
                 to be trained or to answer from, the strategy cannot serve at all, or a checkpoint does not fit.
         """
-        self.text_spec  # noqa: B018 - raises where tokenizer or positions do not fit
+        self.input_spec  # noqa: B018 - raises where input and models do not fit
         groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
         if unknown := sorted(set(self.learning_rates) - groups):
             raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")

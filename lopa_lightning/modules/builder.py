@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.adapters import adapt
-from lopa_lightning.backbones.injection import Placement
+from lopa_lightning.backbones.base import Backbone, InputKind, InputSpec
 from lopa_lightning.backbones.pretrained import (
     Family,
     PretrainedSpec,
@@ -24,12 +24,9 @@ from lopa_lightning.backbones.pretrained import (
     hidden_size,
     load_config,
     load_model,
-    load_tokenizer,
     unloaded_model,
 )
 from lopa_lightning.backbones.quantization import quantization_config
-from lopa_lightning.backbones.text import Backbone
-from lopa_lightning.backbones.text_spec import Objective, TextSpec, check_token_ids, vocabulary
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
 from lopa_lightning.instances.vectors import VectorCache
@@ -45,7 +42,7 @@ class Skeleton:
     """What is known of the model before any weight is read.
 
     Attributes:
-        backbone: The backbone on the ``meta`` device: names and shapes without numbers.
+        backbone: The backbone on the ``meta`` device: names and shapes without values.
         prompt_encoder: The prompt encoder, on the ``meta`` device as well.
     """
 
@@ -59,7 +56,7 @@ class Parts:
 
     Attributes:
         backbone: The frozen model.
-        prompt_encoder: With its start values.
+        prompt_encoder: With its initial values.
         instance_encoder: None if the prompt encoder reads no instance.
         identity: What a checkpoint says of all three, see :mod:`lopa_lightning.checkpoint`.
     """
@@ -78,24 +75,22 @@ class Builder:
         backbone: The frozen model.
         make_prompt_encoder: Still wants ``(embedding_dim, instance_dim)``.
         instance_encoder: The model that reads instances.
-        objective: How an answer is read.
         placement: Where virtual tokens go.
         adapter: PEFT config of an adapter in the backbone; None for none.
         train_backbone: Whether all weights of the backbone are trained.
     """
 
-    backbone: PretrainedSpec
+    kind: InputKind
     make_prompt_encoder: PromptEncoderFactory
     instance_encoder: InstanceEncoderSpec
-    objective: Objective
-    placement: Placement = "before"
+    placement: str = "before"
     adapter: Mapping[str, Any] | None = None
     train_backbone: bool = False
 
     @property
-    def family(self) -> Family:
-        """Which head the backbone is loaded with."""
-        return "encoder" if self.objective == "head" else self.objective
+    def backbone(self) -> PretrainedSpec:
+        """Where the backbone comes from."""
+        return self.kind.spec
 
     @functools.cached_property
     def encoder_spec(self) -> InstanceEncoderSpec:
@@ -115,18 +110,16 @@ class Builder:
         if spec.is_varying or not spec.cache:
             return None
         # The backbone's own class, so that the vectors are those that it would make. It goes before the backbone comes.
-        source, family = (self.backbone, self.family) if spec.is_backbone else (spec.pretrained(), "encoder")
-        return VectorCache(source, InstanceEncoder(functools.partial(_body, source, family), spec), ckpt.fingerprint)
-
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer."""
-        return load_tokenizer(self.backbone)
+        source, family = (self.backbone, self.kind.family) if spec.is_backbone else (spec.pretrained(), "encoder")
+        return VectorCache(
+            source, InstanceEncoder(functools.partial(_body, source, family), spec, self.kind), ckpt.fingerprint
+        )
 
     @functools.cached_property
     def skeleton(self) -> Skeleton:
         """The model's shapes, from configs alone."""
-        model = checked_shapes(self.backbone, self.family)
+        self.kind.check()
+        model = checked_shapes(self.backbone, self.kind.family)
         with torch.device("meta"):
             backbone = self._backbone(model, dataclasses.replace(self.backbone, compile=False))
             prompt_encoder = self._prompt_encoder(backbone)
@@ -141,33 +134,16 @@ class Builder:
         return Skeleton(backbone, prompt_encoder)
 
     @functools.cached_property
-    def text_spec(self) -> TextSpec:
-        """What a data module needs to tokenise for this model.
+    def input_spec(self) -> InputSpec:
+        """What a data module needs to make batches for this model.
 
         Raises:
-            LoPAError: If the virtual tokens leave no room for text, a masked LM's tokenizer has no mask, or a
-                tokenizer has ids that its model has no embedding for.
+            LoPAError: If the input and the frozen models do not go together.
         """
-        if self.objective == "masked_lm" and self.tokenizer.mask_token is None:
-            raise LoPAError(f"{self.backbone.name!r} has no mask token; use objective: causal_lm or head")
-        check_token_ids(self.tokenizer, len(self.skeleton.backbone.embedding_weight), self.backbone.name)
-        prompt_encoder, limit = self.skeleton.prompt_encoder, self.skeleton.backbone.max_positions
-        m = prompt_encoder.num_virtual_tokens
-        if limit is not None and m >= limit:
-            raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
-        room = None if limit is None else limit - m
-        read = 0 if self.placement == "every_layer" else m
-        if not prompt_encoder.uses_instance:
-            return TextSpec(self.tokenizer, room, self.objective, None, None, read)
-        spec = self.encoder_spec
-        own, tokenizer = limit, self.tokenizer
-        if not spec.is_backbone:
-            encoder = Backbone(checked_shapes(spec.pretrained(), "encoder"))
-            tokenizer = load_tokenizer(spec.pretrained())
-            check_token_ids(tokenizer, len(encoder.embedding_weight), spec.name)
-            own = encoder.max_positions
-        instance_limit = min((n for n in (own, spec.max_length) if n is not None), default=None)
-        return TextSpec(self.tokenizer, room, self.objective, tokenizer, instance_limit, read, self.instance_vectors)
+        skeleton = self.skeleton
+        m, reads = skeleton.prompt_encoder.num_virtual_tokens, skeleton.prompt_encoder.uses_instance
+        encoder, vectors = (self.encoder_spec, self.instance_vectors) if reads else (None, None)
+        return self.kind.input_spec(skeleton.backbone, m, encoder, vectors)
 
     def trains(self, readout: nn.Module) -> bool:
         """Whether anything would be trained, known from configs alone.
@@ -203,12 +179,12 @@ class Builder:
         self.check()
         # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
         direct = mesh if self.adapter is None and self.placement != "every_layer" else None
-        model = load_model(self.backbone, self.family, direct)
+        model = load_model(self.backbone, self.kind.family, direct)
         identity = self.identity()
         identity["backbone"] |= ckpt.fingerprint(model)
         backbone = self._backbone(model, self.backbone, dropout)
         prompt_encoder = self._prompt_encoder(backbone)
-        prompt_encoder.initialize(vocabulary(self.tokenizer, len(backbone.embedding_weight), backbone.virtual_tokens))
+        prompt_encoder.initialize(backbone.vocabulary())
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, identity)
         encoder, facts = self._encoder(backbone, mesh)
@@ -240,11 +216,11 @@ class Builder:
         """The instance encoder, and which one it is where the backbone does not say so."""
         spec = self.encoder_spec
         if spec.is_backbone:
-            return InstanceEncoder(backbone.body, spec, shared=True), {}
+            return InstanceEncoder(backbone.body, spec, self.kind, shared=True), {}
         if self.instance_vectors is not None:
             return self.instance_vectors.encoder, self.instance_vectors.facts()
         encoder = load_model(spec.pretrained(), "encoder", mesh)
-        return InstanceEncoder(encoder, spec), ckpt.fingerprint(encoder)
+        return InstanceEncoder(encoder, spec, self.kind), ckpt.fingerprint(encoder)
 
     def unloaded(self, dropout: bool) -> Parts:
         """Builds all parts without reading weights; their values mean nothing.
@@ -253,7 +229,7 @@ class Builder:
             dropout: Whether the backbone's own dropout is active in training.
         """
         plain = dataclasses.replace(self.backbone, compile=False)
-        backbone = self._backbone(unloaded_model(plain, self.family), plain, dropout)
+        backbone = self._backbone(unloaded_model(plain, self.kind.family), plain, dropout)
         prompt_encoder = self._prompt_encoder(backbone)
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, {})
@@ -261,17 +237,17 @@ class Builder:
         if self.instance_vectors is not None and not spec.is_backbone:
             return Parts(backbone, prompt_encoder, self.instance_vectors.encoder, {})
         model = backbone.body if spec.is_backbone else unloaded_model(spec.pretrained(), "encoder")
-        encoder = InstanceEncoder(model, spec, shared=spec.is_backbone)
+        encoder = InstanceEncoder(model, spec, self.kind, shared=spec.is_backbone)
         encoder.is_checked = True
         return Parts(backbone, prompt_encoder, encoder, {})
 
     def _backbone(self, model: PreTrainedModel, spec: PretrainedSpec, dropout: bool = False) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
-        return Backbone(
+        return self.kind.backbone(
             model,
-            dropout,
-            self.placement,
+            dropout=dropout,
+            placement=self.placement,
             trained=self.train_backbone,
             gradient_checkpointing=spec.gradient_checkpointing,
             compiled=spec.compile,

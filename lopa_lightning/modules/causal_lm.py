@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, MetricCollection
 
+from lopa_lightning.backbones.base import Backbone, Batch
 from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
 from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.sharding import is_sharded, whole
-from lopa_lightning.backbones.text import Backbone
-from lopa_lightning.backbones.text_spec import TextSpec, end_of, running_ids
+from lopa_lightning.backbones.text import TextBackbone
+from lopa_lightning.backbones.text_spec import TextSpec, instance_inputs
+from lopa_lightning.backbones.tokens import end_of, running_ids
 from lopa_lightning.errors import LoPAError, listed, shown
 from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
-from lopa_lightning.modules.prompted_model import Batch, CompletionReadout, Readout
+from lopa_lightning.modules.prompted_model import CompletionReadout, Readout
 from lopa_lightning.modules.start import check_learned, check_states
 from lopa_lightning.task import IGNORED
 
@@ -110,9 +112,11 @@ class CausalLMModule(LoPALightningModule):
         return {"objective": "completion", **({"start_token": True} if self.start_token else {})}
 
     @functools.cached_property
-    def text_spec(self) -> TextSpec:
+    def input_spec(self) -> TextSpec:
         """What a data module needs to tokenise for this module."""
-        return dataclasses.replace(super().text_spec, start_token=self.start_token)
+        spec = super().input_spec
+        assert isinstance(spec, TextSpec)
+        return dataclasses.replace(spec, start_token=self.start_token)
 
     # Writing
 
@@ -161,11 +165,11 @@ class CausalLMModule(LoPALightningModule):
         self.configure_model()
         check_states(self, self.padding_sides())
         self._check_equal(len(texts))
-        start = self.text_spec.start_ids
+        start = self.input_spec.start_ids
         written: list[list[str]] = []
         for first in range(0, len(texts), batch_size):
             part = slice(first, first + batch_size)
-            prompts = [[*start, *ids] for ids in running_ids(self.tokenizer, texts[part])]
+            prompts = [[*start, *ids] for ids in running_ids(self.input_spec.tokenizer, texts[part])]
             seeds = range(first, first + len(prompts))
             encoder = self._encoder_inputs(instances[part])
             written += self._complete(prompts, encoder, seeds, generation, num_samples, seed, stop)
@@ -198,16 +202,14 @@ class CausalLMModule(LoPALightningModule):
         return self._complete(prompts, encoder, batch["index"].tolist(), generation, num_samples)
 
     def _encoder_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        spec = self.text_spec
+        spec = self.input_spec
         if spec.instance_tokenizer is None:
             return {}
         encoded = end_of(spec.instance_tokenizer, texts, spec.instance_max_tokens)
         pad = spec.instance_tokenizer.pad_token_id or 0
         ids, mask = self._padded(encoded["input_ids"], pad, "right")
-        inputs = {"instance_input_ids": ids, "instance_attention_mask": mask}
-        if "token_type_ids" in encoded:
-            inputs["instance_token_type_ids"] = self._padded(encoded["token_type_ids"], 0, "right")[0]
-        return inputs
+        types = encoded.get("token_type_ids")
+        return instance_inputs(ids, mask, None if types is None else self._padded(types, 0, "right")[0])
 
     def _complete(
         self,
@@ -219,8 +221,10 @@ class CausalLMModule(LoPALightningModule):
         seed: int | None = None,
         stop: Sequence[str] | None = None,
     ) -> list[list[str]]:
-        net, spec = self._net(), self.text_spec
-        config = generation_config({**self.generation, **(generation or {})}, self.tokenizer, net.backbone.model)
+        net, spec = self._net(), self.input_spec
+        backbone, tokenizer = net.backbone, spec.tokenizer
+        assert isinstance(backbone, TextBackbone)
+        config = generation_config({**self.generation, **(generation or {})}, tokenizer, backbone.model)
         if spec.max_tokens is not None:
             prompts = self._cut(prompts, self._room(int(config.max_new_tokens)))
         text = self._padded(prompts, int(config.pad_token_id), "left")
@@ -230,11 +234,11 @@ class CausalLMModule(LoPALightningModule):
             with torch.no_grad():
                 prompt, _ = net.soft_prompt(encoder)
             return generate(
-                net.backbone,
+                backbone,
                 prompt,
                 text,
                 config,
-                self.tokenizer,
+                tokenizer,
                 self.num_samples if num_samples is None else num_samples,
                 [(self.generation_seed if seed is None else seed, row) for row in rows],
                 self.stop if stop is None else stop,
@@ -258,9 +262,9 @@ class CausalLMModule(LoPALightningModule):
 
     def _room(self, max_new_tokens: int) -> int:
         """Tokens of a prompt at most, beside virtual ones and those that are generated."""
-        positions = self.text_spec.max_tokens
+        positions = self.input_spec.max_tokens
         room = sys.maxsize if positions is None else positions - max_new_tokens
-        if room <= len(self.text_spec.start_ids):
+        if room <= len(self.input_spec.start_ids):
             raise LoPAError(
                 f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the {positions} positions that the "
                 "backbone has beside the virtual tokens; give a smaller one in generation"
@@ -269,7 +273,7 @@ class CausalLMModule(LoPALightningModule):
 
     def _cut(self, prompts: list[list[int]], room: int) -> list[list[int]]:
         """Cuts prompts from the left, behind the token that every text starts with."""
-        start = self.text_spec.start_ids
+        start = self.input_spec.start_ids
         if long := sum(len(ids) > room for ids in prompts):
             rank_zero_warn(f"{long} of {len(prompts)} prompts were cut to their last {room} tokens")
         kept = [ids if len(ids) <= room else [*ids[: len(start)], *ids[len(start) - room :]] for ids in prompts]
@@ -290,7 +294,7 @@ class CausalLMModule(LoPALightningModule):
             LoPAError: If a setting is wrong, or scoring needs a permission that was not given.
         """
         super().setup(stage)
-        config = generation_config(self.generation, self.tokenizer, None)
+        config = generation_config(self.generation, self.input_spec.tokenizer, None)
         check_samples(config, self.num_samples)
         generates = {"predict": True, "test": self._scorer() is not None}.get(stage, bool(self.exact_match))
         check_generates(self.builder.skeleton.backbone.model, generates)

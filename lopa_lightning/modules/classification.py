@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
+from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.text import Backbone
-from lopa_lightning.backbones.text_spec import Objective, label_word_ids
+from lopa_lightning.backbones.base import Backbone, Batch, Objective
+from lopa_lightning.backbones.text_spec import TextKind
+from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import Pooling, check_pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
-from lopa_lightning.modules.prompted_model import Batch, HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.modules.prompted_model import HeadReadout, LabelWordReadout, Readout
 from lopa_lightning.plain import plain
 from lopa_lightning.task import TextTask
 
@@ -104,15 +106,21 @@ class ClassificationModule(LoPALightningModule):
             raise LoPAError(f"objective {self.objective!r} needs label words, one for each of {task.labels}")
         self._word_ids(task.words)
 
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        kind = self.builder.kind
+        if not isinstance(kind, TextKind):
+            raise LoPAError(f"objective {self.objective!r} answers with words; this input needs objective: head")
+        return kind.tokenizer
+
     def _word_ids(self, words: list[str]) -> list[int]:
-        return label_word_ids(self.tokenizer, words)
+        return label_word_ids(self._tokenizer(), words)
 
     def configure_readout(self, backbone: Backbone) -> Readout:
         """Label words at the mask or at the end, or a trained head."""
         task = self._required_task()
         if self.objective == "head":
             return HeadReadout(backbone.hidden_dim, task.num_outputs, self.head_pooling)
-        mask_id = self.tokenizer.mask_token_id if self.objective == "masked_lm" else None
+        mask_id = self._tokenizer().mask_token_id if self.objective == "masked_lm" else None
         return LabelWordReadout(self._word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:

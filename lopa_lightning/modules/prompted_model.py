@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lopa_lightning.backbones.text import Backbone, PromptedStates
+from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
 from lopa_lightning.instances.encoder import InstanceEncoder, Pooling, pool
 from lopa_lightning.prompts.base import PromptEncoder
 from lopa_lightning.task import IGNORED
 
-Batch = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
 
@@ -23,7 +22,7 @@ class Readout(nn.Module, ABC):
     """Reads an answer from the backbone's hidden states. Its parameters, if any, are trained."""
 
     @abstractmethod
-    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+    def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
         """Makes outputs of hidden states.
 
         Args:
@@ -54,15 +53,16 @@ class LabelWordReadout(Readout):
         self.register_buffer("word_ids", torch.tensor(word_ids), persistent=False)
         self.mask_id = mask_id
 
-    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+    def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
         """Returns logits or log-probabilities, ``[B, labels]``."""
-        place = states.text_mask if self.mask_id is None else (states.input_ids == self.mask_id).long()
+        assert isinstance(backbone, LanguageModel)
+        at = states.content_mask if self.mask_id is None else states.spread(batch["input_ids"] == self.mask_id)
         read = backbone.label_log_probabilities if self.over_vocabulary else backbone.label_logits
-        return read(pool(states.hidden, place, "last"), self.word_ids)
+        return read(pool(states.hidden, at, "last"), self.word_ids)
 
 
 class HeadReadout(Readout):
-    """A trained linear layer on the pooled hidden states of the text's own tokens.
+    """A trained linear layer on the pooled hidden states of the input's own tokens.
 
     Args:
         hidden_dim: Width h of the hidden states.
@@ -77,9 +77,9 @@ class HeadReadout(Readout):
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+    def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
         """Outputs ``[B, num_outputs]``."""
-        pooled = pool(states.hidden, states.text_mask, self.pooling)
+        pooled = pool(states.hidden, states.content_mask, self.pooling)
         outputs: Tensor = self.linear(pooled.to(self.linear.weight.dtype))
         return outputs
 
@@ -87,21 +87,20 @@ class HeadReadout(Readout):
 class CompletionReadout(Readout):
     """Reads how well each labelled token was predicted. No other position's logits are computed."""
 
-    def forward(self, states: PromptedStates, backbone: Backbone, batch: Batch) -> Tensor:
+    def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
         """For each text, its labels' losses in sum, their number, and how many were the likeliest token: ``[B, 3]``.
 
         The last is 0 where gradients are taken, and it is not asked. ``labels [B, T]`` stand at the tokens
         themselves, :data:`IGNORED` at all that is not to be predicted.
         """
-        # The text's own tokens are together, wherever virtual ones and padding are.
-        place = states.text_mask.cumsum(1) - 1 + batch["attention_mask"].argmax(1, keepdim=True)
-        labels = batch["labels"].gather(1, place.clamp(min=0)).masked_fill(states.text_mask == 0, IGNORED)
+        assert isinstance(backbone, LanguageModel)
         # A token is predicted at the position before it; the first has none.
-        rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        losses, hits = backbone.token_losses(states.hidden[rows, places], labels[rows, places + 1])
+        rows, tokens = ((batch["labels"] != IGNORED) & (states.positions > 0)).nonzero(as_tuple=True)
+        before = states.positions[rows, tokens] - 1
+        losses, hits = backbone.token_losses(states.hidden[rows, before], batch["labels"][rows, tokens])
         hits = torch.zeros_like(losses) if hits is None else hits.to(losses.dtype)
         counted = torch.stack([losses, torch.ones_like(losses), hits], dim=1)
-        return counted.new_zeros(len(labels), 3).index_add(0, rows, counted)
+        return counted.new_zeros(len(batch["labels"]), 3).index_add(0, rows, counted)
 
 
 class PromptedModel(nn.Module):
@@ -136,25 +135,21 @@ class PromptedModel(nn.Module):
             return None
         if "instance" in batch:
             return batch["instance"]
-        keys = "instance_input_ids", "instance_attention_mask", "instance_token_type_ids"
-        vectors: Tensor = self.instance_encoder(*(batch.get(key) for key in keys))
+        vectors: Tensor = self.instance_encoder(batch)
         return vectors
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """From ids to outputs.
+        """Computes outputs.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and optionally ``token_type_ids`` ``[B, T]``, and
-                ``instance [B, e]`` or ``instance_input_ids``, ``instance_attention_mask`` (and
-                ``instance_token_type_ids``) ``[B, S]``.
+            batch: What the backbone reads, and ``instance [B, e]`` or what the instance encoder reads.
 
         Returns:
             The read-out's outputs, and the instance vectors (None without an instance encoder).
         """
         prompt, instance = self.soft_prompt(batch)
-        offset = self.prompt_encoder.token_offset()
-        text = batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
-        return self.readout(self.backbone(prompt, *text, offset), self.backbone, batch), instance
+        states = self.backbone(prompt, batch, self.prompt_encoder.token_offset())
+        return self.readout(states, self.backbone, batch), instance
 
     def run(self, function: Callable[[], Result]) -> Result:
         """Calls a function that uses parts of this model by themselves, such as one that generates.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lopa_lightning.backbones.padding import Side, check_padding
+from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.sharding import gathered
 from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
@@ -99,23 +99,15 @@ def check_learned(module: LoPALightningModule, stage: str) -> None:
 
 
 def check_states(module: LoPALightningModule, sides: set[Side]) -> None:
-    """Checks once for each side that padding leaves a text's hidden states alone.
+    """Checks once for each side that padding leaves an input's hidden states alone.
 
     Args:
         module: With weights, on every process.
-        sides: Where texts are padded.
+        sides: Where inputs are padded.
 
     Raises:
         LoPAError: If virtual tokens and padding do not go together here.
     """
-    net, pad_id = module._net(), module.tokenizer.pad_token_id or 0
-    new = sorted(sides - module.checked_sides)
-    module.checked_sides |= sides
-
-    def check() -> None:
-        for side in new:
-            check_padding(net.backbone, net.prompt_encoder.num_virtual_tokens, side, pad_id)
-
-    if new:
-        with gathered(net):  # and sharded again: a checkpoint may be loaded next
-            net.run(check)
+    net = module._net()
+    with gathered(net):  # and sharded again: a checkpoint may be loaded next
+        net.run(lambda: net.backbone.check_padding(net.prompt_encoder.num_virtual_tokens, sides))

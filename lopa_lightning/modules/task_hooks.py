@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lopa_lightning.backbones.base import Backbone, Batch, InputKind, Objective
 from lopa_lightning.backbones.padding import Side
-from lopa_lightning.backbones.text import Backbone
-from lopa_lightning.backbones.text_spec import Objective
-from lopa_lightning.modules.prompted_model import Batch, Readout
+from lopa_lightning.backbones.pretrained import PretrainedSpec
+from lopa_lightning.backbones.text_spec import TextKind
+from lopa_lightning.modules.prompted_model import Readout
 
 
 class TaskHooks(ABC):
@@ -26,6 +27,14 @@ class TaskHooks(ABC):
 
     eval_suffixes: tuple[str, ...] = ("",)
     """Name suffix of each evaluation set."""
+
+    def input_kind(self, backbone: PretrainedSpec) -> InputKind:
+        """Says what is read: text, unless a subclass has another kind of input.
+
+        Args:
+            backbone: Where the backbone comes from.
+        """
+        return TextKind(backbone, self.objective)
 
     @abstractmethod
     def configure_readout(self, backbone: Backbone) -> Readout:
@@ -48,7 +57,7 @@ class TaskHooks(ABC):
         """
 
     def padding_sides(self) -> set[Side]:
-        """Where texts are padded that the task makes itself, beside the data module's batches."""
+        """Where inputs are padded that the task makes itself, beside the data module's batches."""
         return set()
 
     def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,11 +21,15 @@ class Vocabulary:
             embeddings, or with virtual tokens in every layer their keys and values.
         ordinary_ids: Ids of tokens that stand for text: neither special nor reserved.
         encode: Text to token ids, without special tokens.
+        decode: Token ids to text.
+        table: The input embeddings ``[V, d]``; None where virtual tokens are keys and values.
     """
 
     embed: Callable[[Tensor], Tensor]
     ordinary_ids: Sequence[int]
     encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], Any]
+    table: Tensor | None = None
 
 
 class PromptEncoder(nn.Module, ABC):
@@ -77,7 +81,7 @@ class PromptEncoder(nn.Module, ABC):
         """
 
     def initialize(self, vocabulary: Vocabulary | None) -> None:
-        """Sets the start values that depend on the backbone. Called once, before training.
+        """Sets the initial values that depend on the backbone. Called once, before training.
 
         Args:
             vocabulary: The backbone's tokens, or None if it has none.

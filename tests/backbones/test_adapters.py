@@ -12,10 +12,11 @@ from transformers import RobertaConfig, RobertaModel
 
 from lopa_lightning.backbones.adapters import adapt, adapter_layers
 from lopa_lightning.backbones.pretrained import freeze
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from tests.backbones.test_architectures import SIZES
 from tests.prompts.checks import assert_follows, randomized
+from tests.tiny import run
 
 
 def roberta() -> RobertaModel:
@@ -26,10 +27,10 @@ def roberta() -> RobertaModel:
 def test_an_adapter_starts_without_effect_and_alone_has_a_gradient() -> None:
     model, ids = roberta(), torch.arange(5, 12)[None]
     mask, none = torch.ones_like(ids), torch.zeros(1, 0, 32)
-    before = Backbone(model)(none, ids, mask).hidden
+    before = TextBackbone(model)(none, ids, mask).hidden
     adapt(model, {"peft_type": "LORA", "r": 2})
-    backbone = Backbone(model)
-    states = backbone(none, ids, mask)
+    backbone = TextBackbone(model)
+    states = run(backbone, none, ids, mask)
     torch.testing.assert_close(states.hidden, before)
     states.hidden.square().sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {
@@ -77,7 +78,7 @@ def test_lora_has_the_published_count() -> None:
 def test_an_adapters_dropout_is_active_in_training_while_the_backbones_own_is_not() -> None:
     model = roberta()
     adapt(model, {"peft_type": "LORA", "r": 2, "lora_dropout": 0.5})
-    backbone = Backbone(model)
+    backbone = TextBackbone(model)
     for mode in (True, False):
         backbone.train(mode)
         assert {layer.lora_dropout["default"].training for layer in adapter_layers(model)} == {mode}
@@ -85,7 +86,7 @@ def test_an_adapters_dropout_is_active_in_training_while_the_backbones_own_is_no
 
 
 def test_all_of_the_backbone_is_trained_where_that_is_asked_for() -> None:
-    backbone = Backbone(roberta(), trained=True)
+    backbone = TextBackbone(roberta(), trained=True)
     backbone.train()
     assert all(p.requires_grad for p in backbone.parameters())
     assert backbone.model.embeddings.dropout.training
@@ -96,7 +97,7 @@ def test_an_adapter_is_trained_in_float32_inside_a_bfloat16_backbone() -> None:
     adapt(model, {"peft_type": "LORA", "r": 2})
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     ids = torch.arange(5, 12)[None]
-    hidden = Backbone(model)(torch.zeros(1, 0, 32), ids, torch.ones_like(ids)).hidden
+    hidden = TextBackbone(model)(torch.zeros(1, 0, 32), ids, torch.ones_like(ids)).hidden
     hidden.float().sum().backward()
     assert hidden.dtype == torch.bfloat16
 

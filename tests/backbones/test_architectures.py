@@ -9,9 +9,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
+from lopa_lightning.backbones.base import States
 from lopa_lightning.backbones.pretrained import freeze, is_causal
-from lopa_lightning.backbones.text import Backbone, PromptedStates
+from lopa_lightning.backbones.text import TextBackbone
 from tests.backbones.conftest import shaken
+from tests.tiny import run
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -78,17 +80,17 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def own_states(states: PromptedStates, row: int) -> torch.Tensor:
-    return states.hidden[row][states.text_mask[row] == 1]
+def own_states(states: States, row: int) -> torch.Tensor:
+    return states.hidden[row][states.content_mask[row] == 1]
 
 
 @pytest.mark.parametrize("name", [*MASKED, *CAUSAL])
 def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
-    backbone = Backbone(build(name))
+    backbone = TextBackbone(build(name))
     prompt = torch.randn(len(ITEMS), 4, backbone.prompt_dim)
-    batches = [backbone(prompt, *padded(left)) for left in (False, True)]
+    batches = [run(backbone, prompt, *padded(left)) for left in (False, True)]
     for row, item in enumerate(ITEMS):
-        alone = backbone(prompt[row : row + 1], item[None], torch.ones(1, len(item), dtype=torch.long))
+        alone = run(backbone, prompt[row : row + 1], item[None], torch.ones(1, len(item), dtype=torch.long))
         for batch in batches:
             torch.testing.assert_close(own_states(batch, row), own_states(alone, 0), rtol=0, atol=1e-5)
 
@@ -96,9 +98,9 @@ def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
 @pytest.mark.parametrize("name", [*MASKED, *CAUSAL])
 def test_label_logits_are_the_models_own(name: str) -> None:
     model = build(name)
-    backbone, item, words = Backbone(model), ITEMS[0], torch.tensor([7, 50, 98])
+    backbone, item, words = TextBackbone(model), ITEMS[0], torch.tensor([7, 50, 98])
     prompt = torch.randn(1, 4, backbone.prompt_dim)
-    states = backbone(prompt, item[None], torch.ones(1, len(item), dtype=torch.long))
+    states = run(backbone, prompt, item[None], torch.ones(1, len(item), dtype=torch.long))
     plain = model(inputs_embeds=torch.cat([prompt, model.get_input_embeddings()(item[None])], 1)).logits
     torch.testing.assert_close(backbone.label_logits(states.hidden[:, -2], words), plain[:, -2, words])
 
@@ -118,12 +120,12 @@ def test_attention_that_says_it_is_causal_sees_nothing_of_what_comes_later(name:
 def test_a_causal_model_is_given_no_mask_where_all_padding_comes_last() -> None:
     given: dict[str, list[bool]] = {}
     for name in ("Qwen3", "MPNet"):
-        backbone = Backbone(build(name))
+        backbone = TextBackbone(build(name))
         masks = given.setdefault(name, [])
         backbone.body.register_forward_pre_hook(
             lambda model, args, options, masks=masks: masks.append(options["attention_mask"] is not None),
             with_kwargs=True,
         )
         for left in (False, True):
-            backbone(torch.randn(len(ITEMS), 4, backbone.prompt_dim), *padded(left))
+            run(backbone, torch.randn(len(ITEMS), 4, backbone.prompt_dim), *padded(left))
     assert given == {"Qwen3": [False, True], "MPNet": [True, True]}

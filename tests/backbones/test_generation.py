@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.generation import generate, generation_config
 from lopa_lightning.backbones.injection import Placement
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from tests.backbones.conftest import Load
+from tests.tiny import run
 
 KINDS = ["gpt2", "llama"]
 TEXTS = [
@@ -43,7 +44,7 @@ def left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[T
 
 
 def written(
-    backbone: Backbone,
+    backbone: TextBackbone,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Tensor,
     texts: list[str],
@@ -54,17 +55,17 @@ def written(
     return generate(backbone, prompts, left_padded(tokenizer, texts), config, tokenizer, **kwargs)
 
 
-def soft_prompts(backbone: Backbone) -> Tensor:
+def soft_prompts(backbone: TextBackbone) -> Tensor:
     return torch.randn(len(TEXTS), M, backbone.prompt_dim, generator=torch.Generator().manual_seed(3))
 
 
-def by_hand(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, text: str) -> str:
+def by_hand(backbone: TextBackbone, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, text: str) -> str:
     """The likeliest token again and again, each time from the beginning: no cache, no padding, no ``generate``."""
     ids, new = tokenizer(text)["input_ids"], []
     while len(new) < NEW and (not new or new[-1] != tokenizer.eos_token_id):
         whole = torch.tensor([[*ids, *new]])
         with torch.no_grad():
-            hidden = backbone(prompt[None], whole, torch.ones_like(whole)).hidden[:, -1]
+            hidden = run(backbone, prompt[None], whole, torch.ones_like(whole)).hidden[:, -1]
             new.append(int(backbone.label_logits(hidden, torch.arange(backbone.model.config.vocab_size)).argmax()))
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
@@ -74,7 +75,7 @@ def by_hand(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, prompt: Tens
 def test_a_batch_writes_what_each_text_writes_alone_and_what_no_cache_would_write(
     kind: str, placement: Placement, load: Load, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    backbone = Backbone(load(kind), placement=placement)
+    backbone = TextBackbone(load(kind), placement=placement)
     prompts = soft_prompts(backbone)
     together = written(backbone, tokenizer, prompts, TEXTS)
     alone = [written(backbone, tokenizer, prompt[None], [text])[0] for prompt, text in zip(prompts, TEXTS)]
@@ -88,7 +89,7 @@ def test_a_batch_writes_what_each_text_writes_alone_and_what_no_cache_would_writ
 def test_samples_depend_on_their_seed_and_not_on_the_batch(
     kind: str, placement: Placement, load: Load, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    backbone = Backbone(load(kind), placement=placement)
+    backbone = TextBackbone(load(kind), placement=placement)
     prompts, sampled = soft_prompts(backbone), {"do_sample": True, "temperature": 0.9, "top_p": 0.95}
     seeds = [(5, row) for row in range(len(TEXTS))]
     together = written(backbone, tokenizer, prompts, TEXTS, sampled, num_samples=3, seeds=seeds)
@@ -106,7 +107,7 @@ def test_samples_depend_on_their_seed_and_not_on_the_batch(
 
 
 def test_the_samples_of_a_text_share_one_reading(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
-    backbone = Backbone(load("llama"))
+    backbone = TextBackbone(load("llama"))
     seen: list[tuple[int, ...]] = []
     backbone.body.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
     options = {"do_sample": True, "eos_token_id": None, "max_new_tokens": 4}
@@ -116,7 +117,7 @@ def test_the_samples_of_a_text_share_one_reading(load: Load, tokenizer: PreTrain
 
 
 def test_samples_are_drawn_from_the_models_distribution(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
-    backbone = Backbone(load("llama"))
+    backbone = TextBackbone(load("llama"))
     prompt, (ids, mask) = soft_prompts(backbone)[:1], left_padded(tokenizer, TEXTS[:1])
     config = generation_config(
         {"max_new_tokens": 1, "do_sample": True, "temperature": 2.0, "top_k": 5, "eos_token_id": None},
@@ -125,7 +126,7 @@ def test_samples_are_drawn_from_the_models_distribution(load: Load, tokenizer: P
     )
     (texts,) = generate(backbone, prompt, (ids, mask), config, tokenizer, num_samples=2000, seeds=[0])
     with torch.no_grad():
-        hidden = backbone(prompt, ids, mask).hidden[:, -1]
+        hidden = run(backbone, prompt, ids, mask).hidden[:, -1]
         logits = backbone.label_logits(hidden, torch.arange(backbone.model.config.vocab_size))[0] / 2.0
     top = logits.topk(5)
     expected = torch.softmax(top.values, -1)
@@ -139,7 +140,7 @@ def test_samples_are_drawn_from_the_models_distribution(load: Load, tokenizer: P
 
 def test_beams_come_from_the_same_settings(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
     for placement in ("before", "every_layer"):
-        backbone = Backbone(load("llama"), placement=placement)  # type: ignore[arg-type]
+        backbone = TextBackbone(load("llama"), placement=placement)  # type: ignore[arg-type]
         prompts = soft_prompts(backbone)
         together = written(backbone, tokenizer, prompts, TEXTS, {"num_beams": 4}, num_samples=2)
         alone = written(backbone, tokenizer, prompts[[1]], TEXTS[1:2], {"num_beams": 4}, num_samples=2)
@@ -148,7 +149,7 @@ def test_beams_come_from_the_same_settings(load: Load, tokenizer: PreTrainedToke
 
 
 def test_a_stop_string_ends_a_text_and_is_no_part_of_it(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
-    backbone = Backbone(load("llama"))
+    backbone = TextBackbone(load("llama"))
     prompts = soft_prompts(backbone)
     free = written(backbone, tokenizer, prompts, TEXTS)
     target = next(texts[0] for texts in free if len(texts[0]) > 8)
@@ -183,6 +184,6 @@ def test_do_sample_false_alone_makes_settings_of_sampling_greedy(
 
 
 def test_several_samples_of_a_greedy_text_are_refused(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
-    backbone = Backbone(load("llama"))
+    backbone = TextBackbone(load("llama"))
     with pytest.raises(LoPAError, match="2 samples need do_sample: true"):
         written(backbone, tokenizer, soft_prompts(backbone)[:1], TEXTS[:1], num_samples=2)

@@ -14,22 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.pretrained import freeze
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from tests.backbones.conftest import FAMILIES, Load, shaken
+from tests.tiny import run
 
 KINDS = list(FAMILIES)
 M, WIDTH, WORDS = 3, 32, 100
 TOKENS = torch.tensor([9, 4, 90, 9])
 
 
-def prompted(model: PreTrainedModel) -> tuple[Backbone, Tensor, Tensor]:
+def prompted(model: PreTrainedModel) -> tuple[TextBackbone, Tensor, Tensor]:
     """A backbone, its hidden states for two prompted texts, and the whole model's logits for the same."""
     torch.manual_seed(0)
-    backbone, embeddings = Backbone(model), model.get_input_embeddings()
+    backbone, embeddings = TextBackbone(model), model.get_input_embeddings()
     ids, prompt = torch.randint(WORDS, (2, 6)), torch.randn(2, M, backbone.prompt_dim)
     with torch.no_grad():
-        hidden = backbone(prompt, ids, torch.ones_like(ids)).hidden
+        hidden = run(backbone, prompt, ids, torch.ones_like(ids)).hidden
         logits = model(inputs_embeds=torch.cat([prompt, embeddings(ids)], dim=1)).logits
     return backbone, hidden, logits
 
@@ -114,13 +115,13 @@ def test_they_follow_the_weights_to_another_number_format(kind: str, load: Load)
     backbone, hidden, _ = prompted(model)
     backbone.double()
     ours = backbone.label_logits(hidden[:, -1].double(), TOKENS)
-    fresh = Backbone(load(kind).double()).label_logits(hidden[:, -1].double(), TOKENS)
+    fresh = TextBackbone(load(kind).double()).label_logits(hidden[:, -1].double(), TOKENS)
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, fresh, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_backbone_without_a_head_has_none(kind: str, load: Load) -> None:
-    backbone = Backbone(load(kind, "encoder"))
+    backbone = TextBackbone(load(kind, "encoder"))
     with pytest.raises(LoPAError, match="Model has no language model head"):
         backbone.label_logits(torch.randn(2, WIDTH), TOKENS)

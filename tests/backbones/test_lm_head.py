@@ -13,24 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.pretrained import freeze
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from tests.backbones.conftest import Load
 from tests.backbones.test_architectures import CAUSAL, build
+from tests.tiny import run
 
 M, LENGTH = 3, 9
 
 
-def setting(model: PreTrainedModel) -> tuple[Backbone, Tensor, Tensor, Tensor]:
+def setting(model: PreTrainedModel) -> tuple[TextBackbone, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    backbone = Backbone(model)
+    backbone = TextBackbone(model)
     ids = torch.randint(model.config.vocab_size, (2, LENGTH))
     weights = torch.rand(2 * LENGTH)
     return backbone, ids, torch.randn(2, M, backbone.prompt_dim), weights
 
 
-def ours(backbone: Backbone, ids: Tensor, prompt: Tensor, chunk: int | None) -> tuple[Tensor, Tensor | None]:
-    hidden = backbone(prompt, ids, torch.ones_like(ids)).hidden[:, M - 1 : -1]
+def ours(backbone: TextBackbone, ids: Tensor, prompt: Tensor, chunk: int | None) -> tuple[Tensor, Tensor | None]:
+    hidden = run(backbone, prompt, ids, torch.ones_like(ids)).hidden[:, M - 1 : -1]
     return backbone.token_losses(hidden.flatten(0, 1), ids.flatten(), chunk)
 
 
@@ -78,7 +79,7 @@ def test_a_trained_head_has_the_gradients_of_all_logits_at_once(load: Load) -> N
     for whole in (False, True):
         model = load("llama").requires_grad_()
         _, ids, prompt, weights = setting(model)
-        backbone = Backbone(model, trained=True)
+        backbone = TextBackbone(model, trained=True)
         losses, _ = in_full(model, ids, prompt) if whole else ours(backbone, ids, prompt, 4)
         (losses * weights).sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -106,7 +107,7 @@ class _Largest(TorchDispatchMode):
 def test_no_more_than_a_chunks_logits_are_ever_made(trained: bool) -> None:
     sizes = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = freeze(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=501, **sizes)))
-    backbone = Backbone(model, trained=trained)
+    backbone = TextBackbone(model, trained=trained)
     hidden, targets = torch.randn(30, 2, requires_grad=True), torch.randint(501, (30,))
     for chunk, most in ((4, 4 * 501), (30, 30 * 501)):
         with _Largest(501) as largest:
@@ -116,4 +117,4 @@ def test_no_more_than_a_chunks_logits_are_ever_made(trained: bool) -> None:
 
 def test_without_a_head_there_are_no_losses(load: Load) -> None:
     with pytest.raises(LoPAError, match="has no language model head"):
-        Backbone(load("llama", "encoder")).token_losses(torch.randn(2, 32), torch.tensor([1, 2]))
+        TextBackbone(load("llama", "encoder")).token_losses(torch.randn(2, 32), torch.tensor([1, 2]))

@@ -12,10 +12,11 @@ from transformers import AutoModel, PreTrainedModel
 
 from lopa_lightning.backbones.padding import Side, change_by_padding, check_padding, tolerance
 from lopa_lightning.backbones.pretrained import freeze
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
 from tests.backbones.test_architectures import GPT, MASKED, SIZES
+from tests.tiny import TEXT
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 99},
@@ -43,7 +44,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(dtype)
 
 
-def check(backbone: Backbone, side: Side, m: int = 4) -> list[str]:
+def check(backbone: TextBackbone, side: Side, m: int = 4) -> list[str]:
     """The warnings of a check."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -57,7 +58,7 @@ def test_models_to_which_padding_is_nothing_pass(name: str, dtype: torch.dtype) 
     for placement in ("before", "after_first", "every_layer"):
         if placement == "every_layer" and name == "DebertaV2":
             continue
-        backbone = Backbone(build(name, dtype), placement=placement)
+        backbone = TextBackbone(build(name, dtype), placement=placement)
         for side in ("left", "right"):
             if placement != "every_layer" or side == "right" or name not in ("Mpt", "GPTNeo"):
                 assert check(backbone, side) == check(backbone, side, m=0) == []
@@ -67,7 +68,7 @@ def test_models_to_which_padding_is_nothing_pass(name: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("name", ["Mpt", "GPTNeo"])
 def test_padding_between_virtual_tokens_and_text_is_refused_where_it_counts(name: str, dtype: torch.dtype) -> None:
     """ALiBi counts places, and local attention ends: of GPT-Neo's only behind a window longer than the texts."""
-    backbone = Backbone(build(name, dtype), placement="every_layer")
+    backbone = TextBackbone(build(name, dtype), placement="every_layer")
     with pytest.raises(LoPAError, match=f"'every_layer'.*on the left.*{name}Model by [1-9][0-9]*%.*another placement"):
         check_padding(backbone, 4, "left", 0)
     assert check(backbone, "left", m=0) == []
@@ -78,7 +79,7 @@ def test_padding_between_virtual_tokens_and_text_is_refused_where_it_counts(name
     [("ConvBert", "left right"), ("MobileBert", "left right"), ("Yoso", "left right"), ("RoFormer", "left")],
 )
 def test_models_that_mix_padding_in_by_themselves_are_warned_of(name: str, sides: str) -> None:
-    backbone = Backbone(build(name))
+    backbone = TextBackbone(build(name))
     for side in ("left", "right"):
         for m in (0, 4):
             found = check(backbone, side, m)
@@ -89,7 +90,7 @@ def test_models_that_mix_padding_in_by_themselves_are_warned_of(name: str, sides
 def test_an_instance_encoder_that_mixes_padding_in_is_warned_of_once() -> None:
     ids, mask = torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.long)
     for name, count in (("ConvBert", 1), ("Bert", 0)):
-        encoder = InstanceEncoder(build(name), InstanceEncoderSpec(max_length=12))
+        encoder = InstanceEncoder(build(name), InstanceEncoderSpec(max_length=12), TEXT)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             first, second = encoder(ids, mask), encoder(ids, mask)
@@ -98,7 +99,7 @@ def test_an_instance_encoder_that_mixes_padding_in_is_warned_of_once() -> None:
 
 
 def test_a_check_leaves_modes_and_random_numbers_as_they_were() -> None:
-    backbone = Backbone(build("Bert"), dropout=True).train()
+    backbone = TextBackbone(build("Bert"), dropout=True).train()
     backbone.body.encoder.layer[0].train(False)
     modes = [part.training for part in backbone.modules()]
     torch.manual_seed(3)

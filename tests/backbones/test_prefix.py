@@ -10,10 +10,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrai
 
 from lopa_lightning.backbones.prefix import layer_prompts
 from lopa_lightning.backbones.pretrained import freeze
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from tests.backbones.conftest import shaken
 from tests.backbones.test_architectures import CAUSAL, ITEMS, MASKED, SIZES, build, own_states, padded
+from tests.tiny import run
 
 FITTING_CAUSAL = sorted(set(CAUSAL) - {"Gemma2", "Mistral"})
 FITTING = ["Electra", "XLMRoberta", *FITTING_CAUSAL]
@@ -30,12 +31,12 @@ def grouped_llama() -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", FITTING)
 def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
-    backbone = Backbone(build(name).double(), placement="every_layer")
+    backbone = TextBackbone(build(name).double(), placement="every_layer")
     prompt = torch.randn(len(ITEMS), M, backbone.prompt_dim, dtype=torch.float64)
     for left in (False, True):
-        batch = backbone(prompt, *padded(left))
+        batch = run(backbone, prompt, *padded(left))
         for row, item in enumerate(ITEMS):
-            alone = backbone(prompt[row : row + 1], item[None], torch.ones(1, len(item), dtype=torch.long))
+            alone = run(backbone, prompt[row : row + 1], item[None], torch.ones(1, len(item), dtype=torch.long))
             torch.testing.assert_close(own_states(batch, row), own_states(alone, 0), **EXACT)
 
 
@@ -43,9 +44,9 @@ def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
 def test_real_tokens_keys_and_values_stand_for_the_tokens(name: str) -> None:
     """In a causal model a text after real tokens sees of them just their keys and values in every layer."""
     model = build(name).double()
-    backbone, before, text = Backbone(model, placement="every_layer"), torch.tensor([3, 9, 27]), ITEMS[0]
+    backbone, before, text = TextBackbone(model, placement="every_layer"), torch.tensor([3, 9, 27]), ITEMS[0]
     mask = torch.ones(1, len(text), dtype=torch.long)
-    states = backbone(backbone.virtual_tokens(before)[None], text[None], mask)
+    states = run(backbone, backbone.virtual_tokens(before)[None], text[None], mask)
     whole = model.base_model(input_ids=torch.cat([before, text])[None]).last_hidden_state
     torch.testing.assert_close(states.hidden[0], whole[0, len(before) :], **EXACT)
 
@@ -80,11 +81,11 @@ def bert_with_prefixes(model: BertModel, prompt: Tensor, ids: Tensor, mask: Tens
 def test_states_and_gradients_are_those_of_berts_equations_with_prefixes(left: bool) -> None:
     torch.manual_seed(0)
     model = shaken(freeze(BertModel(BertConfig(**SIZES)))).double()
-    backbone, (ids, mask) = Backbone(model, placement="every_layer"), padded(left)
+    backbone, (ids, mask) = TextBackbone(model, placement="every_layer"), padded(left)
     upstream = torch.randn(*ids.shape, 32, dtype=torch.float64) * mask[..., None]
     ours, theirs = (torch.ones(1, M, backbone.prompt_dim, dtype=torch.float64).cumsum(-1).sin() for _ in range(2))
     outputs = (
-        backbone(ours.requires_grad_(), ids, mask).hidden,
+        run(backbone, ours.requires_grad_(), ids, mask).hidden,
         bert_with_prefixes(model, theirs.requires_grad_(), ids, mask),
     )
     torch.testing.assert_close(*(output * mask[..., None] for output in outputs), rtol=1e-10, atol=1e-10)
@@ -98,10 +99,10 @@ def test_states_and_gradients_are_those_of_pefts_prefix_tuning(kind: str) -> Non
     """With the same numbers: PEFT's table is [m, layers x (key, value) x heads x width], as ours is."""
     model = grouped_llama() if kind == "llama" else shaken(freeze(BertModel(BertConfig(**SIZES))))
     config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=M, prefix_projection=False)
-    backbone = Backbone(model, placement="every_layer")
+    backbone = TextBackbone(model, placement="every_layer")
     ids, mask = padded(left=False)
     prompt = torch.randn(1, M, backbone.prompt_dim, requires_grad=True)
-    states = backbone(prompt, ids, mask)
+    states = run(backbone, prompt, ids, mask)
     ours = (states.hidden * mask[..., None]).square().sum()
     ours.backward()
 
@@ -117,7 +118,7 @@ def test_states_and_gradients_are_those_of_pefts_prefix_tuning(kind: str) -> Non
 
 
 def test_grouped_keys_and_values_make_a_virtual_token_as_narrow_as_they_are() -> None:
-    backbone = Backbone(grouped_llama(), placement="every_layer")
+    backbone = TextBackbone(grouped_llama(), placement="every_layer")
     assert backbone.prompt_dim == 2 * 2 * 2 * 8  # layers, key and value, heads of keys, width of a head
 
 
@@ -125,14 +126,14 @@ def test_grouped_keys_and_values_make_a_virtual_token_as_narrow_as_they_are() ->
 def test_models_where_it_cannot_be_right_are_refused_by_name(name: str) -> None:
     model = build(name)
     with pytest.raises(LoPAError, match=f"every_layer.*{type(model.base_model).__name__}.*use 'before'"):
-        Backbone(model, placement="every_layer")
+        TextBackbone(model, placement="every_layer")
 
 
 def test_gradient_checkpointing_is_refused_since_it_drops_the_cache() -> None:
     model = grouped_llama()
     model.gradient_checkpointing_enable()
     with pytest.raises(LoPAError, match="drops the cache under gradient checkpointing"):
-        Backbone(model, placement="every_layer")
+        TextBackbone(model, placement="every_layer")
 
 
 def test_shapes_are_found_without_touching_the_weights() -> None:

@@ -14,9 +14,10 @@ from lopa_lightning import ClassificationModule, LoPALightningModule, Pretrained
 from lopa_lightning.backbones import pretrained
 from lopa_lightning.backbones.pretrained import load_model
 from lopa_lightning.backbones.quantization import dense, saved_bytes
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from tests.modules.helpers import LoPATiny, reviews, trainer
+from tests.tiny import run
 
 Tiny = Callable[[str], str]
 
@@ -79,7 +80,7 @@ def test_a_byte_for_each_weight_of_the_layers(tiny: Tiny) -> None:
 def hidden_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     prompt = torch.randn(2, 3, 32, requires_grad=True)
-    states = Backbone(model)(prompt, torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.ones(2, 3, dtype=torch.long))
+    states = run(TextBackbone(model), prompt, torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.ones(2, 3, dtype=torch.long))
     (states.hidden * torch.randn_like(states.hidden)).sum().backward()
     assert prompt.grad is not None
     return states.hidden.detach(), prompt.grad

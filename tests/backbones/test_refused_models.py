@@ -245,7 +245,7 @@ def test_an_attention_that_is_not_there(part: str, attention: str, message: str,
     if part == "backbone":
         one.backbone_spec = PretrainedSpec(name, attn_implementation=attention)
     with refused(message):
-        one.text_spec  # noqa: B018
+        one.input_spec  # noqa: B018
 
 
 # Names

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PretrainedConfig, PreTrainedModel
 
+from lopa_lightning.backbones.base import States
 from lopa_lightning.backbones.pretrained import freeze
-from lopa_lightning.backbones.text import Backbone, PromptedStates
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import pool
 from tests.backbones.conftest import FAMILIES, Load
+from tests.tiny import run
 
 KINDS = list(FAMILIES)
 PLACEMENTS = ["before", "after_first"]
@@ -38,7 +40,7 @@ def padded(texts: list[Tensor], side: str, generator: torch.Generator) -> tuple[
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, load: Load) -> None:
-    backbone = Backbone(load(kind), placement=placement)
+    backbone = TextBackbone(load(kind), placement=placement)
 
     @settings(max_examples=8)
     @given(st.lists(st.integers(1, 12), min_size=2, max_size=4), st.integers(0, 2**32))
@@ -46,9 +48,9 @@ def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, l
         generator = torch.Generator().manual_seed(seed)
         texts = [torch.randint(WORDS, (n,), generator=generator) for n in lengths]
         prompts = torch.randn(len(texts), M, WIDTH, generator=generator)
-        alone = [backbone(prompt[None], text[None], ones(text[None])) for prompt, text in zip(prompts, texts)]
+        alone = [run(backbone, prompt[None], text[None], ones(text[None])) for prompt, text in zip(prompts, texts)]
         for side in ("left", "right"):
-            together = backbone(prompts, *padded(texts, side, generator))
+            together = run(backbone, prompts, *padded(texts, side, generator))
             for row, (text, item) in enumerate(zip(texts, alone)):
                 assert_same_item(together, row, text, item)
 
@@ -56,14 +58,14 @@ def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, l
         check()
 
 
-def assert_same_item(together: PromptedStates, row: int, text: Tensor, item: PromptedStates) -> None:
-    own = together.text_mask[row] == 1
+def assert_same_item(together: States, row: int, text: Tensor, item: States) -> None:
+    own = together.content_mask[row] == 1
     assert together.input_ids[row, own].tolist() == text.tolist()
     assert (together.input_ids[row] == -1).sum() == M
-    torch.testing.assert_close(together.hidden[row, own], item.hidden[item.text_mask == 1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.hidden[row, own], item.hidden[item.content_mask == 1], atol=1e-5, rtol=1e-5)
     for pooling in ("cls", "last", "mean", "max"):
-        read = pool(together.hidden, together.text_mask, pooling)[row]
-        torch.testing.assert_close(read, pool(item.hidden, item.text_mask, pooling)[0], atol=1e-5, rtol=1e-5)
+        read = pool(together.hidden, together.content_mask, pooling)[row]
+        torch.testing.assert_close(read, pool(item.hidden, item.content_mask, pooling)[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -73,14 +75,14 @@ def test_states_and_gradients_are_those_of_a_plain_concatenation(kind: str, plac
     torch.manual_seed(0)
     ids = torch.randint(WORDS, (1, 9))
     prompt = torch.randn(1, M, WIDTH, requires_grad=True)
-    states = Backbone(model, placement=placement)(prompt, ids, ones(ids))
+    states = run(TextBackbone(model, placement=placement), prompt, ids, ones(ids))
 
     embedded = model.get_input_embeddings()(ids)
     cut = 1 if placement == "after_first" else 0
     raw = model.base_model(inputs_embeds=torch.cat([embedded[:, :cut], prompt, embedded[:, cut:]], dim=1))
     torch.testing.assert_close(states.hidden, raw.last_hidden_state, atol=1e-5, rtol=1e-5)
-    assert states.text_mask.tolist() == [[1] * cut + [0] * M + [1] * (9 - cut)]
-    assert states.input_ids.tolist() == [[*ids[0, :cut].tolist(), *[-1] * M, *ids[0, cut:].tolist()]]
+    assert states.content_mask.tolist() == [[1] * cut + [0] * M + [1] * (9 - cut)]
+    assert states.positions.tolist() == [[*range(cut), *range(cut + M, 9 + M)]]
 
     upstream = torch.randn(states.hidden.shape)
     (ours,) = torch.autograd.grad((states.hidden * upstream).sum(), prompt)
@@ -94,8 +96,8 @@ def test_virtual_tokens_belong_to_the_first_of_a_pairs_segments(placement: str, 
     torch.manual_seed(0)
     ids, types = torch.randint(WORDS, (1, 7)), torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
     prompt = torch.randn(1, M, WIDTH)
-    backbone = Backbone(model, placement=placement)
-    hidden = backbone(prompt, ids, ones(ids), types).hidden
+    backbone = TextBackbone(model, placement=placement)
+    hidden = run(backbone, prompt, ids, ones(ids), types).hidden
 
     embedded = model.bert.embeddings.word_embeddings(ids)
     cut = 1 if placement == "after_first" else 0
@@ -104,29 +106,29 @@ def test_virtual_tokens_belong_to_the_first_of_a_pairs_segments(placement: str, 
         token_type_ids=torch.tensor([[0] * (M + 4) + [1] * 3]),
     )
     torch.testing.assert_close(hidden, raw.last_hidden_state, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(hidden, backbone(prompt, ids, ones(ids)).hidden, atol=1e-2)
+    assert not torch.allclose(hidden, run(backbone, prompt, ids, ones(ids)).hidden, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt2", "llama"])
 def test_a_model_without_segments_ignores_token_types(kind: str, load: Load) -> None:
-    backbone = Backbone(load(kind))
+    backbone = TextBackbone(load(kind))
     ids, prompt = torch.randint(WORDS, (2, 5)), torch.randn(2, M, WIDTH)
-    with_types = backbone(prompt, ids, ones(ids), ones(ids))
-    torch.testing.assert_close(with_types.hidden, backbone(prompt, ids, ones(ids)).hidden, atol=0, rtol=0)
+    with_types = run(backbone, prompt, ids, ones(ids), ones(ids))
+    torch.testing.assert_close(with_types.hidden, run(backbone, prompt, ids, ones(ids)).hidden, atol=0, rtol=0)
 
 
 def test_one_prompt_serves_a_whole_batch(load: Load) -> None:
-    backbone = Backbone(load("bert"))
+    backbone = TextBackbone(load("bert"))
     ids, prompt = torch.randint(WORDS, (3, 5)), torch.randn(1, M, WIDTH)
-    shared = backbone(prompt, ids, ones(ids))
-    torch.testing.assert_close(shared.hidden, backbone(prompt.repeat(3, 1, 1), ids, ones(ids)).hidden)
+    shared = run(backbone, prompt, ids, ones(ids))
+    torch.testing.assert_close(shared.hidden, run(backbone, prompt.repeat(3, 1, 1), ids, ones(ids)).hidden)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_prompt_and_nothing_else(kind: str, load: Load) -> None:
-    backbone = Backbone(load(kind))
+    backbone = TextBackbone(load(kind))
     ids, prompt = torch.randint(WORDS, (2, 5)), torch.randn(2, M, WIDTH, requires_grad=True)
-    states = backbone(prompt, ids, ones(ids))
+    states = run(backbone, prompt, ids, ones(ids))
     backbone.label_logits(states.hidden[:, -1], torch.tensor([7, 8])).square().sum().backward()
     assert (prompt.grad.abs().sum(-1) > 0).all()
     assert [name for name, p in backbone.named_parameters() if p.requires_grad or p.grad is not None] == []
@@ -135,37 +137,37 @@ def test_gradients_reach_the_prompt_and_nothing_else(kind: str, load: Load) -> N
 def test_training_mode_reaches_the_backbone_only_if_its_dropout_was_asked_for(load: Load) -> None:
     ids, prompt = torch.randint(WORDS, (2, 5)), torch.randn(2, M, WIDTH)
     for dropout in (False, True):
-        backbone = Backbone(load("bert"), dropout=dropout)
+        backbone = TextBackbone(load("bert"), dropout=dropout)
         whole = nn.ModuleList([backbone])
-        still = backbone(prompt, ids, ones(ids)).hidden
+        still = run(backbone, prompt, ids, ones(ids)).hidden
         whole.train()
         assert {part.training for part in backbone.modules()} == {dropout}
-        assert torch.equal(backbone(prompt, ids, ones(ids)).hidden, still) == (not dropout)
+        assert torch.equal(run(backbone, prompt, ids, ones(ids)).hidden, still) == (not dropout)
         whole.eval()
         assert {part.training for part in backbone.modules()} == {False}
-        torch.testing.assert_close(backbone(prompt, ids, ones(ids)).hidden, still, atol=0, rtol=0)
+        torch.testing.assert_close(run(backbone, prompt, ids, ones(ids)).hidden, still, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_virtual_tokens_and_text_may_fill_the_positions_but_not_exceed_them(kind: str, load: Load) -> None:
-    backbone = Backbone(load(kind))
+    backbone = TextBackbone(load(kind))
     assert backbone.max_positions == 64
     prompt, ids = torch.randn(1, M, WIDTH), torch.randint(WORDS, (1, 62))
-    assert backbone(prompt, ids[:, :61], ones(ids[:, :61])).hidden.shape == (1, 64, WIDTH)
+    assert run(backbone, prompt, ids[:, :61], ones(ids[:, :61])).hidden.shape == (1, 64, WIDTH)
     with pytest.raises(LoPAError, match="3 virtual tokens and 62 tokens of text are more than the 64 positions"):
-        backbone(prompt, ids, ones(ids))
+        run(backbone, prompt, ids, ones(ids))
 
 
 def test_relative_positions_have_no_limit(load: Load) -> None:
     model = load("bert")
     model.config.max_position_embeddings = -1
-    assert Backbone(model).max_positions is None
+    assert TextBackbone(model).max_positions is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_and_table_are_the_models(kind: str, load: Load) -> None:
     model = load(kind)
-    backbone = Backbone(model)
+    backbone = TextBackbone(model)
     assert (backbone.prompt_dim, backbone.hidden_dim) == (WIDTH, WIDTH)
     table, ids = backbone.embedding_table(), torch.arange(model.config.vocab_size)
     torch.testing.assert_close(table, model.get_input_embeddings()(ids), atol=0, rtol=0)
@@ -184,13 +186,13 @@ def test_table_holds_what_ids_stand_for_where_the_model_scales_its_embeddings() 
     )
     model = freeze(Gemma3ForCausalLM(config))
     ids = torch.arange(50)
-    torch.testing.assert_close(Backbone(model).embedding_table()[ids], model.get_input_embeddings()(ids))
+    torch.testing.assert_close(TextBackbone(model).embedding_table()[ids], model.get_input_embeddings()(ids))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_registered_once_and_shared_by_copies_of_their_own(kind: str, load: Load) -> None:
     model = load(kind)
-    backbone = Backbone(model)
+    backbone = TextBackbone(model)
     assert [f"model.{name}" for name in model.state_dict()] == list(backbone.state_dict())
     twin = copy.deepcopy(backbone).double()
     hidden, ids = torch.randn(2, WIDTH), torch.tensor([5, 9])
@@ -198,9 +200,9 @@ def test_weights_are_registered_once_and_shared_by_copies_of_their_own(kind: str
 
 
 def test_half_precision_weights_take_a_prompt_in_full_precision(load: Load) -> None:
-    backbone = Backbone(load("llama").bfloat16())
+    backbone = TextBackbone(load("llama").bfloat16())
     ids, prompt = torch.randint(WORDS, (2, 5)), torch.randn(2, M, WIDTH, requires_grad=True)
-    hidden = backbone(prompt, ids, ones(ids)).hidden
+    hidden = run(backbone, prompt, ids, ones(ids)).hidden
     hidden.float().square().sum().backward()
     assert hidden.dtype == torch.bfloat16
     assert prompt.grad.dtype == torch.float32
@@ -216,4 +218,4 @@ class IdsOnly(PreTrainedModel):
 
 def test_a_model_that_takes_no_embeddings_is_refused() -> None:
     with pytest.raises(LoPAError, match="IdsOnly takes no attention_mask and no inputs_embeds"):
-        Backbone(IdsOnly(PretrainedConfig()))
+        TextBackbone(IdsOnly(PretrainedConfig()))

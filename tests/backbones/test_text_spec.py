@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lopa_lightning.backbones.pretrained import PretrainedSpec, load_tokenizer
-from lopa_lightning.backbones.text_spec import label_word_ids, vocabulary
+from lopa_lightning.backbones.tokens import label_word_ids, vocabulary
 from lopa_lightning.errors import LoPAError
 
 TOKENIZERS = ["bert", "roberta", "gpt2"]

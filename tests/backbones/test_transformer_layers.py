@@ -11,14 +11,15 @@ import torch
 
 from lopa_lightning import PretrainedSpec
 from lopa_lightning.backbones.pretrained import load_model, meta_model
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.transformer_layers import transformer_layers
 from lopa_lightning.errors import LoPAError
+from tests.tiny import run
 
 Tiny = Callable[[str], str]
 
 
-def gradient_and_kept(backbone: Backbone, prompt: torch.Tensor) -> tuple[torch.Tensor, int]:
+def gradient_and_kept(backbone: TextBackbone, prompt: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The gradient of a prompt, and the numbers that were kept for it."""
     kept = {}
 
@@ -29,7 +30,7 @@ def gradient_and_kept(backbone: Backbone, prompt: torch.Tensor) -> tuple[torch.T
     ids = torch.arange(5, 25).view(2, 10)
     prompt = prompt.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = backbone(prompt, ids, torch.ones_like(ids)).hidden
+        hidden = run(backbone, prompt, ids, torch.ones_like(ids)).hidden
     hidden.square().sum().backward()
     assert prompt.grad is not None
     return prompt.grad, sum(kept.values())
@@ -38,7 +39,7 @@ def gradient_and_kept(backbone: Backbone, prompt: torch.Tensor) -> tuple[torch.T
 @pytest.mark.parametrize("kind", ["bert_base", "roberta", "gpt2", "llama"])
 def test_gradients_are_the_same_and_less_is_kept(tiny: Tiny, kind: str) -> None:
     plain, twice = (
-        Backbone(load_model(PretrainedSpec(tiny(kind)), "encoder"), gradient_checkpointing=again).train()
+        TextBackbone(load_model(PretrainedSpec(tiny(kind)), "encoder"), gradient_checkpointing=again).train()
         for again in (False, True)
     )
     prompt = torch.randn(2, 3, 32)
@@ -53,21 +54,21 @@ def test_without_gradients_nothing_changes(tiny: Tiny) -> None:
     ids = torch.arange(5, 15).view(1, 10)
     outputs = []
     for again in (False, True):
-        backbone = Backbone(load_model(PretrainedSpec(tiny("gpt2")), "encoder"), gradient_checkpointing=again)
+        backbone = TextBackbone(load_model(PretrainedSpec(tiny("gpt2")), "encoder"), gradient_checkpointing=again)
         with torch.no_grad():
-            outputs.append(backbone(torch.zeros(1, 2, 32), ids, torch.ones_like(ids)).hidden)
+            outputs.append(run(backbone, torch.zeros(1, 2, 32), ids, torch.ones_like(ids)).hidden)
     assert torch.equal(*outputs)
 
 
 def test_virtual_tokens_in_every_layer_are_refused(tiny: Tiny) -> None:
     with pytest.raises(LoPAError, match="gradient_checkpointing computes a layer twice, and placement 'every_layer'"):
-        Backbone(
+        TextBackbone(
             load_model(PretrainedSpec(tiny("llama")), "encoder"), placement="every_layer", gradient_checkpointing=True
         )
     with pytest.raises(
         LoPAError, match="compile makes one program of all layers, and placement 'every_layer' one of e"
     ):
-        Backbone(load_model(PretrainedSpec(tiny("llama")), "encoder"), placement="every_layer", compiled=True)
+        TextBackbone(load_model(PretrainedSpec(tiny("llama")), "encoder"), placement="every_layer", compiled=True)
 
 
 def test_a_model_that_names_no_layers_is_refused(tiny: Tiny) -> None:
@@ -81,7 +82,7 @@ def test_a_model_that_names_no_layers_is_refused(tiny: Tiny) -> None:
 def test_compiled_layers_have_the_same_gradients_at_every_length(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))  # not to wait for g++
     plain, compiled = (
-        Backbone(load_model(PretrainedSpec(tiny("llama")), "encoder"), gradient_checkpointing=True, compiled=fast)
+        TextBackbone(load_model(PretrainedSpec(tiny("llama")), "encoder"), gradient_checkpointing=True, compiled=fast)
         for fast in (False, True)
     )
     torch._dynamo.reset()
@@ -93,10 +94,10 @@ def test_compiled_layers_have_the_same_gradients_at_every_length(tiny: Tiny, mon
         results = []
         for backbone in (plain, compiled):
             prompt = torch.ones(2, 3, 32).requires_grad_()
-            hidden = backbone(prompt, ids, mask).hidden
+            hidden = run(backbone, prompt, ids, mask).hidden
             hidden.square().sum().backward()
             with torch.no_grad():
-                torch.testing.assert_close(backbone(prompt, ids, mask).hidden, hidden, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(run(backbone, prompt, ids, mask).hidden, hidden, rtol=1e-5, atol=1e-5)
             results.append((hidden, prompt.grad))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # not one for each layer and length

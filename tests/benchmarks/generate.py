@@ -53,9 +53,9 @@ def plain(module: CausalLMModule, texts: list[str], new_tokens: int) -> torch.Te
         Ids of what was read and written, ``[B, m + T + new_tokens]``.
     """
     assert module.net is not None
-    tokenizer: Any = module.tokenizer
+    tokenizer: Any = module.input_spec.tokenizer
     model: Any = module.net.backbone.model
-    m, limit = module.net.prompt_encoder.num_virtual_tokens, module.text_spec.max_tokens
+    m, limit = module.net.prompt_encoder.num_virtual_tokens, module.input_spec.max_tokens
     pad = tokenizer.eos_token_id
     rows = [tokenizer(text)["input_ids"] for text in texts]
     rows = rows if limit is None else [ids[-(limit - new_tokens) :] for ids in rows]

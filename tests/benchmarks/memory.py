@@ -63,7 +63,7 @@ def measure(case: Case, places: Places, examples: int, name: str) -> dict[str, f
         peak = Peak() if name == "ours" else PeakOfFloor()
         fit(module, data, 1, peak)
         return {"loaded": peak.loaded, "above": peak.above}
-    data.connect(module.text_spec)
+    data.connect(module.input_spec)
     data.setup("fit")
     rows = examples_in(list(data.train_dataloader()), data)
     loop = PEERS[name](case, places)

@@ -77,7 +77,7 @@ def arguments(case: str) -> list[str]:
 
 def first_batch(module: Any, data: Any) -> dict[str, torch.Tensor]:
     """The first batch of an epoch."""
-    data.connect(module.text_spec)
+    data.connect(module.input_spec)
     data.setup("fit")
     batch: dict[str, torch.Tensor] = next(iter(data.train_dataloader()))
     return batch

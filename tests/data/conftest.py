@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lopa_lightning.backbones.text_spec import Objective, TextSpec
+from lopa_lightning.backbones.base import Objective
+from lopa_lightning.backbones.text_spec import TextSpec
 
 TokenizerOf = Callable[[str], PreTrainedTokenizerBase]
 SpecOf = Callable[..., TextSpec]

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
+from lopa_lightning.backbones.text_spec import instance_inputs
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec, pool
 from tests.backbones.conftest import FAMILIES, Load
+from tests.tiny import TEXT
 
 KINDS = list(FAMILIES)
 POOLINGS = ["cls", "mean", "last", "max"]
@@ -51,7 +53,7 @@ def test_unknown_pooling_is_an_error_that_lists_the_choices() -> None:
 
 
 def encoder(load: Load, kind: str = "bert", **options: object) -> InstanceEncoder:
-    return InstanceEncoder(load(kind, "encoder"), InstanceEncoderSpec(name="own", **options)).eval()
+    return InstanceEncoder(load(kind, "encoder"), InstanceEncoderSpec(name="own", **options), TEXT).eval()
 
 
 def some_ids() -> tuple[Tensor, Tensor]:
@@ -65,7 +67,7 @@ def test_a_vector_is_the_pooled_hidden_states_of_the_raw_model(kind: str, poolin
     ids, mask = some_ids()
     hidden = load(kind, "encoder")(input_ids=ids).last_hidden_state
     expected = [naive_pool(states, row, pooling) for states, row in zip(hidden.tolist(), mask.tolist())]
-    vectors = encoder(load, kind, pooling=pooling, normalize=False)(ids, mask)
+    vectors = encoder(load, kind, pooling=pooling, normalize=False)(instance_inputs(ids, mask))
     torch.testing.assert_close(vectors, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -79,69 +81,72 @@ def test_a_vector_does_not_depend_on_padding(kind: str, side: str, pooling: str,
     for row, text in enumerate(texts):
         place = slice(8 - len(text), None) if side == "left" else slice(len(text))
         ids[row, place], mask[row, place] = text, 1
-    alone = torch.cat([encode(text[None], torch.ones_like(text[None])) for text in texts])
-    torch.testing.assert_close(encode(ids, mask), alone, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([encode(instance_inputs(text[None], torch.ones_like(text[None]))) for text in texts])
+    torch.testing.assert_close(encode(instance_inputs(ids, mask)), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_normalised_vectors_have_a_root_mean_square_of_one_and_the_same_direction(load: Load) -> None:
     ids, mask = some_ids()
-    plain, normalised = encoder(load, normalize=False)(ids, mask), encoder(load, normalize=True)(ids, mask)
+    plain, normalised = (
+        encoder(load, normalize=False)(instance_inputs(ids, mask)),
+        encoder(load, normalize=True)(instance_inputs(ids, mask)),
+    )
     scale = plain.square().mean(1, keepdim=True).sqrt()
     assert not torch.allclose(scale, torch.ones(3, 1), atol=0.1)
     torch.testing.assert_close(normalised, plain / scale)
-    torch.testing.assert_close(encoder(load)(ids, mask), normalised)
+    torch.testing.assert_close(encoder(load)(instance_inputs(ids, mask)), normalised)
 
 
 def test_vectors_are_float32_whatever_the_encoder_computes_in(load: Load) -> None:
     ids, mask = some_ids()
-    half = InstanceEncoder(load("bert", "encoder").bfloat16(), InstanceEncoderSpec(name="own"))
-    assert half(ids, mask).dtype == torch.float32
+    half = InstanceEncoder(load("bert", "encoder").bfloat16(), InstanceEncoderSpec(name="own"), TEXT)
+    assert half(instance_inputs(ids, mask)).dtype == torch.float32
 
 
 def test_a_frozen_encoder_has_no_gradient_and_stays_in_eval_mode(load: Load) -> None:
     ids, mask = some_ids()
     encode = encoder(load)
-    before = encode(ids, mask)
+    before = encode(instance_inputs(ids, mask))
     nn.ModuleList([encode]).train()
     assert not any(part.training for part in encode.modules())
     assert not any(p.requires_grad for p in encode.parameters())
     assert not before.requires_grad
-    torch.testing.assert_close(encode(ids, mask), before, atol=0, rtol=0)
+    torch.testing.assert_close(encode(instance_inputs(ids, mask)), before, atol=0, rtol=0)
 
 
 def test_a_trained_encoder_has_gradients_and_its_own_dropout(load: Load) -> None:
     ids, mask = some_ids()
     encode = encoder(load, trainable=True, pooling="cls")
-    encode(ids, mask).square().sum().backward()
+    encode(instance_inputs(ids, mask)).square().sum().backward()
     assert [name for name, p in encode.named_parameters() if p.grad is None or not p.requires_grad] == []
     whole = nn.ModuleList([encode])
     assert all(part.training for part in whole.train().modules())
-    assert not torch.equal(encode(ids, mask), encode(ids, mask))
+    assert not torch.equal(encode(instance_inputs(ids, mask)), encode(instance_inputs(ids, mask)))
     assert not any(part.training for part in whole.eval().modules())
     with torch.no_grad():
-        assert not encode(ids, mask).requires_grad
+        assert not encode(instance_inputs(ids, mask)).requires_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_backbone_as_encoder_is_not_a_second_copy(kind: str, load: Load) -> None:
-    backbone = Backbone(load(kind))
-    shared = InstanceEncoder(backbone.body, InstanceEncoderSpec(pooling="last"), shared=True)
+    backbone = TextBackbone(load(kind))
+    shared = InstanceEncoder(backbone.body, InstanceEncoderSpec(pooling="last"), TEXT, shared=True)
     assert list(shared.parameters()) == list(shared.buffers()) == list(shared.modules())[1:] == []
     ids, mask = some_ids()
-    before = shared(ids, mask)
-    torch.testing.assert_close(before, encoder(load, kind, pooling="last")(ids, mask))
+    before = shared(instance_inputs(ids, mask))
+    torch.testing.assert_close(before, encoder(load, kind, pooling="last")(instance_inputs(ids, mask)))
     with torch.no_grad():
         backbone.model.get_input_embeddings().weight.mul_(2)
-    assert not torch.allclose(shared(ids, mask), before, atol=1e-2)
+    assert not torch.allclose(shared(instance_inputs(ids, mask)), before, atol=1e-2)
 
 
 def test_a_shared_encoders_vectors_do_not_change_when_the_backbone_trains_with_dropout(load: Load) -> None:
     ids, mask = some_ids()
-    backbone = Backbone(load("bert"), dropout=True)
-    shared = InstanceEncoder(backbone.body, InstanceEncoderSpec(), shared=True)
-    still = shared(ids, mask)
+    backbone = TextBackbone(load("bert"), dropout=True)
+    shared = InstanceEncoder(backbone.body, InstanceEncoderSpec(), TEXT, shared=True)
+    still = shared(instance_inputs(ids, mask))
     whole = nn.ModuleList([shared, backbone]).train()
-    torch.testing.assert_close(shared(ids, mask), still, atol=0, rtol=0)
+    torch.testing.assert_close(shared(instance_inputs(ids, mask)), still, atol=0, rtol=0)
     assert all(part.training for part in whole[1].modules())
 
 

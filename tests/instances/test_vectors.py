@@ -25,7 +25,7 @@ from lopa_lightning.backbones.pretrained import PretrainedSpec, load_model
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
 from lopa_lightning.instances.vectors import StoredVectors, VectorCache
-from tests.tiny import TEXTS, save_tiny
+from tests.tiny import TEXT, TEXTS, save_tiny
 
 Tiny = Callable[[str], str]
 
@@ -49,7 +49,7 @@ def rows(folder: str, texts: list[str] = ROWS, max_length: int | None = None) ->
 def cache(folder: str, calls: list[int] | None = None, **options: Any) -> VectorCache:
     """A cache that notes how many texts each pass of the encoder reads; of vectors as they come, if nothing is said."""
     spec, source = InstanceEncoderSpec(folder, **{"normalize": False, **options}), PretrainedSpec(folder)
-    encoder = InstanceEncoder(functools.partial(load_model, source, "encoder"), spec)
+    encoder = InstanceEncoder(functools.partial(load_model, source, "encoder"), spec, TEXT)
     if calls is not None:
         encoder.register_forward_hook(lambda module, args, result: calls.append(len(result)))
     return VectorCache(source, encoder, ckpt.fingerprint)
@@ -97,7 +97,7 @@ def test_an_encoder_in_bfloat16_gives_its_own_numbers_in_float32(tiny: Tiny, kep
     folder = tiny("bert_base")
     source = PretrainedSpec(folder, dtype="bfloat16")
     spec = InstanceEncoderSpec(folder, "cls", normalize=False, dtype="bfloat16")
-    encoder = InstanceEncoder(functools.partial(load_model, source, "encoder"), spec)
+    encoder = InstanceEncoder(functools.partial(load_model, source, "encoder"), spec, TEXT)
     stored = VectorCache(source, encoder, ckpt.fingerprint).stored(rows(folder), "x", CPU)
     model, tokenizer = load_model(source, "encoder"), AutoTokenizer.from_pretrained(folder)
     alone = tokenizer(max(TEXTS, key=lambda text: len(tokenizer(text)["input_ids"])), return_tensors="pt")
@@ -117,7 +117,11 @@ def test_batches_are_of_like_length_and_hold_each_text_once(
 ) -> None:
     monkeypatch.setattr("lopa_lightning.instances.vectors._TOKENS", 24)
     shapes, made = [], cache(tiny("bert_base"))
-    made.encoder.register_forward_hook(lambda module, args, result: shapes.append((tuple(args[0].shape), args[1])))
+    made.encoder.register_forward_hook(
+        lambda module, args, result: shapes.append(
+            (tuple(args[0]["instance_input_ids"].shape), args[0]["instance_attention_mask"])
+        )
+    )
     texts = ["it was good", *TEXTS, "it was good", "Yes , it was"] * 3
     lengths = sorted(map(len, AutoTokenizer.from_pretrained(tiny("bert_base"))(sorted(set(texts)))["input_ids"]))
     found = made.stored(rows(tiny("bert_base"), texts), "x", CPU)

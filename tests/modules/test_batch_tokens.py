@@ -46,7 +46,7 @@ def test_a_completion_batch_weighs_by_its_examples(tiny: Tiny, tmp_path: Path) -
 
 def test_the_budget_counts_virtual_tokens_and_holds_in_evaluation(tiny: Tiny, tmp_path: Path) -> None:
     model, data = module(tiny("bert_base"), objective="head", prompt_encoder=Plain), reviews(tmp_path, batch_tokens=70)
-    data.connect(model.text_spec)
+    data.connect(model.input_spec)
     data.setup("fit")
     for loader in (data.train_dataloader(), *data.val_dataloader()):
         places = [batch["input_ids"].shape[0] * (batch["input_ids"].shape[1] + 3) for batch in loader]

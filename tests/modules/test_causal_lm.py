@@ -142,7 +142,7 @@ def test_exact_match_is_a_number_of_rows_or_all(tiny: Tiny, asked: Any) -> None:
 def test_exact_match_needs_to_know_the_completions(tiny: Tiny, tmp_path: Path) -> None:
     data = completions(tmp_path)
     model = causal(tiny("llama"), exact_match="all")
-    data.connect(model.text_spec)
+    data.connect(model.input_spec)
     data.setup("validate")
     with pytest.raises(LoPAError, match="exact_match needs a data module that knows the completions"):
         trainer(tmp_path).validate(model, data.val_dataloader(), verbose=False)

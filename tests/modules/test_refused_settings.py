@@ -89,7 +89,7 @@ def test_a_size_of_a_method(method: Any, options: dict[str, Any], message: str, 
 
 def fit_checked(model: str, method: Any) -> None:
     """Builds what is known before rows and weights, as a Trainer asks for it."""
-    module(model, prompt_encoder=method).text_spec  # noqa: B018
+    module(model, prompt_encoder=method).input_spec  # noqa: B018
 
 
 @pytest.mark.parametrize(

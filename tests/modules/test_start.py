@@ -218,17 +218,17 @@ def test_a_token_without_an_embedding_is_refused_before_weights(
     with pytest.raises(LoPAError, match=refused):
         trainer(tmp_path).fit(causal(folder), completions(tmp_path / "data"))
     with pytest.raises(LoPAError, match=refused):
-        causal(tiny("gpt2"), instance_encoder=InstanceEncoderSpec(folder)).text_spec  # noqa: B018
+        causal(tiny("gpt2"), instance_encoder=InstanceEncoderSpec(folder)).input_spec  # noqa: B018
 
 
 def test_a_special_token_that_no_text_has_needs_no_embedding(tiny: Tiny, tmp_path: Path) -> None:
     folder = grown(tiny("llama"), tmp_path / "grown", "<image>")
-    assert causal(folder).text_spec.tokenizer.convert_tokens_to_ids("<image>") == len(causal_tokenizer())
+    assert causal(folder).input_spec.tokenizer.convert_tokens_to_ids("<image>") == len(causal_tokenizer())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "<image>{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
     with pytest.raises(LoPAError, match="no embedding for 1 of its tokenizer's tokens, such as '<image>'"):
-        causal(folder).text_spec  # noqa: B018
+        causal(folder).input_spec  # noqa: B018
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
@@ -236,4 +236,4 @@ def test_a_folder_without_a_tokenizer_is_named(tiny: Tiny, tmp_path: Path, kind:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(Path(tiny(kind), name).read_bytes())
     with pytest.raises(LoPAError, match=f"no (tokenizer found for|usable tokenizer in) '{tmp_path}'"):
-        module(str(tmp_path)).tokenizer  # noqa: B018
+        module(str(tmp_path)).input_spec  # noqa: B018

@@ -16,4 +16,4 @@ def table() -> Tensor:
 
 @pytest.fixture
 def vocabulary(table: Tensor) -> Vocabulary:
-    return Vocabulary(table.__getitem__, ORDINARY, lambda text: [WORDS[word] for word in text.split()])
+    return Vocabulary(table.__getitem__, ORDINARY, lambda text: [WORDS[word] for word in text.split()], str)

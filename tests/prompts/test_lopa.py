@@ -256,7 +256,7 @@ def test_normal_heads_have_the_released_codes_initial_values() -> None:
 
 
 def test_start_values_are_trained_in_the_prompts_own_number_format(table: Tensor, vocabulary: Vocabulary) -> None:
-    half = Vocabulary(table.bfloat16().__getitem__, vocabulary.ordinary_ids, vocabulary.encode)
+    half = Vocabulary(table.bfloat16().__getitem__, vocabulary.ordinary_ids, vocabulary.encode, str)
     lopa = LoPA(8, 4)
     lopa.initialize(half)
     assert lopa.shared_virtual_tokens().dtype == torch.float32

@@ -8,10 +8,11 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lopa_lightning.backbones.pretrained import PretrainedSpec, load_model
-from lopa_lightning.backbones.text import Backbone
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.prompts import PromptTuning, Vocabulary
 from tests.prompts.checks import assert_follows, randomized
+from tests.tiny import run
 
 LOGITS = 1e-6  # in float64; rotary angles are in float32 whatever the model's dtype
 
@@ -52,7 +53,7 @@ def test_the_prompt_is_all_that_is_trained() -> None:
 
 def test_vocabulary_start_is_embeddings_of_distinct_ordinary_tokens() -> None:
     table = torch.randn(30, 8)
-    vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [])
+    vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [], str)
     tuning = PromptTuning(8, 4, num_virtual_tokens=10)
     tuning.initialize(vocabulary)
     same = (tuning.shared_virtual_tokens()[:, None] == table[None]).all(-1)
@@ -63,7 +64,7 @@ def test_vocabulary_start_is_embeddings_of_distinct_ordinary_tokens() -> None:
 
 def test_text_start_is_the_texts_embeddings() -> None:
     table = torch.randn(30, 8)
-    vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [int(word) for word in text.split()])
+    vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [int(word) for word in text.split()], str)
     tuning = PromptTuning(8, 4, num_virtual_tokens=3, init="text", init_text="7 9")
     tuning.initialize(vocabulary)
     torch.testing.assert_close(tuning.shared_virtual_tokens().data, table[[7, 9, 7]], atol=0, rtol=0)
@@ -80,7 +81,7 @@ def test_logits_are_those_of_pefts_prompt_tuning(kind: str, tiny: Callable[[str]
     m, lengths = 4, [9, 3, 6]
     torch.manual_seed(0)
     tuning = PromptTuning(32, 0, num_virtual_tokens=m, init="normal", init_std=0.3).double()
-    backbone = Backbone(load_model(PretrainedSpec(tiny(kind)), "causal_lm").double())
+    backbone = TextBackbone(load_model(PretrainedSpec(tiny(kind)), "causal_lm").double())
 
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=m, prompt_tuning_init="RANDOM")
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny(kind)), config).double().eval()
@@ -91,6 +92,6 @@ def test_logits_are_those_of_pefts_prompt_tuning(kind: str, tiny: Callable[[str]
     attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     with torch.no_grad():
         expected = theirs(input_ids=input_ids, attention_mask=attention_mask).logits[:, m:]
-        states = backbone(tuning(None), input_ids, attention_mask)
-        ours = backbone.label_logits(states.hidden[states.text_mask == 1], torch.arange(words))
+        states = run(backbone, tuning(None), input_ids, attention_mask)
+        ours = backbone.label_logits(states.hidden[states.content_mask == 1], torch.arange(words))
     torch.testing.assert_close(ours, expected[attention_mask == 1], atol=LOGITS, rtol=LOGITS)

@@ -1,0 +1,245 @@
+"""The contracts of a backbone: what every one offers, what a language model offers beside, and what builds them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lopa_lightning.backbones.padding import Side
+from lopa_lightning.backbones.pretrained import Family, PretrainedSpec
+from lopa_lightning.prompts.base import Vocabulary
+
+if TYPE_CHECKING:
+    from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
+    from lopa_lightning.instances.vectors import VectorCache
+
+Batch = Mapping[str, Tensor]
+
+Objective = Literal["masked_lm", "causal_lm", "head"]
+"""How an answer is read from a backbone: as words of its language model, or by a trained head."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What a backbone computed for ``[Z; embed(x)]``.
+
+    Attributes:
+        hidden: Last hidden states ``[B, L, h]``; L is m + T, or T with virtual tokens in every layer.
+        content_mask: 1 at the input's own tokens, 0 at virtual tokens and padding, ``[B, L]``.
+        positions: Where each of the input's T tokens is among the L hidden states, ``[B, T]``.
+    """
+
+    hidden: Tensor
+    content_mask: Tensor
+    positions: Tensor
+
+    def aligned(self) -> Tensor:
+        """Returns the hidden states of the input's tokens, in the batch's order, ``[B, T, h]``."""
+        index = self.positions.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])
+        return self.hidden.gather(1, index)
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """Returns a mask of the input's tokens ``[B, T]`` as one of the hidden states, ``[B, L]``."""
+        return self.content_mask.new_zeros(self.content_mask.shape).scatter(1, self.positions, mask.long())
+
+
+class Backbone(nn.Module, ABC):
+    """A pretrained transformer that is never changed, only shown soft prompts.
+
+    As a baseline it may be changed after all: by an adapter that lies in ``model``, or as a whole.
+
+    Attributes:
+        model: The pretrained model.
+        placement: Where virtual tokens go.
+    """
+
+    input_keys: ClassVar[tuple[str, ...]]
+    """Entries of a batch that ``forward`` reads, the optional ones too."""
+
+    model: PreTrainedModel
+    placement: str
+
+    @property
+    @abstractmethod
+    def prompt_dim(self) -> int:
+        """Width d of a virtual token."""
+
+    @property
+    @abstractmethod
+    def hidden_dim(self) -> int:
+        """Width h of the hidden states."""
+
+    @property
+    def body(self) -> PreTrainedModel:
+        """The model without its head."""
+        body: Any = self.model.base_model
+        return body  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def forward(self, prompt: Tensor, batch: Batch, offset: Tensor | None = None) -> States:
+        """Runs the backbone on ``[Z; embed(x)]``.
+
+        Args:
+            prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
+            batch: With the ``input_keys``.
+            offset: Added to the embeddings of the input's first s tokens, ``[s, d]``.
+        """
+
+    @abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """Returns the transformer layers, in their order."""
+
+    @abstractmethod
+    def count_tokens(self, batch: Batch) -> Tensor | int:
+        """Returns how many tokens of their own the inputs of a batch have, without waiting for a device."""
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Returns the tokens that soft prompts can start from; None if there are none."""
+        return None
+
+    def check_padding(self, num_virtual_tokens: int, sides: Iterable[Side]) -> None:
+        """Checks that an input gets the same states alone and in a batch, if batches are padded.
+
+        Args:
+            num_virtual_tokens: Number m of virtual tokens.
+            sides: Where padding goes. A side is checked once.
+
+        Raises:
+            LoPAError: If virtual tokens and padding do not go together here.
+        """
+
+
+class LanguageModel(ABC):
+    """What a backbone offers beside if it was loaded with a language model head."""
+
+    @abstractmethod
+    def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Returns the logits of a few tokens ``[B, n]``, without those of the rest of the vocabulary.
+
+        Args:
+            hidden: Hidden states ``[B, h]``.
+            token_ids: The tokens, ``[n]``.
+
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+
+    @abstractmethod
+    def label_log_probabilities(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Returns the log-probabilities of a few tokens among the whole vocabulary, ``[B, n]`` in float32.
+
+        Args:
+            hidden: Hidden states ``[B, h]``.
+            token_ids: The tokens, ``[n]``.
+
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+
+    @abstractmethod
+    def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Computes tokens' cross entropy over the whole vocabulary, of which a chunk's logits exist at a time.
+
+        Args:
+            hidden: Hidden states at the positions that predict a token, ``[N, h]``.
+            targets: The tokens, ``[N]``.
+            chunk: Positions at a time; by default as many as keep a chunk's logits at 64 MB.
+
+        Returns:
+            Losses in float32 and, where no gradients are taken, whether the token was the likeliest, each ``[N]``.
+
+        Raises:
+            LoPAError: If the backbone was loaded without a language model head.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """What a data module must know to make batches for a module; each kind of input has its own.
+
+    Attributes:
+        virtual_tokens: Number of virtual tokens that the backbone reads with each input; 0 where they stand in every
+            layer, as keys and values alone.
+        instance_vectors: Where the vectors of a frozen instance encoder are kept; None if each batch is encoded again.
+    """
+
+    virtual_tokens: int = 0
+    instance_vectors: VectorCache | None = None
+
+
+@dataclass(frozen=True)
+class InputKind(ABC):
+    """A kind of input, such as text: builds its backbones, and says what batches must be made of.
+
+    Attributes:
+        spec: Where the backbone comes from.
+        objective: How an answer is read.
+    """
+
+    spec: PretrainedSpec
+    objective: Objective
+
+    @property
+    def family(self) -> Family:
+        """Which head the backbone is loaded with."""
+        return "encoder" if self.objective == "head" else self.objective
+
+    def check(self) -> None:  # noqa: B027 - most kinds have nothing to check
+        """Refuses what is known to be wrong before a model is built.
+
+        Raises:
+            LoPAError: If the objective cannot be served.
+        """
+
+    @abstractmethod
+    def backbone(self, model: PreTrainedModel, **settings: Any) -> Backbone:
+        """Builds the backbone.
+
+        Args:
+            model: Loaded, or on the meta device.
+            **settings: ``dropout``, ``placement``, ``trained``, ``gradient_checkpointing`` and ``compiled``.
+        """
+
+    @abstractmethod
+    def input_spec(
+        self,
+        backbone: Backbone,
+        num_virtual_tokens: int,
+        encoder: InstanceEncoderSpec | None,
+        vectors: VectorCache | None,
+    ) -> InputSpec:
+        """Returns what a data module must know.
+
+        Args:
+            backbone: On the meta device.
+            num_virtual_tokens: Number m of virtual tokens.
+            encoder: The instance encoder's; None if no instance is read.
+            vectors: Where its vectors are kept; None if each batch is encoded again.
+
+        Raises:
+            LoPAError: If the input and the frozen models do not go together.
+        """
+
+    @abstractmethod
+    def instance_states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Runs an instance encoder's model.
+
+        Args:
+            model: Without a head.
+            batch: With what the encoder reads.
+
+        Returns:
+            Hidden states ``[B, S, h]``, and 1 at those that count, ``[B, S]``.
+        """
+
+    def check_instances(self, encoder: InstanceEncoder) -> None:  # noqa: B027 - most kinds have nothing to check
+        """Warns if an instance's vector depends on those that it is computed with.
+
+        Args:
+            encoder: With weights.
+        """
