@@ -26,17 +26,21 @@ class Rows:
 
     Args:
         data: The rows.
+        vectors: Of each row ``instance``, in place of the tokens that it was made of; None if there are none.
     """
 
-    def __init__(self, data: Dataset) -> None:
+    def __init__(self, data: Dataset, vectors: Dataset | None = None) -> None:
+        if vectors is not None:
+            data = data.remove_columns([name for name in data.column_names if name.startswith("instance_")])
         self.data = data.with_format("arrow")
+        self.vectors = None if vectors is None else vectors.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, rows: list[int]) -> pa.Table:
         table: pa.Table = self.data[rows]
-        return table
+        return table if self.vectors is None else table.append_column("instance", self.vectors[rows]["instance"])
 
     __getitems__ = __getitem__  # torch asks so for the rows of a batch that it has made up itself
 
