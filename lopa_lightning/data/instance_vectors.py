@@ -73,13 +73,14 @@ def stored_vectors(
 
 
 def _digests(tokens: Dataset) -> tuple[pa.Array, NDArray[np.int64]]:
-    """Returns a digest of each row's tokens, whatever integers they are kept as, and how many it has."""
+    """Returns a digest of each row's tokens, whatever integers they are kept as, and how many they are."""
     digests, lengths = [], []
     for table in tokens.with_format("arrow").iter(_ROWS):
         lists = [column.combine_chunks() for column in table.columns]
         sizes = lists[0].value_lengths().to_numpy()
-        columns = [np.split(each.flatten().to_numpy().astype(np.int64), np.cumsum(sizes)[:-1]) for each in lists]
-        found = [hashlib.blake2b(b"".join(map(bytes, row)), digest_size=16).digest() for row in zip(*columns)]
+        numbers = np.stack([each.flatten().to_numpy() for each in lists], axis=1).astype(np.int64)
+        content, ends = numbers.tobytes(), (np.cumsum(sizes) * numbers.itemsize * len(lists)).tolist()
+        found = [hashlib.blake2b(content[a:b], digest_size=16).digest() for a, b in zip([0, *ends], ends)]
         digests.append(pa.array(found, pa.binary(16)))
         lengths.append(sizes)
     return pa.concat_arrays(digests), np.concatenate(lengths)
