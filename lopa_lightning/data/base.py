@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Collate, Rows
-from lopa_lightning.data.instance_vectors import agrees_with, reads_all, stored_vectors
+from lopa_lightning.data.instance_vectors import StoredVectors, agrees_with, reads_all, stored_vectors
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.rows import EncodeRows, LabelLookup, RowEncoder, TextError, fault_of
 from lopa_lightning.data.sampler import LengthGroupedSampler
@@ -92,7 +92,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.text_spec: TextSpec | None = None
         self.datasets: dict[Role, list[Dataset]] = {}
-        self.vectors: dict[str, Dataset] = {}
+        self.vectors: dict[str, StoredVectors] = {}
 
     # What a data set defines
 

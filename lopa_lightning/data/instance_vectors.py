@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,27 @@ _ROWS = 1024  # looked at, and written, together
 _TOKENS = 8192  # of a batch, padding included
 
 
+@dataclass(frozen=True)
+class StoredVectors:
+    """Vectors of rows: of each distinct text one, memory-mapped.
+
+    Args:
+        texts: ``instance [e]`` of each text, in Arrow format.
+        text_of_row: The number of each row's text, ``[N]``.
+    """
+
+    texts: Dataset
+    text_of_row: NDArray[np.int64]
+
+    def at(self, rows: list[int]) -> pa.ChunkedArray:
+        """Returns the vectors of some rows."""
+        # Not by `Dataset.select`, which looks rows up one by one.
+        return self.texts[self.text_of_row[rows]]["instance"]
+
+
 def stored_vectors(
     cache: VectorCache, data: Dataset, what: str, device: torch.device, make: bool = True
-) -> Dataset | None:
+) -> StoredVectors | None:
     """Returns the vectors of all rows, from the disk; while one process encodes their texts, the others wait.
 
     Args:
@@ -44,7 +63,7 @@ def stored_vectors(
         make: Whether to encode texts whose vectors are not there.
 
     Returns:
-        ``instance`` of each row, ``[e]`` in float32; None if they are not there, and were not to be made.
+        Float32 vectors; None if they are not there, and were not to be made.
 
     Raises:
         LoPAError: If they cannot be written.
@@ -69,7 +88,7 @@ def stored_vectors(
                 f"instance vectors of {what} cannot be kept at {str(path)!r} ({error.strerror or error}); make room, "
                 "set HF_DATASETS_CACHE to another folder, or set instance_encoder.cache: false"
             ) from error
-    return None if vectors is None else vectors.select(np.argsort(order)[text_of_row])
+    return None if vectors is None else StoredVectors(vectors.with_format("arrow"), np.argsort(order)[text_of_row])
 
 
 def _digests(tokens: Dataset) -> tuple[pa.Array, NDArray[np.int64]]:

@@ -61,8 +61,7 @@ def found_by(made: VectorCache, data: Dataset, what: str = "x") -> np.ndarray:
     """The vectors of all rows of a data set."""
     vectors = stored_vectors(made, data, what, CPU)
     assert vectors is not None
-    assert len(vectors) == len(data)
-    return vectors.with_format("numpy")["instance"][:]
+    return np.stack(vectors.at(list(range(len(data)))).to_numpy())
 
 
 def files(folder: Path) -> set[Path]:
@@ -301,7 +300,7 @@ def test_workers_are_sent_a_path_and_no_vectors(tiny: Tiny, kept: Path) -> None:
     vectors = stored_vectors(made, data, "x", CPU)
     sent = pickle.dumps(vectors)
     assert len(sent) < 16 * len(data) + 3000 < wanted.nbytes / 4
-    np.testing.assert_array_equal(pickle.loads(sent).with_format("numpy")[[399, 0]]["instance"], wanted[[399, 0]])
+    np.testing.assert_array_equal(np.stack(pickle.loads(sent).at([399, 0]).to_numpy()), wanted[[399, 0]])
 
 
 def test_a_row_has_its_vector_in_place_of_the_encoder_tokens(tiny: Tiny, kept: Path) -> None:
