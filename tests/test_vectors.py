@@ -57,7 +57,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def vectors_in(folder: Path) -> list[Path]:
-    return list(folder.rglob("*.npy"))
+    return list(folder.rglob("vectors.arrow"))
 
 
 def fit(model: Any, data: Any, folder: Path, epochs: int = 2, **options: Any) -> tuple[Losses, dict[str, float]]:

@@ -16,13 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Collate, Rows
-from lopa_lightning.data.instance_vectors import WithVectors, agrees_with, reads_all
+from lopa_lightning.data.instance_vectors import StoredVectors, agrees_with, reads_all, stored_vectors
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.rows import EncodeRows, LabelLookup, RowEncoder, TextError, fault_of
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.template import Side, Template, Tokenize, backbone_template, plain_template
 from lopa_lightning.errors import LoPAError, shown
-from lopa_lightning.instances.vectors import StoredVectors
 from lopa_lightning.task import TextTask
 
 if TYPE_CHECKING:  # takes a second to import, and a command that reads no data does without
@@ -179,7 +178,7 @@ class TextDataModule(LightningDataModule, ABC):
         batch_size = self.batch_size if role == "train" else self.eval_batch_size
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
         make = trainer is None or reads_all(trainer, role, batch_size, len(data))
-        if (vectors := cache.stored(data, f"the {role} set", device, make)) is not None:
+        if (vectors := stored_vectors(cache, data, f"the {role} set", device, make)) is not None:
             self.vectors[data._fingerprint] = vectors
 
     def _spec(self) -> TextSpec:
@@ -318,9 +317,8 @@ class TextDataModule(LightningDataModule, ABC):
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         workers = (2 if on_gpu else 0) if self.num_workers is None else self.num_workers
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
-        rows, vectors = data.remove_columns("length"), self.vectors.get(data._fingerprint)
         return ResumableLoader(
-            Rows(rows) if vectors is None else WithVectors(rows, vectors),
+            Rows(data.remove_columns("length"), self.vectors.get(data._fingerprint)),
             sampler=sampler,
             batch_size=sampler.batch_size,
             virtual_tokens=spec.virtual_tokens,

@@ -18,6 +18,8 @@ from lopa_lightning.task import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lopa_lightning.data.instance_vectors import StoredVectors
+
 _ROWS_AT_ONCE = 10_000  # are copied to be summed up
 
 
@@ -26,17 +28,21 @@ class Rows:
 
     Args:
         data: The rows.
+        vectors: Of the rows, in place of the tokens that they were made of; None if there are none.
     """
 
-    def __init__(self, data: Dataset) -> None:
+    def __init__(self, data: Dataset, vectors: StoredVectors | None = None) -> None:
+        if vectors is not None:
+            data = data.remove_columns([name for name in data.column_names if name.startswith("instance_")])
         self.data = data.with_format("arrow")
+        self.vectors = vectors
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, rows: list[int]) -> pa.Table:
         table: pa.Table = self.data[rows]
-        return table
+        return table if self.vectors is None else table.append_column("instance", self.vectors.at(rows))
 
     __getitems__ = __getitem__  # torch asks so for the rows of a batch that it has made up itself
 

@@ -1,39 +1,156 @@
-"""Rows with the instance vectors that were made of them before."""
+"""Instance vectors in the data sets' cache: each text is encoded once on a machine, and its vector read ever after."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
+import torch
+from filelock import FileLock
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
-from lopa_lightning.data.collate import Rows
-from lopa_lightning.instances.vectors import StoredVectors, VectorCache
+from lopa_lightning.backbones.text_spec import instance_inputs
+from lopa_lightning.data.cache import check_cached
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.instances.vectors import VectorCache
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_log = logging.getLogger(__name__)
 
-class WithVectors(Rows):
-    """Rows, each with its vector as ``instance``, and without the tokens that the vector was made of.
+_COLUMNS = ("instance_input_ids", "instance_token_type_ids")
+_ROWS = 1024  # looked at, and written, together
+_TOKENS = 8192  # of a batch, padding included
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """Vectors of rows: of each distinct text one, memory-mapped.
 
     Args:
-        data: The rows.
-        vectors: Of each row one.
+        texts: ``instance [e]`` of each text, in Arrow format.
+        text_of_row: The number of each row's text, ``[N]``.
     """
 
-    def __init__(self, data: Dataset, vectors: StoredVectors) -> None:
-        super().__init__(data.remove_columns([name for name in data.column_names if name.startswith("instance_")]))
-        self.vectors = vectors
+    texts: Dataset
+    text_of_row: NDArray[np.int64]
 
-    def __getitem__(self, rows: list[int]) -> pa.Table:
-        vectors = self.vectors.at(rows)
-        column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
-        return super().__getitem__(rows).append_column("instance", column)
+    def at(self, rows: list[int]) -> pa.ChunkedArray:
+        """Returns the vectors of some rows."""
+        # Not by `Dataset.select`, which looks rows up one by one.
+        return self.texts[self.text_of_row[rows]]["instance"]
 
-    __getitems__ = __getitem__
+
+def stored_vectors(
+    cache: VectorCache, data: Dataset, what: str, device: torch.device, make: bool = True
+) -> StoredVectors | None:
+    """Returns the vectors of all rows, from the disk; while one process encodes their texts, the others wait.
+
+    Args:
+        cache: Of the encoder.
+        data: With ``instance_input_ids`` and perhaps ``instance_token_type_ids``. These name the file.
+        what: Its name, for messages.
+        device: Where to encode.
+        make: Whether to encode texts whose vectors are not there.
+
+    Returns:
+        Float32 vectors; None if they are not there, and were not to be made.
+
+    Raises:
+        LoPAError: If they cannot be written.
+    """
+    tokens = data.select_columns([name for name in _COLUMNS if name in data.column_names])
+    digests, lengths = _digests(tokens)
+    texts = digests.dictionary_encode()
+    text_of_row = texts.indices.to_numpy()
+    _, first = np.unique(text_of_row, return_index=True)
+    # The longest first: little is padded, and a batch that does not fit into memory is met at once.
+    order = np.argsort(-lengths[first], kind="stable")
+    key = hashlib.sha256(b"".join([repr(tokens.column_names).encode(), *texts.dictionary.to_pylist()]))
+    path = cache.folder() / key.hexdigest()[:32] / "vectors.arrow"
+    vectors = _opened(path, len(order))
+    if vectors is None and make:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):  # another process may make them meanwhile
+                vectors = _opened(path, len(order)) or _made(cache, tokens.select(first[order]), path, what, device)
+        except OSError as error:
+            raise LoPAError(
+                f"instance vectors of {what} cannot be kept at {str(path)!r} ({error.strerror or error}); make room, "
+                "set HF_DATASETS_CACHE to another folder, or set instance_encoder.cache: false"
+            ) from error
+    return None if vectors is None else StoredVectors(vectors.with_format("arrow"), np.argsort(order)[text_of_row])
+
+
+def _digests(tokens: Dataset) -> tuple[pa.Array, NDArray[np.int64]]:
+    """Returns a digest of each row's tokens, whatever integers they are kept as, and how many they are."""
+    digests, lengths = [], []
+    for table in tokens.with_format("arrow").iter(_ROWS):
+        lists = [column.combine_chunks() for column in table.columns]
+        sizes = lists[0].value_lengths().to_numpy()
+        numbers = np.stack([each.flatten().to_numpy() for each in lists], axis=1).astype(np.int64)
+        content, ends = numbers.tobytes(), (np.cumsum(sizes) * numbers.itemsize * len(lists)).tolist()
+        found = [hashlib.blake2b(content[a:b], digest_size=16).digest() for a, b in zip([0, *ends], ends)]
+        digests.append(pa.array(found, pa.binary(16)))
+        lengths.append(sizes)
+    return pa.concat_arrays(digests), np.concatenate(lengths)
+
+
+def _opened(path: Path, texts: int) -> Dataset | None:
+    """Returns the vectors in a file, memory-mapped; None if it is not there, damaged, or of other texts."""
+    from datasets import Dataset
+
+    try:
+        vectors = Dataset.from_file(str(path))
+        check_cached(vectors, texts)
+    except (OSError, ValueError):  # LoPAErrors, and those of Arrow, are ValueErrors
+        return None
+    return vectors
+
+
+def _made(cache: VectorCache, tokens: Dataset, path: Path, what: str, device: torch.device) -> Dataset:
+    """Encodes texts, the longest first, into a file."""
+    if path.exists():
+        _log.warning("instance vectors of %s are rebuilt: %s is damaged", what, path)
+    for left in path.parent.glob("tmp*"):  # by a process that was killed
+        left.unlink()
+
+    def encode(table: pa.Table) -> pa.Table:
+        columns = [[torch.tensor(row) for row in column.to_pylist()] for column in table.columns]
+        columns.insert(1, [torch.ones_like(row) for row in columns[0]])  # the mask, which hides any padding
+        vectors, start = [], 0
+        while start < len(table):
+            end = start + max(1, _TOKENS // max(1, len(columns[0][start])))
+            padded = [pad_sequence(rows[start:end], batch_first=True).to(device) for rows in columns]
+            vectors.append(cache.encoder(instance_inputs(*padded)).cpu())
+            start = end
+        values = torch.cat(vectors).numpy()
+        return pa.table({"instance": pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])})
+
+    cache.facts()  # while the model is there
+    with torch.inference_mode():
+        vectors: Dataset = tokens.with_format("arrow").map(
+            encode,
+            batched=True,
+            batch_size=_ROWS,
+            remove_columns=tokens.column_names,
+            load_from_cache_file=False,
+            cache_file_name=str(path),
+            new_fingerprint=path.parent.name,
+            desc=f"Encoding {what}",
+        )
+    cache.encoder.release()
+    return vectors
 
 
 def agrees_with(cache: VectorCache, trainer: Trainer | None) -> bool:
