@@ -138,7 +138,10 @@ def test_batches_are_of_like_length_and_hold_each_text_once(
     monkeypatch.setattr("lopa_lightning.data.instance_vectors._TOKENS", 24)
     monkeypatch.setattr("lopa_lightning.data.instance_vectors._ROWS", at_once)
     shapes, made = [], cache(tiny("bert_base"))
-    made.encoder.register_forward_hook(lambda module, args, result: shapes.append((tuple(args[0].shape), args[1])))
+    keys = "instance_input_ids", "instance_attention_mask"
+    made.encoder.register_forward_hook(
+        lambda module, args, result: shapes.append((tuple(args[0][keys[0]].shape), args[0][keys[1]]))
+    )
     texts = ["it was good", *TEXTS, "it was good", "Yes , it was"] * 3
     lengths = sorted(map(len, AutoTokenizer.from_pretrained(tiny("bert_base"))(sorted(set(texts)))["input_ids"]))
     found = found_by(made, rows(tiny("bert_base"), texts))
