@@ -1,7 +1,7 @@
 """Weights read straight to shards: each process reads its rows of each layer, and none ever holds the whole model.
 
-transformers' own sharded loading (``DistributedConfig(fsdp_size=...)``) makes the model a group of its own, whose
-embeddings are no tensors outside of its ``forward``, where soft prompts meet them; and its oldest versions lack it.
+transformers' own sharded loading (``DistributedConfig(fsdp_size=...)``) does not serve: version 5.0 has none, and 5.24
+makes of BERT one group, whose embeddings cannot be used before its ``forward``, where soft prompts meet them.
 """
 
 from __future__ import annotations
