@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lopa_lightning.backbones.quantization import dense
-from lopa_lightning.backbones.sharding import values_at
+from lopa_lightning.backbones.sharding import whole
 from lopa_lightning.checkpoint_file import read as read
 from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.migrations import HYPERPARAMETERS as HYPERPARAMETERS
@@ -53,7 +53,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for name, parameter in sorted(model.named_parameters()):
         step = max(1, parameter.numel() // _SAMPLED_VALUES)
         places = torch.arange(0, parameter.numel(), step)[:_SAMPLED_VALUES]
-        sample = values_at(dense(parameter.detach()), places).to("cpu", torch.bfloat16)
+        sample = whole(dense(parameter.detach())).flatten()[places.to(parameter.device)].to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return {"config": config_facts(model.config), "weights": digest.hexdigest()[:16]}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_line
 
 
 def adapt(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
@@ -33,14 +33,14 @@ def adapt(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
     try:
         peft.inject_adapter_in_model(peft.get_peft_config({**config, "peft_type": kind}), model)
     except (TypeError, ValueError, AttributeError) as error:
-        raise LoPAError(f"adapter {dict(config)}: {str(error).strip().splitlines()[0]}") from error
+        raise LoPAError(f"adapter {dict(config)}: {one_line(error)}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that an adapter has changed; none without one."""
+    """Returns the layers that an adapter has changed; none without one."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:

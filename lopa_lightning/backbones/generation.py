@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -12,23 +12,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import logits_process
 
 from lopa_lightning.backbones.injection import position_ids
 from lopa_lightning.backbones.prefix import cache_input
@@ -39,26 +31,30 @@ from lopa_lightning.errors import LoPAError, one_line
 # Said in full, so that a model's own defaults do not decide what nobody wrote down.
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": 256}
 _SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-_OF_SAMPLING = {*_SAMPLED, "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # What transformers builds of a field, which it checks only once it generates; and the value for which it does not.
-_CHECKS: dict[str, tuple[Any, float]] = {
-    "temperature": (TemperatureLogitsWarper, 1.0),
-    "top_k": (TopKLogitsWarper, 0),
-    "top_p": (TopPLogitsWarper, 1.0),
-    "min_p": (MinPLogitsWarper, 0.0),
-    "typical_p": (TypicalLogitsWarper, 1.0),
-    "epsilon_cutoff": (EpsilonLogitsWarper, 0.0),
-    "eta_cutoff": (EtaLogitsWarper, 0.0),
-    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
-    "no_repeat_ngram_size": (NoRepeatNGramLogitsProcessor, 0),
+_OF_SAMPLING: dict[str, tuple[Any, float | None]] = {  # in the order in which they are applied
+    "temperature": (logits_process.TemperatureLogitsWarper, 1.0),
+    "top_h": (logits_process.TopHLogitsWarper, None),
+    "top_k": (logits_process.TopKLogitsWarper, 0),
+    "top_p": (logits_process.TopPLogitsWarper, 1.0),
+    "min_p": (logits_process.MinPLogitsWarper, 0.0),
+    "typical_p": (logits_process.TypicalLogitsWarper, 1.0),
+    "epsilon_cutoff": (logits_process.EpsilonLogitsWarper, 0.0),
+    "eta_cutoff": (logits_process.EtaLogitsWarper, 0.0),
 }
-_OURS = ("num_return_sequences", "stop_strings", "max_length", "use_cache", "return_dict_in_generate")
+_CHECKS: dict[str, tuple[Any, float | None]] = {
+    **_OF_SAMPLING,
+    "repetition_penalty": (logits_process.RepetitionPenaltyLogitsProcessor, 1.0),
+    "no_repeat_ngram_size": (logits_process.NoRepeatNGramLogitsProcessor, 0),
+}
+_OURS = {"num_return_sequences", "stop_strings", "max_length", "use_cache", "return_dict_in_generate"}
+_OURS |= {"watermarking_config"}  # marks what transformers draws, and tokens are drawn here
 
 
 def generation_config(
     options: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase, model: Any
 ) -> GenerationConfig:
-    """Settings of transformers' ``generate``.
+    """Builds the settings of transformers' ``generate``.
 
     Args:
         options: Fields of ``GenerationConfig``; what is not given is greedy, and in sampling neither cut nor scaled.
@@ -69,17 +65,16 @@ def generation_config(
         LoPAError: If there is no such field, a value is not allowed, or the field is decided elsewhere.
     """
     given, make = dict(options or {}), cast(Any, GenerationConfig)
-    known = {name for name in make().to_dict() if not name.startswith("_")}
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(set(given) - {name for name in make().to_dict() if not name.startswith("_")}):
         raise LoPAError(f"generation has no {', '.join(unknown)}; see transformers' GenerationConfig")
-    if ours := sorted(set(given) & set(_OURS)):
+    if ours := sorted(set(given) & _OURS):
         raise LoPAError(f"generation cannot set {', '.join(ours)}: use max_new_tokens, num_samples and stop")
     sampled = _SAMPLED if given.get("do_sample") else {}
     if not sampled:  # so that do_sample: false alone, put over settings of sampling, is greedy
         given = {name: value for name, value in given.items() if name not in _OF_SAMPLING}
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else ends or []
-    ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None and end < len(tokenizer)})
+    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    ends = sorted({end for end in ends if end is not None and end < len(tokenizer)})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         config = make(**{**_GREEDY, **sampled, "eos_token_id": ends, "pad_token_id": pad, **given})
@@ -114,7 +109,7 @@ def check_generates(model: Any, is_needed: bool = True) -> None:
     )
     if is_needed:
         raise LoPAError(fault)
-    rank_zero_warn(f"{fault}, or learn completions that predict, test and generate will refuse to write")
+    rank_zero_warn(f"{fault}, or learn completions that predict, test and generate will refuse to generate")
 
 
 def check_samples(config: GenerationConfig, num_samples: int) -> None:
@@ -141,11 +136,9 @@ def generate(
     offset: Tensor | None = None,
     synced: bool = False,
 ) -> list[list[str]]:
-    """Continues texts, each with its own soft prompt.
+    """Continues texts, each with its own soft prompt, and returns ``num_samples`` continuations of each.
 
-    Samples are drawn by inverting the cumulative distribution at one uniform number for each token, from
-    a generator of each sample's own: they depend on its seed alone, not on the batch. All samples of
-    a text share one reading of it.
+    They are the likeliest ones, or drawn as :class:`_Draw` says.
 
     Args:
         backbone: A causal language model.
@@ -156,55 +149,46 @@ def generate(
         num_samples: Continuations of each text; with beams, the best of them.
         seeds: One for each text, of any type that has a ``repr``; needed to sample.
         stop: Strings that end a continuation, which does not contain them.
-        offset: See :meth:`Backbone.forward`.
+        offset: See :meth:`TextBackbone.forward`.
         synced: Whether processes wait for each other in every layer: one that is done goes on until all are.
 
-    Returns:
-        Continuations, ``num_samples`` for each text.
-
     Raises:
-        LoPAError: If more than one continuation is asked for where there is only one, or of too few beams.
+        LoPAError: See :func:`check_samples`.
     """
     check_samples(config, num_samples)
-    beams = config.num_beams or 1
+    options: dict[str, Any] = {"synced_gpus": synced, "generation_config": config}
     embeddings, mask, cache = backbone.to_continue(prompt, *text, offset)
-    options: dict[str, Any] = {"num_return_sequences": num_samples} if beams > 1 else {}
-    options["synced_gpus"] = synced
-    repeats = 1 if beams > 1 else num_samples
-    if repeats > 1:
-        embeddings, mask, cache = _shared(backbone, embeddings, mask, cache, repeats)
-    elif beams > 1 and cache is not None:
-        cache.batch_repeat_interleave(beams)
+    if (beams := config.num_beams or 1) > 1:
+        options["num_return_sequences"] = num_samples
+        if cache is not None:
+            cache.batch_repeat_interleave(beams)
+    elif num_samples > 1:
+        embeddings, mask, cache = _read_once(backbone, embeddings, mask, cache, num_samples)
     if cache is not None:
         options[str(cache_input(backbone.body))] = cache
     if config.do_sample and beams == 1:
-        drawn = [_uniforms((seed, sample), int(config.max_new_tokens)) for seed in seeds for sample in range(repeats)]
-        uniforms = torch.stack(drawn).to(embeddings.device)
-        options["custom_generate"] = functools.partial(_sample, uniforms=uniforms, synced=synced)
-    tails = [ids[-1:] for ids in text[0].tolist()]
-    tails = [tail for tail in tails for _ in range(num_samples)]
+        rows = [(seed, index) for seed in seeds for index in range(num_samples)]
+        options |= _drawn(config, rows, embeddings.device)
     if stop:
         options["stopping_criteria"] = StoppingCriteriaList([_StopAt(tokenizer, stop)])
-    ids = backbone.model.generate(  # type: ignore[operator]
-        inputs_embeds=embeddings, attention_mask=mask, generation_config=config, **options
-    )
-    written = [_decoded(tokenizer, tail, row, stop) for tail, row in zip(tails, ids.tolist())]
-    return [written[start : start + num_samples] for start in range(0, len(written), num_samples)]
+    ids = backbone.model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)  # type: ignore[operator]
+    before = text[0].repeat_interleave(num_samples, 0)[:, -1:].tolist()
+    continued = [_decoded(tokenizer, tail, row, stop) for tail, row in zip(before, ids.tolist())]
+    return [continued[start : start + num_samples] for start in range(0, len(continued), num_samples)]
 
 
-def _shared(
+def _read_once(
     backbone: TextBackbone, embeddings: Tensor, mask: Tensor, cache: Cache | None, repeats: int
 ) -> tuple[Tensor, Tensor, Cache | None]:
     """Reads the texts once, all but their last token, and repeats what was read."""
-    model, width = backbone.body, embeddings.shape[1]
-    known = cache.get_seq_length() if cache is not None else 0
-    cache_name = cache_input(model)
+    model, width, accepted = backbone.body, embeddings.shape[1], accepted_inputs(backbone.body)
+    known, cache_name = cache.get_seq_length() if cache is not None else 0, cache_input(model)
     if width - 1 > known and cache_name is not None:
         cache = DynamicCache(config=model.config) if cache is None else cache
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
-        if all(type(layer) in plain for layer in cache.layers) and "use_cache" in accepted_inputs(model):
+        plain = {DynamicLayer, DynamicSlidingWindowLayer}
+        if "use_cache" in accepted and {type(layer) for layer in cache.layers} <= plain:
             options: dict[str, Any] = {cache_name: cache, "use_cache": True}
-            if "position_ids" in accepted_inputs(model):
+            if "position_ids" in accepted:
                 options["position_ids"] = position_ids(mask)[:, known:-1]
             model(inputs_embeds=embeddings[:, known:-1], attention_mask=mask[:, :-1], **options)
         else:
@@ -213,43 +197,40 @@ def _shared(
     if cache is None:
         return embeddings.repeat_interleave(repeats, 0), mask, None
     cache.batch_repeat_interleave(repeats)
-    # Only the last place is read; the others need no memory.
+    # Only the last position is read; the others need no memory.
     return embeddings[:, -1:].repeat_interleave(repeats, 0).expand(-1, width, -1), mask, cache
 
 
-def _uniforms(seed: Any, count: int) -> Tensor:
-    digest = hashlib.sha256(repr(seed).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.rand(count, generator=generator, dtype=torch.float64)
-
-
-def _sample(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    generation_config: GenerationConfig,
-    uniforms: Tensor,
-    synced: bool,
-    **options: Any,
-) -> Any:
-    """The loop of transformers itself, in which the last processor leaves one token to choose."""
-    logits_processor.append(_Draw(uniforms, input_ids.shape[1]))
-    generation_config.do_sample = False
-    # Of its own arguments, transformers hands over none that _sample has too.
-    options |= {"synced_gpus": synced, "generation_config": generation_config}
-    return type(model)._sample(model, input_ids, logits_processor, **options)
+def _drawn(config: GenerationConfig, seeds: Sequence[Any], device: torch.device) -> dict[str, Any]:
+    """Returns what ``generate`` is given so that its greedy search finds the one token that was drawn."""
+    processors = LogitsProcessorList()
+    for name, (make, unused) in _OF_SAMPLING.items():
+        if (value := getattr(config, name)) not in (None, unused):
+            processors.append(make(value, device=device) if name == "eta_cutoff" else make(value))
+    processors.append(_Draw(seeds, int(config.max_new_tokens), device))
+    config = copy.copy(config)
+    cast(Any, config).update(do_sample=False, **dict.fromkeys(_OF_SAMPLING))
+    return {"generation_config": config, "logits_processor": processors}
 
 
 class _Draw(LogitsProcessor):
-    """Chooses the token at which the cumulative distribution passes a row's next uniform number."""
+    """Chooses the token at which the cumulative distribution passes a row's next uniform number.
 
-    def __init__(self, uniforms: Tensor, start: int) -> None:
-        self.uniforms = uniforms
-        self.start = start
+    The numbers come from a generator of each row's own: samples depend on their seed alone, not on the batch. With
+    embeddings in place of a text's ids, there are as many ids as tokens generated so far.
+    """
+
+    def __init__(self, seeds: Sequence[Any], count: int, device: torch.device) -> None:
+        uniforms = []
+        for seed in seeds:
+            digest = hashlib.sha256(repr(seed).encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+            uniforms.append(torch.rand(count, generator=generator, dtype=torch.float64))
+        self.uniforms = torch.stack(uniforms).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cumulative = torch.softmax(scores.double(), -1).cumsum(-1)
-        threshold = self.uniforms[:, input_ids.shape[1] - self.start, None] * cumulative[:, -1:]
+        threshold = self.uniforms[:, input_ids.shape[1], None] * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
 
@@ -269,10 +250,10 @@ class _StopAt(StoppingCriteria):
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, tail: list[int], ids: list[int], stop: Sequence[str]) -> str:
-    """What ids add to a text that ends in ``tail``: some tokenizers drop the space before a text's first token."""
+    """Returns what ids add to a text that ends in ``tail``: some tokenizers drop the space before a first token."""
     before, whole, alone = (
         str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         for part in (tail, [*tail, *ids], ids)
     )
-    written = whole[len(before) :] if whole.startswith(before) else alone
-    return written[: min((place for text in stop if (place := written.find(text)) >= 0), default=len(written))]
+    added = whole[len(before) :] if whole.startswith(before) else alone
+    return added[: min((index for text in stop if (index := added.find(text)) >= 0), default=len(added))]

@@ -1,10 +1,10 @@
-"""What files of weights say of themselves: which tensor lies where, and whether they can be a model's."""
+"""Reads the headers of files of weights: which tensor is in which file, and whether all can be a model's."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from lopa_lightning.backbones.transformers_internals import conversions, without_ignored
 from lopa_lightning.errors import LoPAError, one_line
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -83,67 +84,54 @@ def check_files(name: str, model: PreTrainedModel, location: str, options: Mappi
         body = {id(parameter) for parameter in model.base_model.parameters()}
         head = [key for key, parameter in model.named_parameters() if id(parameter) not in body]
         if head and model.config.architectures == [type(model.base_model).__name__]:  # tied to nothing, and not saved
-            raise missing_weights(name, model, head)
+            check_weights(name, model, head)
         return
     shapes = {key: shape for path in set(files.values()) for key, shape in shapes_in(path).items()}
     if lost := sorted(set(files) - set(shapes)):
         raise LoPAError(f"the weights of {name!r} lack {lost[0]}, which their index names")
     sources, missing = sources_of(model, files)
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    if missing := [key for key in missing if not any(pattern.search(key) for pattern in ignored)]:
-        raise missing_weights(name, model, missing)
-    for key, parameter in model.named_parameters():
-        if key in sources and list(parameter.shape) != shapes[sources[key]]:
-            raise unfit_weights(name, sources[key], shapes[sources[key]], parameter.shape)
-    check_layers(name, model, set(files) - set(sources.values()), set(sources.values()))
+    used, shaped = set(sources.values()), [(key, p.shape) for key, p in model.named_parameters() if key in sources]
+    unfit = [(sources[key], shapes[sources[key]], own) for key, own in shaped if shapes[sources[key]] != list(own)]
+    check_weights(name, model, missing, unfit, set(files) - used, used)
 
 
-def check_layers(name: str, model: PreTrainedModel, unused: set[str], used: set[str]) -> None:
-    """Refuses a model that has fewer layers than were saved.
+def check_weights(
+    name: str,
+    model: PreTrainedModel,
+    missing: Iterable[str],
+    unfit: Sequence[tuple[str, Any, Any]] = (),
+    unused: Iterable[str] = (),
+    used: Iterable[str] = (),
+) -> None:
+    """Refuses saved tensors that are not all of a model's, by what transformers would fill, resize or leave out.
 
     Args:
         name: What the user calls the model.
         model: The model.
-        unused: Saved tensors that it has no use for, such as those of a head that is left out.
-        used: The others.
+        missing: Tensors that were not saved, which transformers would fill with random numbers.
+        unfit: Saved tensors of another shape: name, saved shape, shape by the config.
+        unused: Saved tensors that the model has no use for, such as those of a head that is left out.
+        used: The other saved tensors.
 
     Raises:
-        LoPAError: If an unused tensor is called like a used one, but for its number.
+        LoPAError: If one is missing or unfit, or an unused one is called like a used one but for its number.
     """
+    prefix, (missing, unused) = model.base_model_prefix, without_ignored(model, missing, unused)
+    if missing:
+        is_head = model.base_model is not model and not any(key.startswith(f"{prefix}.") for key in missing)
+        saved_as = " or ".join(model.config.architectures or ["an unnamed architecture"])
+        raise LoPAError(
+            f"{name!r} was saved as {saved_as} and has no weights for {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''} of {type(model).__name__}"
+            + ("; without a language model head, use objective: head" if is_head else "")
+        )
+    for tensor, saved, wanted in unfit:
+        shapes = f"{tensor} is {tuple(saved)}, by the config {tuple(wanted)}"
+        raise LoPAError(f"the weights of {name!r} do not fit its config: {shapes}")
     known = {_NUMBER.sub("#", key) for key in used}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    for key in sorted(unused):
-        if _NUMBER.sub("#", key) in known and not any(pattern.search(key) for pattern in ignored):
+    for key in unused:
+        if _NUMBER.sub("#", key) in known:
             raise LoPAError(f"the weights of {name!r} have {key}, and its config no layer of that number")
-
-
-def missing_weights(name: str, model: PreTrainedModel, missing: list[str]) -> LoPAError:
-    """Returns the error for weights that were not saved, which transformers would fill with random numbers."""
-    of_body = f"{model.base_model_prefix}."
-    is_head = model.base_model is not model and not any(key.startswith(of_body) for key in missing)
-    return LoPAError(
-        f"{name!r} was saved as {' or '.join(model.config.architectures or ['an unnamed architecture'])} and has no "
-        f"weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of {type(model).__name__}"
-        + ("; without a language model head, use objective: head" if is_head else "")
-    )
-
-
-def unfit_weights(name: str, tensor: str, saved: Any, wanted: Any) -> LoPAError:
-    """Returns the error for a tensor whose shape is not the config's."""
-    return LoPAError(
-        f"the weights of {name!r} do not fit its config: {tensor} is {tuple(saved)}, by the config {tuple(wanted)}"
-    )
-
-
-def conversions(model: PreTrainedModel) -> list[Any]:
-    """Returns what transformers does to saved tensors of this kind of model, renaming included."""
-    try:
-        from transformers import conversion_mapping
-    except ImportError:  # an older one, which converts nothing
-        return []
-    known: Any = conversion_mapping
-    kinds = model.config.model_type, type(model).__name__, type(model.base_model).__name__
-    return [change for kind in kinds for change in known.get_checkpoint_conversion_mapping(kind) or []]
 
 
 def sources_of(model: PreTrainedModel, files: Mapping[str, Path]) -> tuple[dict[str, str], list[str]]:
@@ -153,26 +141,20 @@ def sources_of(model: PreTrainedModel, files: Mapping[str, Path]) -> tuple[dict[
         model: On any device.
         files: Which file has which tensor.
     """
-    names: dict[int, list[str]] = {}  # of each tensor; of tied ones any may have been saved
+
+    def saved(names: Iterable[str]) -> str | None:
+        return next((key for name in names for key in _spellings(name, prefix) if key in files), None)
+
+    prefix, tied = f"{model.base_model_prefix}.", dict[int, list[str]]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    prefix = f"{model.base_model_prefix}."
-    sources: dict[str, str] = {}
-    missing: list[str] = []
-    for own in names.values():
-        spellings = [spelling for name in own for spelling in _spellings(name, prefix)]
-        if saved := next((spelling for spelling in spellings if spelling in files), None):
-            sources |= dict.fromkeys(own, saved)
-        else:
-            missing.append(own[0])
-    for name, _ in model.named_buffers():
-        if saved := next((spelling for spelling in _spellings(name, prefix) if spelling in files), None):
-            sources[name] = saved
-    return sources, sorted(missing)
+        tied.setdefault(id(parameter), []).append(name)  # of tied ones any may have been saved
+    groups = [*tied.values(), *([name] for name, _ in model.named_buffers())]
+    sources = {name: key for names in groups if (key := saved(names)) is not None for name in names}
+    return sources, sorted(names[0] for names in tied.values() if names[0] not in sources)
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
-    """What a tensor may be called in a file: with or without the head's model around it, and as it once was."""
+    """Returns what a tensor may be called in a file: with or without the head's model around it, and as it once was."""
     names = [name, name.removeprefix(prefix), prefix + name]
     stem, _, last = name.rpartition(".")
     if last in _LEGACY:
@@ -181,13 +163,9 @@ def _spellings(name: str, prefix: str) -> list[str]:
 
 
 def _file(location: str, name: str, options: Mapping[str, Any]) -> Path | None:
-    found = cached_file(
-        location,
-        name,
-        revision=options.get("revision"),
-        local_files_only=options.get("local_files_only", False),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return None if found is None else Path(found)
+    """Returns a file of a hub id or folder; None if it is not there."""
+    where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    try:
+        return Path(str(cached_file(location, name, **where)))
+    except OSError:
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,39 +16,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 _CHUNK_BYTES = 2**26
 
 
-class LabelWordHead:
-    """A language model's own head, as the model's class defines it, on chosen hidden states and tokens.
-
-    It runs the model's ``forward`` on a copy that shares every weight, in which two parts are
-    replaced: the layers by the hidden states at hand, the projection to the vocabulary by its rows
-    for the wanted tokens. Transforms before the projection, scales and caps after it stay the model's.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        projection = cast(Any, model).get_output_embeddings()
-        self.rows = _ProjectionRows(projection)
-        self.model = _with_replaced(model, {id(model.base_model): _GivenStates(), id(projection): self.rows})
-
-    def __call__(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """From hidden states ``[B, h]`` to the logits of ``token_ids [n]``, ``[B, n]``."""
-        self.rows.token_ids = token_ids
-        logits: Tensor = self.model(inputs_embeds=hidden.unsqueeze(1)).logits
-        return logits.squeeze(1)
-
-
 class VocabularyHead:
-    """A language model's own head on chosen hidden states, all of the vocabulary.
+    """Runs a language model's own head on chosen hidden states, for all of the vocabulary.
+
+    It runs the model's ``forward`` on a copy that shares every weight, in which the layers are replaced by the hidden
+    states at hand. Transforms before the projection to the vocabulary, scales and caps after it stay the model's.
 
     Args:
         model: With a language model head.
+        replaced: Other parts that the copy does not share, by the ``id`` of what they are in place of.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, replaced: Mapping[int, nn.Module] | None = None) -> None:
         self.projection = cast(Any, model).get_output_embeddings()
-        self.model = _with_replaced(model, {id(model.base_model): _GivenStates()})
+        self.model = _with_replaced(model, {id(model.base_model): _GivenStates(), **(replaced or {})})
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """From hidden states ``[N, h]`` to logits ``[N, V]``."""
+        """Returns the logits ``[N, V]`` of hidden states ``[N, h]``."""
         logits: Tensor = self.model(inputs_embeds=hidden.unsqueeze(0)).logits
         return logits.squeeze(0)
 
@@ -55,6 +40,26 @@ class VocabularyHead:
     def is_trained(self) -> bool:
         """Whether a weight of the head is trained, as in full fine-tuning."""
         return any(parameter.requires_grad for parameter in self.model.parameters())
+
+
+class LabelWordHead:
+    """Runs a language model's own head on chosen hidden states, for chosen tokens, see :class:`VocabularyHead`.
+
+    Of the projection to the vocabulary only the rows for the wanted tokens are computed.
+
+    Args:
+        model: With a language model head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        projection = cast(Any, model).get_output_embeddings()
+        self.rows = _ProjectionRows(projection)
+        self.head = VocabularyHead(model, {id(projection): self.rows})
+
+    def __call__(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Returns the logits ``[B, n]`` of ``token_ids [n]`` for hidden states ``[B, h]``."""
+        self.rows.token_ids = token_ids
+        return self.head(hidden)
 
 
 def chunked_cross_entropy(
@@ -77,53 +82,37 @@ def chunked_cross_entropy(
     """
     step = chunk or max(1, _CHUNK_BYTES // (4 * len(head.projection.weight)))
     parts = list(zip(torch.split(hidden, step), torch.split(targets, step)))
-    if not torch.is_grad_enabled():
-        results = []
-        for states, wanted in parts:
-            logits = head(states).float()
-            results.append((_cross_entropy(logits, wanted), logits.argmax(-1) == wanted))
-        losses, hits = (torch.cat(values) for values in zip(*results))
-        return losses, hits
-    if head.is_trained:
+    if torch.is_grad_enabled() and head.is_trained:
         return torch.cat([checkpoint(_losses, head, *part, use_reentrant=False) for part in parts]), None
-    frozen_losses: Tensor = _FrozenHeadLoss.apply(hidden, head, parts)  # type: ignore[no-untyped-call]
-    return frozen_losses, None
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return _frozen_losses(head, parts), None
+    results = []
+    for states, wanted in parts:
+        logits = head(states).float()
+        results.append((F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted))
+    losses, hits = (torch.cat(values) for values in zip(*results))
+    return losses, hits
 
 
 def _losses(head: VocabularyHead, hidden: Tensor, targets: Tensor) -> Tensor:
-    return _cross_entropy(head(hidden).float(), targets)
+    """Returns the cross entropy of each target in float32."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Losses of places that do not depend on each other: the gradient of each is kept, and scaled in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: VocabularyHead, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for states, targets in parts:
-            with torch.set_grad_enabled(hidden.requires_grad):
-                states = states.detach().requires_grad_(hidden.requires_grad)
-                loss = _losses(head, states, targets)
-                if hidden.requires_grad:
-                    gradients += torch.autograd.grad(loss.sum(), states)
-            losses.append(loss.detach())
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, of_losses: Tensor) -> tuple[Tensor, None, None]:
-        (of_hidden,) = ctx.saved_tensors
-        return of_hidden * of_losses.unsqueeze(-1).to(of_hidden.dtype), None, None
+def _frozen_losses(head: VocabularyHead, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Returns losses of which each chunk's gradient is taken while its logits are there."""
+    losses = []
+    for states, targets in parts:
+        own = states.detach().requires_grad_()
+        loss = _losses(head, own, targets)
+        (gradient,) = torch.autograd.grad(loss.sum(), own)
+        # What is added is 0, and its gradient is the loss's: no position's loss depends on another's states.
+        losses.append(loss.detach() + ((states - states.detach()) * gradient).sum(-1).to(loss.dtype))
+    return torch.cat(losses)
 
 
 class _GivenStates(nn.Module):
-    """Stands in for the layers: what comes in as embeddings goes out as hidden states."""
+    """Stands in for the layers: returns the embeddings it is given as hidden states."""
 
     @property
     def decoder(self) -> _GivenStates:
@@ -149,7 +138,7 @@ class _ProjectionRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The projection's: Mamba's language model asks for its dtype."""
+        """Weight of the projection, whose dtype Mamba's language model asks for."""
         return cast(Tensor, self._projection[0].weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -159,7 +148,7 @@ class _ProjectionRows(nn.Module):
 
 
 def _with_replaced(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
-    """A copy of ``module`` with some submodules (by ``id``) exchanged, sharing all the others and every weight."""
+    """Returns a copy of ``module`` with other submodules in place of some (by ``id``); it shares all the rest."""
     if id(module) in replacements:
         return replacements[id(module)]
     parts = {name: child and _with_replaced(child, replacements) for name, child in module._modules.items()}

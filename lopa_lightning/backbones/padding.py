@@ -36,16 +36,16 @@ def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, p
         LoPAError: If padding changes states only because of where virtual tokens are.
     """
     name, modes = type(backbone.body).__name__, [(part, part.training) for part in backbone.modules()]
+    allowed, m = tolerance(backbone.body), min(num_virtual_tokens, _VIRTUAL)
     backbone.train(False)
     try:
-        found = _change(backbone, min(num_virtual_tokens, _VIRTUAL), side, pad_id)
-        if found <= tolerance(backbone.body):
+        if (found := _change(backbone, m, side, pad_id)) <= allowed:
             return
         own = _change(backbone, 0, side, pad_id)
     finally:
         for part, mode in modes:
             part.training = mode
-    if own <= tolerance(backbone.body):
+    if own <= allowed:
         raise LoPAError(
             f"placement {backbone.placement!r} cannot be right with padding on the {side}: beside virtual tokens it "
             f"changes the hidden states of {name} by {found:.0%}, without them not at all; use another placement "
@@ -102,13 +102,11 @@ def change_by_padding(
         device: Of the ids.
     """
     length = _LONG + gap if room is None else min(_LONG + gap, room)
-    short = min(_SHORT, length // 2)
-    if short < 1:
+    if (short := min(_SHORT, length // 2)) < 1:
         return 0.0
     own = slice(length - short, None) if side == "left" else slice(short)
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(device)
-    mask = torch.ones_like(ids)
-    mask[0] = 0
+    mask = torch.tensor([[0], [1]]).to(device).repeat(1, length)
     mask[0, own] = 1
     ids = ids.masked_fill(mask == 0, pad_id)
     padded, alone = states(ids, mask).float(), states(ids[:1, own], mask[:1, own]).float()
@@ -116,12 +114,11 @@ def change_by_padding(
 
 
 def _change(backbone: TextBackbone, m: int, side: Side, pad_id: int) -> float:
+    """Returns how much padding changes the states of a text after m virtual tokens."""
     weight, limit = backbone.embedding_weight, backbone.max_positions
     # Real tokens: any numbers would not be of the scale that a model's layers are made for.
-    with torch.no_grad():
-        virtual = (
-            backbone.virtual_tokens(torch.arange(m) % len(weight)) if m else weight.new_zeros(0, backbone.prompt_dim)
-        )
+    tokens = torch.arange(m) % len(weight)
+    virtual = backbone.virtual_tokens(tokens).detach() if m else weight.new_zeros(0, backbone.prompt_dim)
 
     def states(ids: Tensor, mask: Tensor) -> Tensor:
         found = backbone(virtual[None], {"input_ids": ids, "attention_mask": mask})
@@ -134,7 +131,6 @@ def _change(backbone: TextBackbone, m: int, side: Side, pad_id: int) -> float:
 
 
 def _window(backbone: TextBackbone) -> int:
-    """The widest window of local attention in a config: padding between virtual tokens and text must not use it up."""
+    """Returns the widest window of local attention, which padding between virtual tokens and text must not use up."""
     entries = backbone.body.config.to_dict().items()
-    widths = [value for key, value in entries if "window" in key and type(value) is int and value <= _WIDEST]
-    return max(widths, default=0)
+    return max((n for key, n in entries if "window" in key and type(n) is int and n <= _WIDEST), default=0)

@@ -1,4 +1,4 @@
-"""Virtual tokens in every layer: keys and values that a text attends to, handed over as a filled cache."""
+"""Makes virtual tokens of every layer: keys and values that a text attends to, handed over as a filled cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class LayerPrompts:
-    """How virtual tokens look in every layer of a model.
+    """Shapes the virtual tokens that stand in every layer of a model.
 
     A virtual token is one vector: the first layer's key of all heads, its value, then the second's,
     and so on. Prefix tuning (Li & Liang 2021, arXiv 2101.00190) and P-tuning v2 (Liu et al. 2022,
@@ -34,7 +34,7 @@ class LayerPrompts:
 
     @property
     def width(self) -> int:
-        """Numbers of one virtual token."""
+        """Numbers that one virtual token has."""
         return sum(heads * dim for heads, dim in self.shapes)
 
     def cache(self, prompt: Tensor, batch: int) -> Cache:
@@ -53,7 +53,7 @@ class LayerPrompts:
 
     @torch.no_grad()
     def embed(self, model: PreTrainedModel, token_ids: Tensor) -> Tensor:
-        """The keys and values of real tokens, read one after the other.
+        """Returns the keys and values of real tokens, read one after the other.
 
         Args:
             model: Without a head.
@@ -68,7 +68,7 @@ class LayerPrompts:
 
 
 def cache_input(model: PreTrainedModel) -> str | None:
-    """What a model's ``forward`` calls its cache; None if it takes none.
+    """Returns what a model's ``forward`` calls its cache; None if it takes none.
 
     Args:
         model: Without a head.
@@ -78,7 +78,7 @@ def cache_input(model: PreTrainedModel) -> str | None:
 
 
 def layer_prompts(model: PreTrainedModel) -> LayerPrompts:
-    """Finds out how virtual tokens look in a model's layers, from a model without weights.
+    """Finds the shapes of keys and values in a model's layers, from a model without weights.
 
     Args:
         model: Without a head.
@@ -114,9 +114,11 @@ def layer_prompts(model: PreTrainedModel) -> LayerPrompts:
 
 
 def _states(cache: Cache) -> list[Tensor]:
+    """Returns keys and values, alternating, layer by layer."""
     layers: list[Any] = cache.layers
     return [state for layer in layers for state in (layer.keys, layer.values)]
 
 
 def _unfit(name: str, reason: str) -> LoPAError:
+    """Returns the error for a model that cannot have virtual tokens in every layer."""
     return LoPAError(f"placement 'every_layer' cannot be right here: {name} {reason}; use 'before' or 'after_first'")

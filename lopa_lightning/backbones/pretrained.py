@@ -1,9 +1,8 @@
-"""Where pretrained models and tokenizers come from: one loader for hub ids, folders and packages."""
+"""Loads pretrained models and tokenizers from hub ids, folders and packages."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import inspect
 import os
@@ -26,9 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lopa_lightning.backbones.headers import check_files, check_layers, missing_weights, unfit_weights, weight_files
-from lopa_lightning.backbones.quantization import Quantization, check_quantization, quantization_config
+from lopa_lightning.backbones.headers import check_files, check_weights, weight_files
+from lopa_lightning.backbones.quantization import check_quantization, quantization_config
 from lopa_lightning.backbones.sharded_weights import read_to_shards
+from lopa_lightning.backbones.transformers_internals import class_of
 from lopa_lightning.errors import LoPAError, one_line
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -44,22 +44,21 @@ _PACKAGE = "package:"
 
 @dataclass(frozen=True)
 class PretrainedSpec:
-    """A pretrained model and how to load it.
+    """Names a pretrained model, and how to load it.
 
     Args:
         name: Hub id, folder, or ``package:NAME/FOLDER`` for weights inside an installed Python package.
         revision: Branch, tag or commit on the hub.
-        dtype: Number format of the weights; ``auto`` takes the one they were saved in.
+        dtype: dtype of the weights; ``auto`` takes the one they were saved in.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose.
         trust_remote_code: Whether Python code that comes with the model may run.
-        gradient_checkpointing: Whether layers are computed a second time in the backward pass instead of
-            keeping what they computed: about a third more time, a small part of the memory.
+        gradient_checkpointing: Whether layers are computed a second time in the backward pass and keep their inputs
+            alone: about a third more time, a small part of the memory.
         compile: Whether torch compiles the layers at the first training step, which takes a minute and a C++ compiler.
-        quantization: How the frozen matrices of the layers are kept, see
-            :mod:`~lopa_lightning.backbones.quantization`; None for as ``dtype`` says.
+        quantization: transformers' ``quantization_config``, see :mod:`~lopa_lightning.backbones.quantization`.
 
     Raises:
-        LoPAError: If ``quantization`` is unknown.
+        LoPAError: If ``dtype`` or the method of ``quantization`` is unknown.
     """
 
     name: str
@@ -69,14 +68,14 @@ class PretrainedSpec:
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
-    quantization: Quantization | None = None
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_quantization(self.quantization)
         check_dtype(self.dtype)
 
     def location(self) -> str:
-        """The hub id or folder that ``name`` stands for, ``~`` expanded.
+        """Returns the hub id or folder that ``name`` stands for, ``~`` expanded.
 
         Raises:
             LoPAError: If ``name`` is a package that is not installed, or has no such folder.
@@ -98,7 +97,7 @@ class PretrainedSpec:
         return str(path)
 
     def source_options(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` is told of where the files come from."""
+        """Returns what every ``from_pretrained`` is told of where the files come from."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
@@ -114,11 +113,7 @@ def load_config(spec: PretrainedSpec) -> PretrainedConfig:
     Raises:
         LoPAError: If there is no such model.
     """
-    location = spec.location()
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(location, **spec.source_options())
-    except Exception as error:  # transformers raises whatever a foreign file makes it stumble over, here and below
-        raise _not_found("model", spec, error) from error
+    config: PretrainedConfig = _from_pretrained(AutoConfig, "model", spec)
     if (layers := getattr(config, "num_hidden_layers", 1)) < 1:
         raise LoPAError(f"the config of {spec.name!r} has {layers} layers; there must be at least 1")
     return config
@@ -131,11 +126,7 @@ def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:
         LoPAError: If there is no such tokenizer, it knows special tokens alone, or it has no fast (Rust) version,
             which truncation by characters needs.
     """
-    location = spec.location()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **spec.source_options())
-    except Exception as error:
-        raise _not_found("tokenizer", spec, error) from error
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, "tokenizer", spec)
     if not tokenizer.is_fast:
         raise LoPAError(f"{spec.name!r} has no fast tokenizer (tokenizer.json), which is needed here")
     # Where its files are not there, transformers makes one of the kind that goes with the config.
@@ -164,18 +155,19 @@ def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = N
             and that cannot be done here.
     """
     config = load_config(spec)
-    options = {"dtype": spec.dtype, **_class_options(config, family)}
-    if spec.attn_implementation is not None:
-        options["attn_implementation"] = spec.attn_implementation
+    options = {"dtype": spec.dtype, **_class_options(spec, family, config)}
     if spec.quantization is not None:
         if mesh is not None:
             raise LoPAError(
-                f"a backbone with quantization {spec.quantization!r} cannot be sharded: its weights are no plain "
-                "tensors; use strategy: ddp, or quantization: null"
+                "a quantised backbone cannot be sharded: its weights are no plain tensors; use strategy: ddp, or "
+                "quantization: null"
             )
-        options["quantization_config"] = quantization_config(spec.quantization, _dtype(spec, config))
-    if mesh is not None and (sharded := _load_sharded(spec, family, config, mesh)) is not None:
-        return freeze(sharded)
+        options["quantization_config"] = quantization_config(spec.quantization)
+    # Without a dtype in the config, transformers looks into the weights for one.
+    if mesh is not None and (spec.dtype != "auto" or config.dtype is not None):
+        files, model = weight_files(spec.location(), spec.source_options()), meta_model(spec, family)
+        if files and read_to_shards(model, files, mesh):
+            return model
     try:
         with _quiet():
             model, report = _AUTO_CLASSES[family].from_pretrained(
@@ -190,16 +182,13 @@ def load_model(spec: PretrainedSpec, family: Family, mesh: DeviceMesh | None = N
         raise _not_found("model weights", spec, error) from error
     except Exception as error:
         raise LoPAError(f"the weights of {spec.name!r} cannot be loaded: {one_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise missing_weights(spec.name, model, missing)
-    for tensor, saved, wanted in report["mismatched_keys"]:
-        raise unfit_weights(spec.name, tensor, saved, wanted)
-    check_layers(spec.name, model, set(report["unexpected_keys"]), set(model.state_dict()))
+    unfit = list(report["mismatched_keys"])
+    check_weights(spec.name, model, report["missing_keys"], unfit, report["unexpected_keys"], model.state_dict())
     return freeze(model)
 
 
-def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
-    """Builds a model as it will be loaded, in its dtype, with initial values in place of weights.
+def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
+    """Builds a model without weights, on the ``meta`` device: its shapes and dtypes at no cost.
 
     Args:
         spec: The model.
@@ -208,50 +197,18 @@ def unloaded_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
     Raises:
         LoPAError: If there is no such model, or its architecture has no such head.
     """
-    return _built(spec, family, load_config(spec))
-
-
-def _built(spec: PretrainedSpec, family: Family, config: PretrainedConfig) -> PreTrainedModel:
-    options = _class_options(config, family)
-    if spec.attn_implementation is not None:
-        options["attn_implementation"] = spec.attn_implementation
+    config = load_config(spec)
+    options = _class_options(spec, family, config)
+    dtype = (config.dtype if spec.dtype == "auto" else spec.dtype) or torch.float32
     try:
-        model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
-            config, trust_remote_code=spec.trust_remote_code, dtype=_dtype(spec, config), **options
-        )
+        with torch.device("meta"):
+            model: PreTrainedModel = _AUTO_CLASSES[family].from_config(
+                config, trust_remote_code=spec.trust_remote_code, dtype=dtype, **options
+            )
     except Exception as error:
         how = f" with attn_implementation {spec.attn_implementation!r}" if spec.attn_implementation else ""
         raise LoPAError(f"the config of {spec.name!r} makes no model{how}: {one_line(error)}") from error
     return freeze(model)
-
-
-def _dtype(spec: PretrainedSpec, config: PretrainedConfig) -> torch.dtype:
-    """Returns the dtype that weights will have."""
-    found: Any = (config.dtype if spec.dtype == "auto" else spec.dtype) or torch.float32
-    dtype: torch.dtype = getattr(torch, found) if isinstance(found, str) else found
-    return dtype
-
-
-def _load_sharded(spec: PretrainedSpec, family: Family, config: PretrainedConfig, mesh: DeviceMesh) -> Any:
-    """Reads each process's part alone; None where that cannot be done, and the whole must be read to be sharded."""
-    files = weight_files(spec.location(), spec.source_options())
-    if not files or (spec.dtype == "auto" and config.dtype is None):
-        return None
-    return read_to_shards(functools.partial(unloaded_model, spec, family), files, mesh)
-
-
-def meta_model(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
-    """Builds a model without weights, on the ``meta`` device: its shapes at no cost.
-
-    Args:
-        spec: The model.
-        family: Which head it is to have.
-
-    Raises:
-        LoPAError: If there is no such model, or its architecture has no such head.
-    """
-    with torch.device("meta"):
-        return _built(spec, family, load_config(spec))
 
 
 def checked_shapes(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
@@ -270,17 +227,17 @@ def checked_shapes(spec: PretrainedSpec, family: Family) -> PreTrainedModel:
 
 
 def accepted_inputs(model: PreTrainedModel) -> frozenset[str]:
-    """What a model's ``forward`` takes by name."""
+    """Returns what a model's ``forward`` takes by name."""
     return frozenset(inspect.signature(model.forward).parameters)
 
 
 def has_token_types(model: PreTrainedModel) -> bool:
-    """Whether a model tells the two texts of a pair apart by token types."""
+    """Returns whether a model tells the two texts of a pair apart by token types."""
     return "token_type_ids" in accepted_inputs(model) and getattr(model.config, "type_vocab_size", 0) > 1
 
 
 def is_causal(model: PreTrainedModel) -> bool:
-    """Whether no token sees a later one, as all of a model's attention says of itself.
+    """Returns whether no token sees a later one, as all of a model's attention says of itself.
 
     False where it says nothing, as in some old architectures.
     """
@@ -289,13 +246,13 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 
 def hidden_size(config: PretrainedConfig) -> int:
-    """Width of a model's last hidden states."""
+    """Returns the width of a model's last hidden states."""
     # OPT's smaller models project them back to the embeddings' width.
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Position of the first token: RoBERTa and its family count from ``padding_idx + 1``.
+    """Returns the position of the first token: RoBERTa and its family count from ``padding_idx + 1``.
 
     Args:
         model: Without a head.
@@ -334,29 +291,37 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _class_options(config: PretrainedConfig, family: Family) -> dict[str, Any]:
-    """What the model's class must be told, found before its weights are read.
+def _class_options(spec: PretrainedSpec, family: Family, config: PretrainedConfig) -> dict[str, Any]:
+    """Returns what the model's class must be told, or refuses a class that cannot serve.
 
     An encoder's pooler is left out: nothing here reads it, and most checkpoints lack its weights.
     """
-    auto_class = _AUTO_CLASSES[family]
-    if family == "causal_lm" and type(config) in AutoModelForMaskedLM._model_mapping and not config.is_decoder:
-        raise LoPAError(f"{config.model_type!r} reads in both directions; use objective: masked_lm or head")
+    options = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+    auto_class, kind = _AUTO_CLASSES[family], config.model_type
+    if family == "causal_lm" and class_of(AutoModelForMaskedLM, config) is not None and not config.is_decoder:
+        raise LoPAError(f"{kind!r} reads in both directions; use objective: masked_lm or head")
     if config.is_encoder_decoder:
-        raise LoPAError(
-            f"{config.model_type!r} is an encoder-decoder model; a soft prompt here needs one stack of layers"
-        )
-    if type(config) not in auto_class._model_mapping:
+        raise LoPAError(f"{kind!r} is an encoder-decoder model; a soft prompt here needs one stack of layers")
+    model_class = class_of(auto_class, config)
+    if model_class is None:
         if hasattr(config, "auto_map"):  # code of the model's own, which only trust_remote_code admits
-            return {}
-        raise LoPAError(
-            f"{config.model_type!r} models have no {family} version ({auto_class.__name__}) in transformers"
-        )
-    model_class = auto_class._model_mapping[type(config)]
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
+            return options
+        raise LoPAError(f"{kind!r} models have no {family} version ({auto_class.__name__}) in transformers")
+    pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+    return {**options, "add_pooling_layer": False} if pooler else options
+
+
+def _from_pretrained(auto_class: Any, what: str, spec: PretrainedSpec) -> Any:
+    """Reads what is no weights."""
+    location = spec.location()
+    try:
+        return auto_class.from_pretrained(location, **spec.source_options())
+    except Exception as error:  # transformers raises whatever a foreign file makes it stumble over
+        raise _not_found(what, spec, error) from error
 
 
 def _not_found(what: str, spec: PretrainedSpec, error: Exception) -> LoPAError:
+    """Returns the error for a folder or hub id that has not what is needed."""
     at = f" at revision {spec.revision!r}" if spec.revision else ""
     if os.path.exists(spec.location()):
         return LoPAError(f"no usable {what} in {spec.name!r}: {one_line(error)}")

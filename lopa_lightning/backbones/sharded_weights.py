@@ -1,72 +1,66 @@
-"""Weights read straight to shards: each process reads its rows of each layer, and none ever holds the whole model."""
+"""Weights read straight to shards: each process reads its rows of each layer, and none ever holds the whole model.
+
+transformers' own sharded loading (``DistributedConfig(fsdp_size=...)``) does not serve: version 5.0 has none, and 5.24
+makes of BERT one group, whose embeddings cannot be used before its ``forward``, where soft prompts meet them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lopa_lightning.backbones.headers import conversions, sources_of
+from lopa_lightning.backbones.headers import sources_of
 from lopa_lightning.backbones.sharding import row_range, shard_layers
+from lopa_lightning.backbones.transformers_internals import is_converted
 
 
-def read_to_shards(
-    make: Callable[[], PreTrainedModel], files: Mapping[str, Path], mesh: DeviceMesh
-) -> PreTrainedModel | None:
-    """Builds a model whose layers are sharded, and reads each process's part of them.
+def read_to_shards(model: PreTrainedModel, files: Mapping[str, Path], mesh: DeviceMesh) -> bool:
+    """Shards a model's layers, and reads each process's part of them; what lies around them is whole.
 
     Args:
-        make: Builds the model.
+        model: On the ``meta`` device; changed in place.
         files: Which file has which tensor.
         mesh: The processes.
 
     Returns:
-        The model: its layers sharded, what lies around them whole. None if transformers changes
-        tensors as it loads this architecture, or files and model do not name the same tensors.
+        False, and the model is as it was, if transformers changes tensors as it loads this architecture, files and
+        model do not name the same tensors, or its class is none of transformers', which all initialise their buffers.
     """
-    with hollow(), torch.random.fork_rng(devices=[]):  # start values are drawn as if nothing had been built
-        model = make()
     sources, missing = sources_of(model, files)
-    if missing or _is_converted(model):
-        return None
+    if missing or is_converted(model) or not type(model).__module__.startswith("transformers."):
+        return False
+    buffers = _initial_buffers(model)
     shard_layers(model, mesh)
     on_cpu = mesh.device_type == "cpu"
-    device = torch.device("cpu") if on_cpu else torch.device(mesh.device_type, torch.cuda.current_device())
-    make_real: Any = model._apply  # Module.to_empty would empty the buffers too
-    make_real(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    model.to_empty(device="cpu" if on_cpu else torch.device(mesh.device_type, torch.cuda.current_device()))
     model.tie_weights()
     with contextlib.ExitStack() as stack:
         opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name in sources:
                 _read(tensor.detach(), opened[files[sources[name]]], sources[name])
-    return model
+            else:
+                tensor.copy_(buffers[name])
+    return True
 
 
-@contextlib.contextmanager
-def hollow() -> Iterator[None]:
-    """Models built in this block have parameters on the ``meta`` device; buffers, which no file may have, are real."""
-    register = nn.Module.register_parameter
-
-    def register_hollow(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    module_class: Any = nn.Module
-    module_class.register_parameter = register_hollow
-    try:
-        yield
-    finally:
-        module_class.register_parameter = register
+def _initial_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Returns the buffers with the values that the model's class gives them after every load."""
+    for part in model.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        cast(Any, model).initialize_weights()  # of parameters on the meta device it has nothing to initialise
+    return dict(model.named_buffers())
 
 
 def _read(tensor: Tensor, file: Any, name: str) -> None:
@@ -79,10 +73,3 @@ def _read(tensor: Tensor, file: Any, name: str) -> None:
             tensor.to_local().copy_(file.get_slice(name)[first:last])
     else:
         tensor.copy_(file.get_slice(name)[:])
-
-
-def _is_converted(model: PreTrainedModel) -> bool:
-    """Whether transformers does more to saved tensors of this kind than to rename them, or keeps some in float32."""
-    if model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return True
-    return any(type(change).__name__ == "WeightConverter" for change in conversions(model))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,7 +16,7 @@ from lopa_lightning.errors import LoPAError
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The processes that see different data, among all of a strategy's.
+    """Returns the processes that see different data, among all of a strategy's.
 
     Args:
         mesh: With the dimensions of Lightning's ``ModelParallelStrategy``, or one alone.
@@ -27,8 +25,7 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
         LoPAError: If the mesh asks for tensor parallelism.
     """
     names = mesh.mesh_dim_names or ()
-    if "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
-        size = mesh["tensor_parallel"].size()
+    if "tensor_parallel" in names and (size := mesh["tensor_parallel"].size()) > 1:
         raise LoPAError(
             f"tensor_parallel_size must be 1, got {size}: a frozen backbone is sharded, its matrices are not split; "
             "use configs/trainer/fsdp.yaml"
@@ -37,7 +34,7 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Splits the weights of every layer over the processes, in place; done already, it stays as it is.
+    """Splits the weights of every layer over the processes, in place; what is split already stays as it is.
 
     Args:
         model: On the ``meta`` device or on a real one.
@@ -51,8 +48,8 @@ def shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -> None:
     """Splits all weights of a net over the processes, in place.
 
-    What is trained outside of the layers lies in the group of ``net`` itself: in a group of no one,
-    its gradients would never be averaged.
+    What is trained outside of the layers lies in the group of ``net`` itself: in no group, its gradients would never
+    be averaged.
 
     Args:
         net: Its ``forward`` is the whole way from a batch to outputs, and its ``run`` runs anything else.
@@ -62,10 +59,10 @@ def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -
     Raises:
         LoPAError: If what is trained is not all of one dtype.
     """
-    formats = sorted({str(p.dtype).removeprefix("torch.") for p in net.parameters() if p.requires_grad})
-    if len(formats) > 1:
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in net.parameters() if p.requires_grad})
+    if len(dtypes) > 1:
         raise LoPAError(
-            f"sharded, all that is trained must have one dtype, got {' and '.join(formats)}; "
+            f"sharded, all that is trained must have one dtype, got {' and '.join(dtypes)}; "
             "load the model that is trained with dtype: float32"
         )
     for model in models:
@@ -76,12 +73,12 @@ def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -
 
 
 def is_sharded(net: nn.Module) -> bool:
-    """Whether processes wait for each other in every layer of a net."""
+    """Returns whether processes wait for each other in every layer of a net."""
     return isinstance(net, FSDPModule)
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as a parameter holds it: this process's part where it is sharded.
+    """Returns a whole tensor as a parameter holds it: this process's part where it is sharded.
 
     Args:
         value: The same on every process.
@@ -94,7 +91,7 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, gathered from all processes where it is sharded; every one must ask for it.
+    """Returns a tensor as it is, gathered from all processes where it is sharded; every one must ask for it.
 
     Args:
         tensor: Sharded or not.
@@ -103,30 +100,8 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def values_at(tensor: Tensor, places: Tensor) -> Tensor:
-    """Numbers of a tensor, as if it were flat; of a sharded one no more than these are sent.
-
-    Args:
-        tensor: Whole, or sharded by rows.
-        places: Indices into the flat tensor, ``[n]``.
-
-    Returns:
-        ``[n]``, on every process.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor.flatten()[places.to(tensor.device)]
-    local = tensor.to_local().flatten()
-    start = row_range(tensor)[0] * (tensor.numel() // max(1, len(tensor)))
-    places = places.to(local.device) - start
-    here = (places >= 0) & (places < len(local))
-    values = torch.zeros(len(places), dtype=torch.float32, device=local.device)
-    values[here] = local[places[here]].float()
-    dist.all_reduce(values, group=tensor.device_mesh.get_group())
-    return values
-
-
 def row_range(tensor: DTensor) -> tuple[int, int]:
-    """First and last (exclusive) row of a tensor sharded by rows that this process has.
+    """Returns the first and the last (exclusive) row that this process has of a tensor sharded by rows.
 
     Args:
         tensor: As FSDP2 shards it: equal parts, the last ones perhaps short.
@@ -138,16 +113,16 @@ def row_range(tensor: DTensor) -> tuple[int, int]:
 
 @contextmanager
 def gathered(net: nn.Module) -> Iterator[None]:
-    """What lies outside of the layers is whole in this block; every process must enter it.
+    """Keeps whole, in its block, what lies outside of the layers; every process must enter it.
 
     Args:
         net: Sharded or not.
     """
-    if not isinstance(net, FSDPModule):
-        yield
-        return
-    net.unshard()
+    root = net if isinstance(net, FSDPModule) else None
+    if root is not None:
+        root.unshard()
     try:
         yield
     finally:
-        net.reshard()
+        if root is not None:
+            root.reshard()

@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lopa_lightning.backbones.transformers_internals import layer_class_names
 from lopa_lightning.errors import LoPAError
 
 
 def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """A model's transformer layers, found by the classes that it says must not be split.
+    """Returns a model's transformer layers, found by the classes that it says must not be split.
 
     Args:
         model: With or without a head.
@@ -23,16 +24,10 @@ def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         LoPAError: If it names none.
     """
-    parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    names = {name for part in parts for name in part._no_split_modules or ()}
+    names = layer_class_names(model)
     # Of a list: embeddings are not to be split either, but their weight may be tied to the head's.
-    found = [
-        child
-        for parent in model.modules()
-        if isinstance(parent, nn.ModuleList)
-        for child in parent
-        if type(child).__name__.removeprefix("FSDP") in names
-    ]
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    found = [child for part in lists for child in part if type(child).__name__.removeprefix("FSDP") in names]
     if not found:
         raise LoPAError(
             f"{type(model).__name__} does not say which layers it is made of (_no_split_modules), so they "
@@ -45,18 +40,13 @@ def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
 def compile_for_training(layers: Iterable[nn.Module]) -> None:
     """Lets torch compile layers at the first training step: one program for all that are alike, and for all lengths.
 
-    Without gradients they run as they are: with a cache each layer would be a program of its own.
+    Without gradients they run as they are: with a cache each layer would be a program of its own. So
+    ``nn.Module.compile``, which compiles every call, is of no use here.
 
     Args:
         layers: Changed in place.
     """
-    for layer in layers:
-        compiled = torch.compile(layer.forward, dynamic=True)
-        layer.forward = functools.partial(_compiled, compiled, layer.forward)
-
-
-def _compiled(compiled: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+    _replace_with_gradients(layers, functools.partial(torch.compile, dynamic=True))
 
 
 def recompute(layers: Iterable[nn.Module]) -> None:
@@ -67,11 +57,19 @@ def recompute(layers: Iterable[nn.Module]) -> None:
     Args:
         layers: Changed in place.
     """
+    _replace_with_gradients(layers, lambda forward: functools.partial(checkpoint, forward, use_reentrant=False))
+
+
+def _replace_with_gradients(layers: Iterable[nn.Module], change: Callable[[Any], Callable[..., Any]]) -> None:
+    """Changes the ``forward`` of each layer where gradients are taken.
+
+    It is replaced on the layer itself, not on its class. A module around the layer would change the names of weights
+    and hide attributes that models read of their layers; a hook cannot run ``forward`` in another way.
+    """
     for layer in layers:
-        layer.forward = functools.partial(_checkpointed, layer.forward)
+        layer.forward = functools.partial(_run, change(layer.forward), layer.forward)
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+def _run(with_gradients: Callable[..., Any], without: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls one of two functions."""
+    return (with_gradients if torch.is_grad_enabled() else without)(*args, **kwargs)

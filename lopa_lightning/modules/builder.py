@@ -24,7 +24,7 @@ from lopa_lightning.backbones.pretrained import (
     hidden_size,
     load_config,
     load_model,
-    unloaded_model,
+    meta_model,
 )
 from lopa_lightning.backbones.quantization import quantization_config
 from lopa_lightning.errors import LoPAError
@@ -160,11 +160,11 @@ class Builder:
         """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be, or cannot be made."""
         how = self.backbone.quantization
         if how is not None and self.train_backbone:
-            raise LoPAError(f"a backbone with quantization {how!r} cannot be trained; leave one of the two out")
-        if how == "torchao_int8" and self.adapter is not None:
-            raise LoPAError(f"adapters go with quantization bitsandbytes_8bit or bitsandbytes_4bit, not {how!r}")
+            raise LoPAError("a quantised backbone cannot be trained; leave quantization or train_backbone out")
+        if how is not None and how["quant_method"] == "torchao" and self.adapter is not None:
+            raise LoPAError("adapters go with quantization by bitsandbytes, not by torchao")
         if how is not None:
-            quantization_config(how, torch.float32)  # refuses what is not installed
+            quantization_config(how)  # refuses what is not installed
 
     def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
@@ -229,14 +229,14 @@ class Builder:
             dropout: Whether the backbone's own dropout is active in training.
         """
         plain = dataclasses.replace(self.backbone, compile=False)
-        backbone = self._backbone(unloaded_model(plain, self.kind.family), plain, dropout)
+        backbone = self._backbone(meta_model(plain, self.kind.family), plain, dropout)
         prompt_encoder = self._prompt_encoder(backbone)
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, {})
         spec = self.encoder_spec
         if self.instance_vectors is not None and not spec.is_backbone:
             return Parts(backbone, prompt_encoder, self.instance_vectors.encoder, {})
-        model = backbone.body if spec.is_backbone else unloaded_model(spec.pretrained(), "encoder")
+        model = backbone.body if spec.is_backbone else meta_model(spec.pretrained(), "encoder")
         encoder = InstanceEncoder(model, spec, self.kind, shared=spec.is_backbone)
         encoder.is_checked = True
         return Parts(backbone, prompt_encoder, encoder, {})

@@ -27,7 +27,7 @@ def roberta() -> RobertaModel:
 def test_an_adapter_starts_without_effect_and_alone_has_a_gradient() -> None:
     model, ids = roberta(), torch.arange(5, 12)[None]
     mask, none = torch.ones_like(ids), torch.zeros(1, 0, 32)
-    before = TextBackbone(model)(none, ids, mask).hidden
+    before = run(TextBackbone(model), none, ids, mask).hidden
     adapt(model, {"peft_type": "LORA", "r": 2})
     backbone = TextBackbone(model)
     states = run(backbone, none, ids, mask)
@@ -97,7 +97,7 @@ def test_an_adapter_is_trained_in_float32_inside_a_bfloat16_backbone() -> None:
     adapt(model, {"peft_type": "LORA", "r": 2})
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     ids = torch.arange(5, 12)[None]
-    hidden = TextBackbone(model)(torch.zeros(1, 0, 32), ids, torch.ones_like(ids)).hidden
+    hidden = run(TextBackbone(model), torch.zeros(1, 0, 32), ids, torch.ones_like(ids)).hidden
     hidden.float().sum().backward()
     assert hidden.dtype == torch.bfloat16
 

@@ -23,8 +23,6 @@ TEXTS = [
     "It",
     "No , it was bad and",
     "Yes",
-    "this is",
-    "True or",
     "Maybe it",
 ]
 M, NEW = 3, 8
@@ -43,7 +41,7 @@ def left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[T
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
-def written(
+def generated(
     backbone: TextBackbone,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Tensor,
@@ -72,13 +70,13 @@ def by_hand(backbone: TextBackbone, tokenizer: PreTrainedTokenizerBase, prompt: 
 
 @pytest.mark.parametrize("placement", ["before", "after_first", "every_layer"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_writes_what_each_text_writes_alone_and_what_no_cache_would_write(
+def test_a_batch_generates_what_each_text_does_alone_and_without_a_cache(
     kind: str, placement: Placement, load: Load, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     backbone = TextBackbone(load(kind), placement=placement)
     prompts = soft_prompts(backbone)
-    together = written(backbone, tokenizer, prompts, TEXTS)
-    alone = [written(backbone, tokenizer, prompt[None], [text])[0] for prompt, text in zip(prompts, TEXTS)]
+    together = generated(backbone, tokenizer, prompts, TEXTS)
+    alone = [generated(backbone, tokenizer, prompt[None], [text])[0] for prompt, text in zip(prompts, TEXTS)]
     assert together == alone
     assert together == [[by_hand(backbone, tokenizer, prompt, text)] for prompt, text in zip(prompts, TEXTS)]
     assert len({texts[0] for texts in together}) > 1
@@ -92,18 +90,18 @@ def test_samples_depend_on_their_seed_and_not_on_the_batch(
     backbone = TextBackbone(load(kind), placement=placement)
     prompts, sampled = soft_prompts(backbone), {"do_sample": True, "temperature": 0.9, "top_p": 0.95}
     seeds = [(5, row) for row in range(len(TEXTS))]
-    together = written(backbone, tokenizer, prompts, TEXTS, sampled, num_samples=3, seeds=seeds)
+    together = generated(backbone, tokenizer, prompts, TEXTS, sampled, num_samples=3, seeds=seeds)
     torch.manual_seed(77)
-    for row in (0, 1, 7):
-        alone = written(
+    for row in (0, 1, 5):
+        alone = generated(
             backbone, tokenizer, prompts[[row]], [TEXTS[row]], sampled, num_samples=3, seeds=seeds[row : row + 1]
         )
         assert alone == [together[row]]
-        one = written(backbone, tokenizer, prompts[[row]], [TEXTS[row]], sampled, seeds=seeds[row : row + 1])
+        one = generated(backbone, tokenizer, prompts[[row]], [TEXTS[row]], sampled, seeds=seeds[row : row + 1])
         assert one == [together[row][:1]]
     assert any(len(set(samples)) > 1 for samples in together)
     others = [(6, row) for row in range(len(TEXTS))]
-    assert written(backbone, tokenizer, prompts, TEXTS, sampled, num_samples=3, seeds=others) != together
+    assert generated(backbone, tokenizer, prompts, TEXTS, sampled, num_samples=3, seeds=others) != together
 
 
 def test_the_samples_of_a_text_share_one_reading(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -111,7 +109,7 @@ def test_the_samples_of_a_text_share_one_reading(load: Load, tokenizer: PreTrain
     seen: list[tuple[int, ...]] = []
     backbone.body.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
     options = {"do_sample": True, "eos_token_id": None, "max_new_tokens": 4}
-    written(backbone, tokenizer, soft_prompts(backbone)[:2], TEXTS[:2], options, num_samples=5, seeds=[0, 1])
+    generated(backbone, tokenizer, soft_prompts(backbone)[:2], TEXTS[:2], options, num_samples=5, seeds=[0, 1])
     width = left_padded(tokenizer, TEXTS[:2])[0].shape[1] + M
     assert seen == [(2, width - 1), (10, 1), (10, 1), (10, 1), (10, 1)]
 
@@ -142,8 +140,8 @@ def test_beams_come_from_the_same_settings(load: Load, tokenizer: PreTrainedToke
     for placement in ("before", "every_layer"):
         backbone = TextBackbone(load("llama"), placement=placement)  # type: ignore[arg-type]
         prompts = soft_prompts(backbone)
-        together = written(backbone, tokenizer, prompts, TEXTS, {"num_beams": 4}, num_samples=2)
-        alone = written(backbone, tokenizer, prompts[[1]], TEXTS[1:2], {"num_beams": 4}, num_samples=2)
+        together = generated(backbone, tokenizer, prompts, TEXTS, {"num_beams": 4}, num_samples=2)
+        alone = generated(backbone, tokenizer, prompts[[1]], TEXTS[1:2], {"num_beams": 4}, num_samples=2)
         assert alone == [together[1]]
         assert any(len(set(texts)) == 2 for texts in together)
 
@@ -151,10 +149,10 @@ def test_beams_come_from_the_same_settings(load: Load, tokenizer: PreTrainedToke
 def test_a_stop_string_ends_a_text_and_is_no_part_of_it(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
     backbone = TextBackbone(load("llama"))
     prompts = soft_prompts(backbone)
-    free = written(backbone, tokenizer, prompts, TEXTS)
+    free = generated(backbone, tokenizer, prompts, TEXTS)
     target = next(texts[0] for texts in free if len(texts[0]) > 8)
     stop = target[4:7]
-    stopped = written(backbone, tokenizer, prompts, TEXTS, stop=[stop])
+    stopped = generated(backbone, tokenizer, prompts, TEXTS, stop=[stop])
     assert stopped == [[texts[0].split(stop)[0]] for texts in free]
 
 
@@ -186,4 +184,4 @@ def test_do_sample_false_alone_makes_settings_of_sampling_greedy(
 def test_several_samples_of_a_greedy_text_are_refused(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
     backbone = TextBackbone(load("llama"))
     with pytest.raises(LoPAError, match="2 samples need do_sample: true"):
-        written(backbone, tokenizer, soft_prompts(backbone)[:1], TEXTS[:1], num_samples=2)
+        generated(backbone, tokenizer, soft_prompts(backbone)[:1], TEXTS[:1], num_samples=2)

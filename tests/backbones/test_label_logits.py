@@ -110,7 +110,7 @@ def test_logits_of_the_whole_vocabulary_are_never_made(kind: str, load: Load) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_follow_the_weights_to_another_number_format(kind: str, load: Load) -> None:
+def test_they_follow_the_weights_to_another_dtype(kind: str, load: Load) -> None:
     model = load(kind)
     backbone, hidden, _ = prompted(model)
     backbone.double()

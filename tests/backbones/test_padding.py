@@ -13,6 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from lopa_lightning.backbones.padding import Side, change_by_padding, check_padding, tolerance
 from lopa_lightning.backbones.pretrained import freeze
 from lopa_lightning.backbones.text import TextBackbone
+from lopa_lightning.backbones.text_spec import instance_inputs
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
 from tests.backbones.test_architectures import GPT, MASKED, SIZES
@@ -88,12 +89,12 @@ def test_models_that_mix_padding_in_by_themselves_are_warned_of(name: str, sides
 
 
 def test_an_instance_encoder_that_mixes_padding_in_is_warned_of_once() -> None:
-    ids, mask = torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.long)
+    batch = instance_inputs(torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.long))
     for name, count in (("ConvBert", 1), ("Bert", 0)):
         encoder = InstanceEncoder(build(name), InstanceEncoderSpec(max_length=12), TEXT)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            first, second = encoder(ids, mask), encoder(ids, mask)
+            first, second = encoder(batch), encoder(batch)
         assert [f"instance encoder {name}Model mixes" in str(w.message) for w in caught] == [True] * count
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 

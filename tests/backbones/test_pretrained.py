@@ -47,7 +47,7 @@ def test_a_family_decides_the_head_and_models_come_frozen(kind: str, family: Fam
         assert not any(part.training for part in model.modules())
 
 
-def test_weights_are_those_of_the_file_in_the_asked_number_format(tiny: Tiny) -> None:
+def test_weights_are_those_of_the_file_in_the_asked_dtype(tiny: Tiny) -> None:
     folder = tiny("llama")
     saved = load_model(PretrainedSpec(folder), "causal_lm")
     rounded = load_model(PretrainedSpec(folder, dtype="bfloat16"), "causal_lm")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lopa_lightning import PretrainedSpec
 from lopa_lightning.backbones import pretrained
 from lopa_lightning.backbones.pretrained import Family, load_model
-from lopa_lightning.backbones.sharding import row_range, values_at, whole
+from lopa_lightning.backbones.sharding import row_range, whole
 from lopa_lightning.checkpoint import fingerprint
 
 Tiny = Callable[[str], str]
@@ -132,7 +132,3 @@ def test_rows_of_a_process_are_those_that_fsdp_gives_it(rows: int, size: int, ex
     ranges = [row_range(Sharded(rank)) for rank in range(size)]  # type: ignore[arg-type]
     assert [last - first for first, last in ranges] == expected
     assert [len(part) for part in torch.arange(rows).chunk(size)] == [n for n in expected if n]
-
-
-def test_values_at_places_of_a_whole_tensor() -> None:
-    assert values_at(torch.arange(6.0).view(2, 3), torch.tensor([5, 0])).tolist() == [5.0, 0.0]

@@ -264,7 +264,10 @@ def test_one_text_in_place_of_texts(tiny: Tiny, refused: Refused) -> None:
     ("options", "message"),
     [
         ({"dtype": "float99"}, "dtype must be one of auto, float32, bfloat16, float16, got 'float99'"),
-        ({"quantization": "int3"}, "quantization must be one of bitsandbytes_8bit, bitsandbytes_4bit, torchao_int8"),
+        (
+            {"quantization": "int3"},
+            "quantization must be a quantization_config of transformers with quant_method bitsan",
+        ),
     ],
 )
 def test_an_argument_of_a_frozen_model(options: dict[str, Any], message: str) -> None:
