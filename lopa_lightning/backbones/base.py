@@ -172,6 +172,15 @@ class InputSpec:
     instance_vectors: VectorCache | None = None
 
 
+class ReadsInputs(ABC):
+    """A module that says how its inputs must be encoded."""
+
+    @property
+    @abstractmethod
+    def input_spec(self) -> InputSpec:
+        """What a data module needs to make batches for this module."""
+
+
 @dataclass(frozen=True)
 class InputKind(ABC):
     """A kind of input, such as text: builds its backbones, and says what batches must be made of.

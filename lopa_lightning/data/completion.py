@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.tokens import end_of, running_ids
-from lopa_lightning.data.base import Role
 from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
-from lopa_lightning.data.source import SourceDataModule
+from lopa_lightning.data.splits import Role
+from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.task import IGNORED
 
@@ -223,7 +223,7 @@ class EncodeCompletions:
         }
 
 
-class CompletionDataModule(SourceDataModule):
+class CompletionDataModule(TextDataModule):
     """Prompts with the completions that a causal language model is to learn.
 
     Every completion ends with the tokenizer's end token, which is learned as well, unless ``learn_end`` is false. A
@@ -238,7 +238,7 @@ class CompletionDataModule(SourceDataModule):
             last question, always. Where too long, it is cut from the left.
         learn_end: Whether a completion's end token is learned. It need not be where completions close with a mark
             of their own at which generation stops.
-        **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
+        **kwargs: See :class:`~lopa_lightning.data.text.TextDataModule`.
 
     Raises:
         LoPAError: If arguments contradict each other.
@@ -264,7 +264,7 @@ class CompletionDataModule(SourceDataModule):
         self.learn_end = learn_end
 
     @property
-    def text_columns(self) -> list[str]:
+    def string_columns(self) -> list[str]:
         """Prompt, completion and what the instance encoder reads."""
         return [self.prompt_column, self.completion_column, *([self.instance_column] if self.instance_column else [])]
 
@@ -275,7 +275,7 @@ class CompletionDataModule(SourceDataModule):
             role: What the rows serve.
         """
         if self.messages_column is not None:
-            tokenizer = self._spec().tokenizer
+            tokenizer = self.text_spec.tokenizer
             if tokenizer.chat_template is None:
                 raise LoPAError("the backbone's tokenizer has no chat template; give prompt and completion columns")
             return Messages(self.messages_column, tokenizer)
@@ -283,7 +283,7 @@ class CompletionDataModule(SourceDataModule):
 
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
         """Ids and labels of prompt and completion."""
-        spec = self._spec()
+        spec = self.text_spec
         instance = None
         if spec.instance_tokenizer is not None:
             instance = spec.instance_tokenizer, spec.instance_max_tokens

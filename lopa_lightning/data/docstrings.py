@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopa_lightning.data.text import TextClassificationDataModule
+from lopa_lightning.data.text_classification import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class DocstringDataModule(TextClassificationDataModule):
 
     Args:
         libraries: Names of modules or packages, the labels.
-        **kwargs: See :class:`~lopa_lightning.data.text.TextClassificationDataModule`.
+        **kwargs: See :class:`~lopa_lightning.data.text_classification.TextClassificationDataModule`.
 
     Raises:
         LoPAError: If a library has no source here.
@@ -43,8 +42,8 @@ class DocstringDataModule(TextClassificationDataModule):
         if missing := [name for name in libraries if not _sources(folder, name)]:
             raise LoPAError(f"the standard library in {folder} has no source of {', '.join(missing)}")
 
-    @functools.cached_property
-    def _raw(self) -> DatasetDict:
+    def load(self) -> DatasetDict:
+        """Gathers the docstrings."""
         from datasets import Dataset, DatasetDict
 
         rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}

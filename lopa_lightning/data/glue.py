@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lopa_lightning.data.base import Role
+from lopa_lightning.data.splits import Role
 from lopa_lightning.data.template import Side, Template
-from lopa_lightning.data.text import TextClassificationDataModule
+from lopa_lightning.data.text_classification import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.task import InstanceReads
 
@@ -132,11 +132,11 @@ class GLUEDataModule(TextClassificationDataModule):
         shots_per_label: Train on that many examples of each label, drawn at random.
         subset_seed: Of these draws.
         validation_from_train: Share of the training examples to validate on in place of the validation split,
-            see :class:`~lopa_lightning.data.text.TextClassificationDataModule`.
-        batch_size: See :class:`~lopa_lightning.data.base.TextDataModule`, like the ones below.
+            see :class:`~lopa_lightning.data.text_classification.TextClassificationDataModule`.
+        batch_size: See :class:`~lopa_lightning.data.text.TextDataModule`, like the ones below.
         eval_batch_size: Examples in a batch that is not trained on.
         max_length: Tokens of a text for the backbone.
-        instance_reads: See :class:`~lopa_lightning.data.text.TextClassificationDataModule`.
+        instance_reads: See :class:`~lopa_lightning.data.text_classification.TextClassificationDataModule`.
         truncation_side: Which end of a text too long is cut.
         padding_side: Where the backbone's padding goes.
         num_workers: Processes that load batches.

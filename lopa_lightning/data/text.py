@@ -1,169 +1,154 @@
-"""A user's own texts and labels: CSV, JSON lines, Parquet, or a data set on the hub."""
+"""Text as data: tokenise once, batch by length, pad little."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
 
-from lopa_lightning.data.rows import LabelLookup
-from lopa_lightning.data.source import SourceDataModule, select
-from lopa_lightning.data.template import Template, plain_template
-from lopa_lightning.errors import LoPAError, listed, shown
-from lopa_lightning.task import InstanceReads, TextTask
+from lopa_lightning.backbones.text_spec import TextSpec
+from lopa_lightning.data.cache import check_cached
+from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.rows import RowEncoder, TextError, fault_of
+from lopa_lightning.data.splits import Role, SplitsDataModule
+from lopa_lightning.data.template import Side
+from lopa_lightning.errors import LoPAError, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_FORMAT = 3  # of tokenised data; a new number makes cached data stale
 
-class TextClassificationDataModule(SourceDataModule):
-    """Texts with a class or a number each.
+
+class TextDataModule(SplitsDataModule):
+    """Turns rows of text into batches of token ids for a module's frozen models.
 
     Args:
-        text_columns: Columns with the text; two are read as a pair.
-        label_column: Column with the label.
-        labels: Names of the classes, in the order of their indices; ``[]`` for regression.
-        label_values: What stands in the label column for each label, where that is not its name.
-        words: The verbalizer, one word for each label, for the objectives that answer with words.
-        template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone.
-        causal_template: Its wording for causal LMs.
-        metrics: Official metrics, whose mean is the score.
-        instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask.
-        shots_per_label: Train on that many examples of each label, drawn at random.
-        **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
+        max_length: Tokens of a text for the backbone, virtual tokens not counted; None for as many as fit.
+        truncation_side: Which end of a text too long is cut.
+        padding_side: Where the backbone's padding goes.
+        batch_tokens: Most tokens in a batch of one process, padding and virtual tokens included, in place of
+            ``batch_size``; batches then differ in size, and each counts by its examples. Evaluation keeps to it as
+            well, unless there is an ``eval_batch_size``.
+        **kwargs: See :class:`~lopa_lightning.data.splits.SplitsDataModule`.
 
     Raises:
-        LoPAError: If arguments contradict each other.
+        LoPAError: If arguments are out of range or contradict each other.
     """
+
+    allow_empty_text = False
+    """Whether rows may have an empty text."""
 
     def __init__(
         self,
-        text_columns: Sequence[str] = ("text",),
-        label_column: str = "label",
-        labels: Sequence[str | int | bool] | None = None,
-        label_values: Sequence[str | int | bool] | None = None,
-        words: Sequence[str] | None = None,
-        template: Sequence[str] | None = None,
-        causal_template: str | None = None,
-        metrics: Sequence[str] | None = None,
-        shots_per_label: int | None = None,
-        instance_reads: InstanceReads = "columns",
+        max_length: int | None = None,
+        truncation_side: Side = "right",
+        padding_side: Side = "right",
+        batch_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if labels is None:
-            raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
-        names = _label_names("labels", labels)
-        _check_shots(shots_per_label, self.max_train_examples, bool(names))
-        self.label_values = names if label_values is None else _label_names("label_values", label_values)
-        values = self.label_values
-        if label_values is not None and (len(values) != len(names) or len(set(values)) < len(values)):
-            raise LoPAError(f"there must be one label value for each label, got {label_values} for {labels}")
-        self.label_column = label_column
-        pieces = None if template is None else tuple(listed("template", template))
-        self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
-        self.causal_template = Template((causal_template,)) if causal_template is not None else None
-        self.task = TextTask(
-            labels=names,
-            words=None if words is None else listed("words", words),
-            metrics=None if metrics is None else listed("metrics", metrics),
-            template=list(self.template.pieces),
-            causal_template=causal_template,
-            instance_reads=instance_reads,
-        )
-        self.shots_per_label = shots_per_label
+        for name, value in {"batch_tokens": batch_tokens, "max_length": max_length}.items():
+            if value is not None and value < 1:
+                raise LoPAError(f"{name} must be at least 1, got {value}")
+        for name, side in {"truncation_side": truncation_side, "padding_side": padding_side}.items():
+            if side not in get_args(Side):
+                raise LoPAError(f"{name} must be one of {', '.join(get_args(Side))}, got {side!r}")
+        self.batch_tokens = batch_tokens
+        self.eval_batch_tokens = None if kwargs.get("eval_batch_size") is not None else batch_tokens
+        self.max_length = max_length
+        self.truncation_side = truncation_side
+        self.padding_side = padding_side
 
-    def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
-        """From what stands in the label column to index or number."""
-        assert self.task is not None
-        column = self.label_column
-        if column not in data.column_names:
-            raise LoPAError(f"{what}: no column {column!r} with labels; there are {', '.join(data.column_names)}")
-        values = _unique(data, column, what)
-        if self.task.is_regression:
-            try:
-                numbers = {value: float(value) for value in values}
-            except (TypeError, ValueError):
-                numbers = {}
-            if not numbers or not np.isfinite(list(numbers.values())).all():
-                raise LoPAError(f"{what}: column {column!r} must hold numbers, got {_some(values)}")
-            return column, numbers
-        known = {value: index for index, value in enumerate(self.label_values)}
-        shown = {value: _class_name(data.features[column], value) for value in values}
-        if unknown := sorted({name for name in shown.values() if name not in known}):
-            allowed = ", ".join(map(repr, known))
-            raise LoPAError(f"{what}: column {column!r} has labels {_some(unknown)} beside the allowed {allowed}")
-        return column, {value: known[name] for value, name in shown.items()}
+    @property
+    def text_spec(self) -> TextSpec:
+        """The tokenizers and lengths of the module that is connected."""
+        if not isinstance(self.input_spec, TextSpec):
+            raise LoPAError(f"{type(self).__name__} gives texts, and the module reads another kind of input")
+        return self.input_spec
 
-    def _training_subset(self, data: Dataset) -> Dataset:
-        if self.shots_per_label is None:
-            return super()._training_subset(data)
-        random = np.random.default_rng(self.subset_seed)
-        assert self.task is not None
-        column, lookup = self.label_lookup(data, "train")
-        labels = np.array([lookup[value] for value in data[column]])
-        chosen = []
-        for index, label in enumerate(self.task.labels):
-            rows = np.flatnonzero(labels == index)
-            if len(rows) < self.shots_per_label:
-                raise LoPAError(f"shots_per_label asks for {self.shots_per_label} of {label!r}, there are {len(rows)}")
-            chosen.append(random.permutation(rows)[: self.shots_per_label])
-        return select(data, chosen)
+    def collate(self) -> Collate:
+        """Returns what pads a batch to its longest text."""
+        spec = self.text_spec
+        instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
+        return Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side)
 
+    @abstractmethod
+    def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
+        """Builds what turns a split's rows into token ids.
 
-def _check_shots(shots_per_label: int | None, max_train_examples: int | None, has_labels: bool) -> None:
-    if shots_per_label is None:
-        return
-    if max_train_examples is not None:
-        raise LoPAError("give max_train_examples or shots_per_label, not both")
-    if shots_per_label < 1:
-        raise LoPAError(f"shots_per_label must be at least 1, got {shots_per_label}")
-    if not has_labels:
-        raise LoPAError("shots_per_label needs labels; regression has none")
+        Args:
+            data: The split.
+            what: Its name, for messages.
+            role: What it serves.
 
+        Raises:
+            LoPAError: If the rows are not what they must be.
+        """
 
-def _label_names(argument: str, values: Sequence[Any]) -> list[str]:
-    for value in listed(argument, values):
-        if not isinstance(value, (str, int, float)):
-            raise LoPAError(f"{argument} must be names or numbers, got {value!r}")
-    return [_written(value) for value in values]
+    def _max_tokens(self) -> int | None:
+        return min((n for n in (self.text_spec.max_tokens, self.max_length) if n is not None), default=None)
 
+    def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
+        """Tokenises the rows of a split, from the cache where that was done before."""
+        from datasets.fingerprint import Hasher
 
-def _unique(data: Dataset, column: str, what: str) -> list[Any]:
-    """Values of a label column, each once.
+        what = f"{role} ({split})"
+        encoder = self.row_encoder(data, what, role)
+        if missing := [name for name in encoder.columns if name not in data.column_names]:
+            raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
+        # Named by what it depends on: datasets' own hash of a tokenizer changes when the tokenizer is used.
+        key = Hasher.hash([_FORMAT, data._fingerprint, *encoder.key()])
+        try:
+            tokenised = data.map(
+                encoder,
+                batched=True,
+                with_indices=True,
+                remove_columns=data.column_names,
+                new_fingerprint=key,
+                desc=f"Tokenising {what}",
+            )
+        except TextError as error:
+            raise self._refused(what, split, error) from None
+        check_cached(tokenised, len(data))
+        for column, message in self.warnings_of(encoder).items():
+            if column in tokenised.column_names:
+                if count := int(np.sum(tokenised.with_format("numpy")[column][:])):
+                    rank_zero_warn(f"{what}: {count} of {len(tokenised)} {message}")
+                if column == "left_out":
+                    tokenised = self._without_left_out(tokenised, what)
+                tokenised = tokenised.remove_columns(column)
+        return tokenised
 
-    Raises:
-        LoPAError: If a row has several labels, or some other structure.
-    """
-    from datasets import ClassLabel, Value
+    def _refused(self, what: str, split: str, error: TextError) -> LoPAError:
+        """Names the rows with a fault, counted in the whole split: of the rows at hand some were left out before."""
+        texts = self.load_split(split, "test")[error.column][:]
+        rows = [row for row, text in enumerate(texts) if fault_of(text, self.allow_empty_text) == error.fault]
+        named = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
+        got = "" if texts[rows[0]] is None or isinstance(texts[rows[0]], str) else f", got {shown(texts[rows[0]])}"
+        return LoPAError(f"{what}: column {error.column!r} {error.fault}{got} in row {named} (counted from 0)")
 
-    if isinstance(data.features[column], (ClassLabel, Value)):
-        unique: list[Any] = data.unique(column)
-        return unique
-    values: list[Any] = data[column][:]
-    for value in values:
-        if isinstance(value, (list, dict)):
-            raise LoPAError(f"{what}: column {column!r} must hold one label in each row, got {shown(value)}")
-    return list(dict.fromkeys(values))
+    @staticmethod
+    def _without_left_out(data: Dataset, what: str) -> Dataset:
+        kept = np.flatnonzero(~data.with_format("numpy")["left_out"][:])
+        if len(kept) == 0:
+            raise LoPAError(f"{what}: none of the {len(data)} rows fits; raise max_length")
+        chosen: Dataset = data.select(kept)
+        return chosen
 
-
-def _class_name(feature: Any, value: Any) -> str:
-    from datasets import ClassLabel
-
-    if isinstance(feature, ClassLabel) and value is not None and 0 <= value < len(feature.names):
-        return str(feature.names[value])
-    return _written(value)
+    def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
+        """What is said, once, of the rows for which a column of the encoder's is true."""
+        spec = self.text_spec
+        return {
+            "truncated": f"texts were cut to {encoder.max_tokens} tokens",
+            "instance_truncated": f"texts were cut to {spec.instance_max_tokens} tokens for the instance encoder",
+        }
 
 
-def _written(value: Any) -> str:
-    """A label as a config and a column both write it: 1 and 1.0 are the same, true and True too."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return "a missing label" if value is None else str(value)
-
-
-def _some(values: Sequence[Any]) -> str:
-    return ", ".join(repr(value) for value in list(values)[:5]) + (" ..." if len(values) > 5 else "")
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Without a padding token any id will do: the attention mask hides it.
+    pad_id: int | None = tokenizer.pad_token_id
+    return 0 if pad_id is None else pad_id

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.base import Batch, InputSpec
+from lopa_lightning.backbones.base import Batch, InputSpec, ReadsInputs
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.sharding import data_mesh, placed_like, shard
 from lopa_lightning.checkpoint_file import adopt
 from lopa_lightning.checkpoint_io import write_whole_checkpoints
+from lopa_lightning.data.splits import SplitsDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoderSpec
 from lopa_lightning.modules.builder import Builder
@@ -44,7 +45,7 @@ from lopa_lightning.prompts.lopa import LoPA
 from lopa_lightning.strategies import check_strategy
 
 
-class LoPALightningModule(TaskHooks, LightningModule):
+class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
     """A frozen backbone, shown a soft prompt for every instance.
 
     A new task is a subclass with :meth:`configure_readout` and :meth:`loss`, and what else it wants of
@@ -147,6 +148,12 @@ class LoPALightningModule(TaskHooks, LightningModule):
     def input_spec(self) -> InputSpec:
         """What a data module needs to make batches for this module."""
         return self.builder.input_spec
+
+    @property
+    def data(self) -> SplitsDataModule | None:
+        """The Trainer's data module, if it is one of this package's."""
+        found = getattr(self._trainer, "datamodule", None)  # a loader may come in its place
+        return found if isinstance(found, SplitsDataModule) else None
 
     def setup(self, stage: str) -> None:
         """Checks what can be checked before weights are loaded; our data modules ask for it before they tokenise.

@@ -23,6 +23,7 @@ from lopa_lightning.backbones.sharding import is_sharded, whole
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec, instance_inputs
 from lopa_lightning.backbones.tokens import end_of, running_ids
+from lopa_lightning.data.completion import CompletionDataModule
 from lopa_lightning.errors import LoPAError, listed, shown
 from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
@@ -298,24 +299,24 @@ class CausalLMModule(LoPALightningModule):
         check_samples(config, self.num_samples)
         generates = {"predict": True, "test": self._scorer() is not None}.get(stage, bool(self.exact_match))
         check_generates(self.builder.skeleton.backbone.model, generates)
-        if self.exact_match and stage in ("fit", "validate") and not hasattr(self._data(), "exact_matches"):
+        if self.exact_match and stage in ("fit", "validate") and self._completions() is None:
             raise LoPAError("exact_match needs a data module that knows the completions, such as CompletionDataModule")
-        if stage == "test" and self._scorer() is not None:
-            self._scorer().check_scoring()
-        if stage == "predict" or self.exact_match or (stage == "test" and self._scorer() is not None):
+        scorer = self._scorer() if stage == "test" else None
+        if scorer is not None:
+            scorer.check_scoring()
+        if stage == "predict" or self.exact_match or scorer is not None:
             self._room(config.max_new_tokens)
 
     def padding_sides(self) -> set[Side]:
         """Completions continue texts that are padded on the left."""
         return {"left"}
 
-    def _data(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
+    def _completions(self) -> CompletionDataModule | None:
+        return self.data if isinstance(self.data, CompletionDataModule) else None
 
-    def _scorer(self) -> Any:
+    def _scorer(self) -> CompletionDataModule | None:
         """The data module, if it can score completions and is to do so."""
-        data = self._data()
-        return data if self.score_completions and hasattr(data, "score") else None
+        return self._completions() if self.score_completions else None
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
         """Loss and metrics of a batch, and which of its completions match, where that was asked for."""
@@ -323,7 +324,8 @@ class CausalLMModule(LoPALightningModule):
             kept = [row for row, index in enumerate(batch["index"].tolist()) if index < self.exact_match]
             part = _rows(batch, kept)
             texts = [text for (text,) in self.complete(part, {"do_sample": False, "num_beams": 1}, 1)]
-            matches = self._data().exact_matches("val", part["index"].tolist(), texts) if kept else []
+            data = self._completions()
+            matches = data.exact_matches("val", part["index"].tolist(), texts) if kept and data is not None else []
             # With nothing in it too: every process has then seen the metric.
             self.matched.update(torch.tensor(matches, dtype=torch.float, device=self.device))
         return super().validation_step(batch, batch_idx, dataloader_idx)

@@ -89,7 +89,7 @@ class ClassificationModule(LoPALightningModule):
             LoPAError: If there is no task, the data's labels are others than the module's, or the
                 objective cannot serve the task.
         """
-        data_task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
+        data_task = None if self.data is None else self.data.task
         if self.task is None:
             self._set_task(data_task)
         super().setup(stage)

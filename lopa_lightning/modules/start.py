@@ -73,7 +73,7 @@ def check_with_weights(module: LoPALightningModule) -> None:
     """
     if module.trainer.state.fn is not None:
         check_learned(module, module.trainer.state.fn.value)
-    side: Side = getattr(getattr(module.trainer, "datamodule", None), "padding_side", "right")
+    side: Side = "right" if module.data is None else module.data.padding_side
     check_states(module, {side, *module.padding_sides()})
 
 

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lopa_lightning import LoPA
-from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.data.completion import CompletionDataModule
+from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.instances.encoder import pool
 from lopa_lightning.task import IGNORED
 from tests.benchmarks.cases import MINILM, Case, Places

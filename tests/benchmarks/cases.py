@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from lopa_lightning import InstanceEncoderSpec, LoPA, LoPALightningModule, PretrainedSpec
 from lopa_lightning.cli import ignore_expected_warnings
-from lopa_lightning.data.base import TextDataModule
+from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.errors import LoPAError
 from tests.benchmarks.harness import use_clock
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lopa_lightning import CausalLMModule, LoPALightningModule
-from lopa_lightning.data.base import TextDataModule
 from lopa_lightning.data.completion import CompletionDataModule
+from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.experiments.sizes import StepTracker
 from lopa_lightning.files import write_whole
 from lopa_lightning.task import IGNORED

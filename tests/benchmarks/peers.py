@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from lopa_lightning import LoPALightningModule
-from lopa_lightning.data.base import TextDataModule
+from lopa_lightning.data.text import TextDataModule
 from tests.benchmarks.alternatives import PEERS, PlainLoop, examples_in
 from tests.benchmarks.cases import Case, Places, chosen, examples_of, places_of, pool_of
 from tests.benchmarks.floor import floor_of

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from lopa_lightning import LoPALightningModule
-from lopa_lightning.data.base import TextDataModule
+from lopa_lightning.data.text import TextDataModule
 from tests.benchmarks.cache import both
 from tests.benchmarks.cases import CASES, Places, build_data, places_of
 from tests.benchmarks.harness import Row, Spawn, exponent, line, parser, report, spawn, summary

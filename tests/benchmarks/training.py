@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from lopa_lightning import LoPALightningModule
-from lopa_lightning.data.base import TextDataModule
+from lopa_lightning.data.text import TextDataModule
 from tests.benchmarks.harness import Seconds, now
 
 Batch = dict[str, Tensor]

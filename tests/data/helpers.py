@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data import TextClassificationDataModule
-from lopa_lightning.data.base import TextDataModule
+from lopa_lightning.data.text import TextDataModule
 
 _MASK_OF = {
     "input_ids": "attention_mask",

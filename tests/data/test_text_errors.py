@@ -226,7 +226,7 @@ def test_a_limit_without_room_for_text(spec: TextSpec, files: Any) -> None:
 
 
 def test_no_model_to_tokenise_for(files: Any) -> None:
-    with refused("needs a module's input_spec: use a Trainer, or call connect(module.input_spec)"):
+    with refused("needs a module's input_spec: use a Trainer, or connect(module.input_spec)"):
         TextClassificationDataModule(data_files=files, labels=["bad", "good"]).setup("fit")
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lopa_lightning.data.base import Role
 from lopa_lightning.data.completion import CompletionDataModule, Layout
+from lopa_lightning.data.splits import Role
 from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.sandbox.run import Limits, isolation, isolation_line, require_permission, run_programs
 
@@ -30,7 +30,7 @@ class CodeDataModule(CompletionDataModule):
         workers: Programs that run at once; by default one for each core.
         instance_reads: What the instance encoder reads: the ``question`` without task description and solved examples,
             or the whole ``prompt``, as in the paper's released code.
-        **kwargs: See :class:`~lopa_lightning.data.source.SourceDataModule`.
+        **kwargs: See :class:`~lopa_lightning.data.text.TextDataModule`.
     """
 
     _isolation_told = False

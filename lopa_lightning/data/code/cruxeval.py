@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lopa_lightning.data.base import Role
 from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
 from lopa_lightning.data.code.extraction import cruxeval_answer
 from lopa_lightning.data.code.programs import cruxeval_answer_program, is_skipped
 from lopa_lightning.data.completion import Example, Layout
+from lopa_lightning.data.splits import Role
 from lopa_lightning.errors import LoPAError
 
 if TYPE_CHECKING:
@@ -110,9 +110,10 @@ class CRUXEvalDataModule(CodeDataModule):
         super().__init__(path=path, **kwargs)
         self.predict = predict
 
-    def _stored(self) -> DatasetDict:
+    def load(self) -> DatasetDict:
+        """Reads the problems and halves them."""
         columns = dict.fromkeys(("code", "input", "output"), "texts")
-        return halves(checked(super()._stored(), columns, ["test"])["test"])
+        return halves(checked(super().load(), columns, ["test"])["test"])
 
     def layout(self, role: Role) -> Layout:
         """The published prompt."""

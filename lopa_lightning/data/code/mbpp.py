@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lopa_lightning.data.base import Role
 from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
 from lopa_lightning.data.code.extraction import code_block, first_function
 from lopa_lightning.data.code.programs import mbpp_program
 from lopa_lightning.data.completion import Example, Layout
+from lopa_lightning.data.splits import Role
 from lopa_lightning.errors import LoPAError
 
 if TYPE_CHECKING:
@@ -177,10 +177,11 @@ class MBPPDataModule(CodeDataModule):
         super().__init__(path=path, name="full", **kwargs)
         self.style, self.division, self.num_shots = style, division, num_shots
 
-    def _stored(self) -> DatasetDict:
+    def load(self) -> DatasetDict:
+        """Reads the problems and divides them."""
         from datasets import concatenate_datasets
 
-        stored = checked(super()._stored(), _COLUMNS, ["prompt"] if self.num_shots else [])
+        stored = checked(super().load(), _COLUMNS, ["prompt"] if self.num_shots else [])
         self._solved = {row["task_id"]: row for row in stored["prompt"]} if self.num_shots else {}
         if self.division == "own":
             return stored

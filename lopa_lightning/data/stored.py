@@ -1,0 +1,182 @@
+"""Reads rows as they are stored: CSV, JSON lines, Parquet, or a data set on the hub."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import itertools
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lopa_lightning.errors import LoPAError, one_line
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+_CHUNK = 2**20  # characters
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def read_rows(
+    path: str | None,
+    name: str | None,
+    revision: str | None,
+    data_files: Mapping[str, str | list[str]] | None,
+    string_columns: Sequence[str],
+) -> DatasetDict:
+    """Reads all splits of a data set, as they are stored.
+
+    Args:
+        path: Hub id, or a folder in the layout of a hub data set; not read where there are ``data_files``.
+        name: Config of the data set.
+        revision: Branch, tag or commit on the hub.
+        data_files: Split name to file or files; None to read ``path``.
+        string_columns: Columns that are read from CSV as they are written there: ``007`` is no number.
+
+    Raises:
+        LoPAError: If the data is not found or cannot be read.
+    """
+    from datasets import DatasetDict, load_dataset_builder
+
+    if data_files is None:
+        what, folder = repr(path), os.path.expanduser(str(path))
+        if (is_there := os.path.exists(folder)) and not os.path.isdir(folder):
+            raise LoPAError(f"path {folder!r} is a file; name it in data_files, such as {{train: {folder}}}")
+        arguments: dict[str, Any] = {"path": folder, "name": name, "revision": revision}
+    else:
+        what, is_there = repr(data_files), True
+        arguments = _reader_of(data_files, string_columns)
+    try:
+        if is_there and data_files is None:
+            arguments |= _escaped(folder, name)
+        builder = load_dataset_builder(**arguments)
+        _check_texts(builder.config)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    except LoPAError:
+        raise
+    except Exception as error:  # pandas, pyarrow and datasets raise whatever a foreign file makes them stumble over
+        cause = error.__cause__ or error
+        reason = "it has no rows" if isinstance(cause, StopIteration) else one_line(cause)
+        problem = f"the data in {what} cannot be read" if is_there else f"no data found for {what}"
+        raise LoPAError(f"{problem}: {reason}") from error
+    assert isinstance(loaded, DatasetDict)
+    if any("__index_level_0__" in names for names in loaded.column_names.values()):
+        raise LoPAError(f"the data in {what} cannot be read: a row has more cells than the header")
+    return loaded
+
+
+def _escaped(folder: str, name: str | None) -> dict[str, Any]:
+    """Returns what ``load_dataset_builder`` needs beside a folder whose path it would take for a pattern.
+
+    Raises:
+        LoPAError: If the folder has configs, and not that one.
+    """
+    from datasets.data_files import get_data_patterns, sanitize_patterns
+    from datasets.info import DatasetInfosDict
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    root = glob.escape(os.path.realpath(folder))
+    if root == os.path.realpath(folder):
+        return {}
+    card = os.path.join(folder, "README.md")
+    said = DatasetCard.load(card).data if os.path.exists(card) else {}
+    configs = MetadataConfigs.from_dataset_card_data(said)
+    name = name or (configs.get_default_config_name() if configs else "default")
+    if configs and name not in configs:
+        raise LoPAError(f"path {folder!r}: name must be one of {', '.join(configs)}, got {name}")
+    config, info = configs.get(name, {}), DatasetInfosDict.from_dataset_card_data(said).get(name)
+    root = os.path.join(root, config.get("data_dir") or "")
+    patterns = sanitize_patterns(config["data_files"]) if "data_files" in config else get_data_patterns(root)
+    files = {split: [os.path.join(root, pattern) for pattern in parts] for split, parts in patterns.items()}
+    return {"data_files": files, "features": info.features if info is not None else None}
+
+
+def _named(data_files: Mapping[str, str | list[str]]) -> list[str]:
+    return [file for entry in data_files.values() for file in ([entry] if isinstance(entry, str) else entry)]
+
+
+def _pattern(file: str) -> str:
+    """Returns an absolute pattern, ``~`` expanded. A file or folder that is there is meant, whatever its name."""
+    if "://" in file:
+        return file
+    path = Path(os.path.abspath(os.path.expanduser(file)))
+    there = next(part for part in (path, *path.parents) if os.path.exists(part))
+    return os.path.normpath(os.path.join(glob.escape(str(there)), path.relative_to(there)))
+
+
+def _is_found(file: str) -> bool:
+    return "://" in file or any(map(os.path.isfile, glob.iglob(_pattern(file), recursive=True)))
+
+
+def _reader_of(data_files: Mapping[str, str | list[str]], text_columns: Sequence[str]) -> dict[str, Any]:
+    """Returns arguments of ``load_dataset`` for files, by their endings.
+
+    Raises:
+        LoPAError: If a file is not there, or endings are unknown or mixed.
+    """
+    files = _named(data_files)
+    if missing := [file for file in files if not _is_found(file)]:
+        raise LoPAError(f"no such file: {', '.join(missing)}")
+    endings = {Path(file).suffix or file for file in files}
+    readers = {_READERS.get(ending) for ending in endings}
+    if len(readers) != 1 or None in readers or {".csv", ".tsv"} <= endings:
+        got = ", ".join(sorted(endings)) or "none"
+        raise LoPAError(f"data_files must all be of one of {', '.join(_READERS)}; got {got}")
+    options: dict[str, Any] = {}
+    if readers == {"csv"}:
+        # A text may well be "None", "NA" or "007"; only an empty cell is missing.
+        converters = dict.fromkeys(text_columns, _cell)
+        separator = "\t" if endings == {".tsv"} else ","
+        options = {"sep": separator, "keep_default_na": False, "na_values": [""], "converters": converters}
+    patterns = {
+        split: [_pattern(file) for file in ([entry] if isinstance(entry, str) else entry)]
+        for split, entry in data_files.items()
+    }
+    return {"path": readers.pop(), "data_files": patterns, **options}
+
+
+def _cell(written: str) -> str | None:
+    return written or None
+
+
+def _check_texts(config: Any) -> None:
+    """Refuses files of CSV or JSON that would be read as something else than was written.
+
+    Args:
+        config: Of their reader: which files it reads, and how.
+    """
+    from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    if not isinstance(config, CsvConfig | JsonConfig):
+        return
+    # A folder's README may say that there is no header.
+    has_header = isinstance(config, CsvConfig) and config.header == "infer" and not (config.names or config.skiprows)
+    # What of the hub lies in the cache alone names no files.
+    for path in itertools.chain(*(config.data_files or {}).values()):
+        if "://" not in path and Path(path.removesuffix(".gz")).suffix in _READERS:
+            _check_text(path, config.encoding or "utf-8-sig", config.sep if has_header else None)
+
+
+def _check_text(path: str, encoding: str, separator: str | None) -> None:
+    """Refuses a file that is not text, or a CSV of that separator whose columns cannot be told apart."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding=encoding, newline="") as text:
+            while chunk := text.read(_CHUNK):
+                if "\0" in chunk:
+                    raise LoPAError(f"the data in {path!r} cannot be read: it has NUL characters; save it in UTF-8")
+            text.seek(0)
+            names = next(csv.reader(text, delimiter=separator), []) if separator is not None else []
+    except UnicodeDecodeError as error:
+        fault = f"it has a byte {error.object[error.start]:#x} that is not {error.encoding.upper()}"
+        raise LoPAError(f"the data in {path!r} cannot be read: {fault}") from error
+    except (OSError, EOFError, LookupError, zlib.error, csv.Error) as error:
+        raise LoPAError(f"the data in {path!r} cannot be read: {one_line(error)}") from error
+    if repeated := sorted({name for name in names if names.count(name) > 1 and name}):
+        raise LoPAError(f"the data in {path!r} has two columns of one name: {', '.join(repeated)}")

@@ -1,0 +1,199 @@
+"""A user's own texts and labels: CSV, JSON lines, Parquet, or a data set on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lopa_lightning.data.rows import EncodeRows, LabelLookup, RowEncoder
+from lopa_lightning.data.splits import Role, select
+from lopa_lightning.data.template import Template, Tokenize, backbone_template, plain_template
+from lopa_lightning.data.text import TextDataModule
+from lopa_lightning.errors import LoPAError, listed, shown
+from lopa_lightning.task import InstanceReads, TextTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class TextClassificationDataModule(TextDataModule):
+    """Texts with a class or a number each.
+
+    Args:
+        text_columns: Columns with the text; two are read as a pair.
+        label_column: Column with the label.
+        labels: Names of the classes, in the order of their indices; ``[]`` for regression.
+        label_values: What stands in the label column for each label, where that is not its name.
+        words: The verbalizer, one word for each label, for the objectives that answer with words.
+        template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone.
+        causal_template: Its wording for causal LMs.
+        metrics: Official metrics, whose mean is the score.
+        instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask.
+        shots_per_label: Train on that many examples of each label, drawn at random.
+        **kwargs: See :class:`~lopa_lightning.data.text.TextDataModule`.
+
+    Raises:
+        LoPAError: If arguments contradict each other.
+    """
+
+    task: TextTask
+
+    def __init__(
+        self,
+        text_columns: Sequence[str] = ("text",),
+        label_column: str = "label",
+        labels: Sequence[str | int | bool] | None = None,
+        label_values: Sequence[str | int | bool] | None = None,
+        words: Sequence[str] | None = None,
+        template: Sequence[str] | None = None,
+        causal_template: str | None = None,
+        metrics: Sequence[str] | None = None,
+        shots_per_label: int | None = None,
+        instance_reads: InstanceReads = "columns",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if labels is None:
+            raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
+        names = _label_names("labels", labels)
+        _check_shots(shots_per_label, self.max_train_examples, bool(names))
+        self.label_values = names if label_values is None else _label_names("label_values", label_values)
+        values = self.label_values
+        if label_values is not None and (len(values) != len(names) or len(set(values)) < len(values)):
+            raise LoPAError(f"there must be one label value for each label, got {label_values} for {labels}")
+        self.label_column = label_column
+        pieces = None if template is None else tuple(listed("template", template))
+        self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
+        self.causal_template = Template((causal_template,)) if causal_template is not None else None
+        self.task = TextTask(
+            labels=names,
+            words=None if words is None else listed("words", words),
+            metrics=None if metrics is None else listed("metrics", metrics),
+            template=list(self.template.pieces),
+            causal_template=causal_template,
+            instance_reads=instance_reads,
+        )
+        self.shots_per_label = shots_per_label
+
+    @property
+    def string_columns(self) -> Sequence[str]:
+        """Columns of text."""
+        return self.template.columns
+
+    def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
+        """Builds what tokenises texts by the template."""
+        labels = None if role == "predict" else self.label_lookup(data, what)
+        spec, columns = self.text_spec, self.template.columns
+        template = backbone_template(self.template, self.causal_template, spec)
+        to_backbone = Tokenize(spec.tokenizer, template, self._max_tokens(), self.truncation_side)
+        to_instance = None
+        if spec.instance_tokenizer is not None:
+            reads_template = self.task.instance_reads == "template"
+            instance = self.template if reads_template else plain_template(columns)
+            if instance.has_mask and spec.instance_tokenizer.mask_token is None:
+                raise LoPAError("instance_reads: template needs an instance encoder whose tokenizer has a mask token")
+            to_instance = Tokenize(spec.instance_tokenizer, instance, spec.instance_max_tokens, self.truncation_side)
+        return EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text)
+
+    def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
+        """Returns what stands in the label column, and the index or number of each.
+
+        Args:
+            data: The split.
+            what: Its name, for messages.
+
+        Raises:
+            LoPAError: If there is a label that must not be there.
+        """
+        column = self.label_column
+        if column not in data.column_names:
+            raise LoPAError(f"{what}: no column {column!r} with labels; there are {', '.join(data.column_names)}")
+        values = _unique(data, column, what)
+        if self.task.is_regression:
+            try:
+                numbers = {value: float(value) for value in values}
+            except (TypeError, ValueError):
+                numbers = {}
+            if not numbers or not np.isfinite(list(numbers.values())).all():
+                raise LoPAError(f"{what}: column {column!r} must hold numbers, got {_some(values)}")
+            return column, numbers
+        known = {value: index for index, value in enumerate(self.label_values)}
+        shown = {value: _class_name(data.features[column], value) for value in values}
+        if unknown := sorted({name for name in shown.values() if name not in known}):
+            allowed = ", ".join(map(repr, known))
+            raise LoPAError(f"{what}: column {column!r} has labels {_some(unknown)} beside the allowed {allowed}")
+        return column, {value: known[name] for value, name in shown.items()}
+
+    def training_subset(self, data: Dataset) -> Dataset:
+        """Draws the examples to train on, so many of each label or in all."""
+        if self.shots_per_label is None:
+            return super().training_subset(data)
+        random = np.random.default_rng(self.subset_seed)
+        column, lookup = self.label_lookup(data, "train")
+        labels = np.array([lookup[value] for value in data[column]])
+        chosen = []
+        for index, label in enumerate(self.task.labels):
+            rows = np.flatnonzero(labels == index)
+            if len(rows) < self.shots_per_label:
+                raise LoPAError(f"shots_per_label asks for {self.shots_per_label} of {label!r}, there are {len(rows)}")
+            chosen.append(random.permutation(rows)[: self.shots_per_label])
+        return select(data, chosen)
+
+
+def _check_shots(shots_per_label: int | None, max_train_examples: int | None, has_labels: bool) -> None:
+    if shots_per_label is None:
+        return
+    if max_train_examples is not None:
+        raise LoPAError("give max_train_examples or shots_per_label, not both")
+    if shots_per_label < 1:
+        raise LoPAError(f"shots_per_label must be at least 1, got {shots_per_label}")
+    if not has_labels:
+        raise LoPAError("shots_per_label needs labels; regression has none")
+
+
+def _label_names(argument: str, values: Sequence[Any]) -> list[str]:
+    for value in listed(argument, values):
+        if not isinstance(value, (str, int, float)):
+            raise LoPAError(f"{argument} must be names or numbers, got {value!r}")
+    return [_written(value) for value in values]
+
+
+def _unique(data: Dataset, column: str, what: str) -> list[Any]:
+    """Values of a label column, each once.
+
+    Raises:
+        LoPAError: If a row has several labels, or some other structure.
+    """
+    from datasets import ClassLabel, Value
+
+    if isinstance(data.features[column], (ClassLabel, Value)):
+        unique: list[Any] = data.unique(column)
+        return unique
+    values: list[Any] = data[column][:]
+    for value in values:
+        if isinstance(value, (list, dict)):
+            raise LoPAError(f"{what}: column {column!r} must hold one label in each row, got {shown(value)}")
+    return list(dict.fromkeys(values))
+
+
+def _class_name(feature: Any, value: Any) -> str:
+    from datasets import ClassLabel
+
+    if isinstance(feature, ClassLabel) and value is not None and 0 <= value < len(feature.names):
+        return str(feature.names[value])
+    return _written(value)
+
+
+def _written(value: Any) -> str:
+    """A label as a config and a column both write it: 1 and 1.0 are the same, true and True too."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "a missing label" if value is None else str(value)
+
+
+def _some(values: Sequence[Any]) -> str:
+    return ", ".join(repr(value) for value in list(values)[:5]) + (" ..." if len(values) > 5 else "")
