@@ -7,7 +7,6 @@ import math
 import statistics
 import sys
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,23 +92,27 @@ class RunRecord(Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.history: list[dict[str, Any]] = []
+        self._measured: dict[str, Any] = {
+            "history": [],
+            "samples": 0,
+            "step_seconds": [],
+            "seconds": 0.0,
+            "peak_mb": 0.0,
+        }
         self._is_cuda = False
-        self._samples = self._optimizer_step = 0
-        self._step_seconds: deque[float] = deque(maxlen=_STEPS_KEPT)
-        self._earlier_seconds = self._earlier_peak = self._batch_began = self._spent = 0.0
+        self._optimizer_step = 0
+        self._batch_began = self._spent = 0.0
         self._began = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that was measured so far."""
-        measured = {"history": self.history, "samples": self._samples, "step_seconds": list(self._step_seconds)}
-        return {**measured, "seconds": self.seconds, "peak_mb": self.peak_mb}
+        seconds = self._measured["seconds"] + time.perf_counter() - self._began
+        peak = torch.cuda.max_memory_allocated() / 1e6 if self._is_cuda else _resident_mb()
+        return {**self._measured, "seconds": seconds, "peak_mb": max(peak, self._measured["peak_mb"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what was measured before an interruption."""
-        self.history, self._samples = state_dict["history"], state_dict["samples"]
-        self._step_seconds.extend(state_dict["step_seconds"])
-        self._earlier_seconds, self._earlier_peak = state_dict["seconds"], state_dict["peak_mb"] or 0.0
+        self._measured = dict(state_dict)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Sees where memory is measured."""
@@ -121,11 +124,11 @@ class RunRecord(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts examples, and the seconds of each optimizer step, whatever number of batches it has."""
-        self._samples += len(batch["index"]) * trainer.world_size
+        self._measured["samples"] += len(batch["index"]) * trainer.world_size
         self._spent += self._now() - self._batch_began
         if trainer.global_step != self._optimizer_step:
             self._optimizer_step = trainer.global_step
-            self._step_seconds.append(self._spent)
+            self._measured["step_seconds"] = [*self._measured["step_seconds"], self._spent][-_STEPS_KEPT:]
             self._spent = 0.0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -133,7 +136,8 @@ class RunRecord(Callback):
         if not trainer.sanity_checking:
             found = trainer.callback_metrics.items()
             metrics = {name: float(v) for name, v in found if name.startswith("val") and v.numel() == 1}
-            self.history.append({"samples": self._samples, "step": trainer.global_step, "metrics": metrics})
+            at = {"samples": self._measured["samples"], "step": trainer.global_step}
+            self._measured["history"].append({**at, "metrics": metrics})
 
     def finish(self, trainer: Any, module: Any, data: Any) -> None:
         """Writes the result of a run that has ended, after one more validation where the last was at an earlier step.
@@ -143,19 +147,21 @@ class RunRecord(Callback):
         Raises:
             LoPAError: If nothing was validated, or the loss or score is not finite.
         """
-        if not self.history or self.history[-1]["step"] < trainer.global_step:
+        history = self._measured["history"]
+        if not history or history[-1]["step"] < trainer.global_step:
             trainer.validate(module, datamodule=data)
-        before = Result.read(self.folder) or Result("running")
+        measured, checkpoint = self.state_dict(), self.folder / "checkpoints" / "last.ckpt"
         figures = {
             "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
             "frozen": sum(p.numel() for p in module.parameters() if not p.requires_grad),
-            "seconds_per_step": statistics.median(self._step_seconds) if self._step_seconds else None,
-            "seconds": self.seconds,
-            "peak_mb": self.peak_mb,
+            "seconds_per_step": statistics.median(measured["step_seconds"]) if measured["step_seconds"] else None,
+            "seconds": measured["seconds"],
+            "peak_mb": measured["peak_mb"] or None,
             "peak_of": "cuda" if self._is_cuda else "process",
-            "checkpoint_mb": _size_in_mb(self.folder / "checkpoints" / "last.ckpt"),
+            "checkpoint_mb": checkpoint.stat().st_size / 1e6 if checkpoint.is_file() else None,
         }
-        result = replace(before, status="done", history=self.history, figures=figures)
+        before = Result.read(self.folder) or Result("running")
+        result = replace(before, status="done", history=history, figures=figures)
         if "val/score" not in result.metrics:
             raise LoPAError(
                 "nothing was validated, so there is no val/score: see trainer.limit_val_batches and the data"
@@ -173,27 +179,11 @@ class RunRecord(Callback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since this was made, and before an interruption."""
-        return self._earlier_seconds + time.perf_counter() - self._began
 
-    @property
-    def peak_mb(self) -> float | None:
-        """Peak memory in MB; None where it cannot be measured."""
-        now = torch.cuda.max_memory_allocated() / 1e6 if self._is_cuda else _resident_mb()
-        return None if now is None else max(now, self._earlier_peak)
-
-
-def _size_in_mb(path: Path) -> float | None:
-    """Returns the size of a file; None if it is not there."""
-    return path.stat().st_size / 1e6 if path.is_file() else None
-
-
-def _resident_mb() -> float | None:
-    """Returns the most that this process has held in memory."""
+def _resident_mb() -> float:
+    """Returns the most that this process has held in memory; 0 where it cannot be known."""
     if sys.platform == "win32":
-        return None
+        return 0.0
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024)

@@ -8,8 +8,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from jsonargparse.typing import PositiveInt
-
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Sizes, Step, sizes
 from lopa_lightning.parsing import UsageError
@@ -79,9 +77,9 @@ def own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     description = "What a run will take: parameters, checkpoint, memory of each device, operations of a step. "
     description += "All other options are those of lopa fit. No weight is read."
     parser = _Options(prog="lopa plan", description=description, allow_abbrev=False)
-    parser.add_argument("--devices", type=PositiveInt, nargs="+", default=[8], help="of ddp and fsdp (default: 8)")
+    parser.add_argument("--devices", type=_count, nargs="+", default=[8], help="of ddp and fsdp (default: 8)")
     for name, meaning in _OPTIONS.items():
-        parser.add_argument(f"--{name}", type=PositiveInt, help=meaning)
+        parser.add_argument(f"--{name}", type=_count, help=meaning)
     parser.add_argument("--json", action="store_true", help="print all figures, in bytes, as JSON")
     return parser.parse_known_args(list(args))
 
@@ -109,6 +107,13 @@ def main(args: Sequence[str]) -> None:
     found = sizes(module, step)
     figures = {**dataclasses.asdict(step), **dataclasses.asdict(found), "places": places(found, options.devices)}
     print(json.dumps(figures, indent=2) if options.json else report(found, step, options.devices))
+
+
+def _count(text: str) -> int:
+    """Reads a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def _least(*limits: int | None) -> int:

@@ -78,18 +78,15 @@ class Run:
         """Returns the configuration with logs, checkpoints and result in the folder, without progress bars."""
         placed = copy.deepcopy(self.config)
         trainer = placed["trainer"]
-        trainer["default_root_dir"] = str(self.folder)
+        trainer |= {"default_root_dir": str(self.folder), "enable_progress_bar": False}
         if trainer["logger"]:
             options = {"save_dir": str(self.folder), "name": "logs", "version": "", "default_hp_metric": False}
             trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": options}
-        if trainer["enable_progress_bar"] is None:
-            trainer["enable_progress_bar"] = False
-        callbacks = trainer["callbacks"] or []
+        given = trainer["callbacks"] or []
         record = {"class_path": "lopa_lightning.callbacks.RunRecord", "init_args": {"folder": str(self.folder)}}
-        trainer["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), record]
-        for name in ("checkpoint", "last_checkpoint"):
-            placed[name]["dirpath"] = str(self.folder / _CHECKPOINTS)
-        placed["last_checkpoint"]["filename"] = "last"
+        trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), record]
+        placed["checkpoint"]["dirpath"] = str(self.folder / _CHECKPOINTS)
+        placed["last_checkpoint"] |= {"dirpath": str(self.folder / _CHECKPOINTS), "filename": "last"}
         return placed
 
     def result(self, exit_code: int | None) -> Result:

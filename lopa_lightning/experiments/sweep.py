@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -25,7 +26,6 @@ from lopa_lightning.experiments.runs import Run, Runs
 from lopa_lightning.files import write_whole
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.distributions import BaseDistribution
 
 Values = dict[str, Any]
@@ -114,11 +114,9 @@ class Sweeping:
         self.distributions = {name: distribution(name, choice) for name, choice in sweep.space.items()}
         self.runs = Runs(sweep.output, self.write_report, sweep.workers)
         self.tried: dict[Path, Run] = {}
-        ends = [
-            choice if isinstance(choice, list) else [choice["low"], choice["high"]] for choice in sweep.space.values()
-        ]
-        for number in range(max(map(len, ends))):  # every value once, as many as can be at a time
-            values = dict(zip(sweep.space, (each[min(number, len(each) - 1)] for each in ends)))
+        choices = [each if isinstance(each, list) else [each["low"], each["high"]] for each in sweep.space.values()]
+        for number in range(max(map(len, choices))):  # every value once, as many as can be at a time
+            values = dict(zip(sweep.space, (each[min(number, len(each) - 1)] for each in choices)))
             overlay(self.config(values), values)
 
     def config(self, values: Values) -> Config:
@@ -133,16 +131,21 @@ class Sweeping:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         queue = self._queue()
         # With the same seed, a sweep that goes on would draw what it drew at first.
-        seed, is_tpe = self.sweep.seed + len(queue), self.sweep.sampler == "tpe"
-        sampler = optuna.samplers.TPESampler(seed=seed) if is_tpe else optuna.samplers.RandomSampler(seed=seed)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
+        kind = optuna.samplers.TPESampler if self.sweep.sampler == "tpe" else optuna.samplers.RandomSampler
+        study = optuna.create_study(direction="maximize", sampler=kind(seed=self.sweep.seed + len(queue)))
         for values in queue:
             study.enqueue_trial(values)
-        total = self.runs.total = len(queue) if self.sweep.sampler == "grid" else max(self.sweep.trials, len(queue))
-        asked = 0
-        while asked < total:
-            count = len(queue) if asked < len(queue) else min(self.runs.workers, total - asked)
-            self._make(study, [study.ask(self.distributions) for _ in range(count)])
+        asked, self.runs.total = 0, len(queue) if self.sweep.sampler == "grid" else max(self.sweep.trials, len(queue))
+        while asked < self.runs.total:
+            count = len(queue) if asked < len(queue) else min(self.runs.workers, self.runs.total - asked)
+            trials = [study.ask(self.distributions) for _ in range(count)]
+            runs = {self.runs.folder / _name(trial.params): trial.params for trial in trials}  # two may be alike
+            self.tried |= {folder: Run(folder, self.config(values), values) for folder, values in runs.items()}
+            self.runs.make([self.tried[folder] for folder in runs])
+            for trial in trials:
+                result = self.runs.results[self.runs.folder / _name(trial.params)]
+                failure = None if result.done else optuna.trial.TrialState.FAIL
+                study.tell(trial, result.score if result.done else None, failure)
             asked += count
         self.write_report()
 
@@ -151,31 +154,15 @@ class Sweeping:
         import optuna
 
         if self.sweep.sampler == "grid":
-            return combinations(self.sweep.space)
+            return [dict(zip(self.sweep.space, values)) for values in itertools.product(*self.sweep.space.values())]
+        found = {folder: Result.read(folder) for folder in sorted(self.runs.folder.glob("*"))}
         queue = []
-        for folder in sorted(self.runs.folder.glob("*")):
-            result = Result.read(folder)
+        for folder, result in found.items():
             if result is not None and result.status != "failed" and folder.name == _name(result.tags):
-                try:
+                with contextlib.suppress(ValueError):  # of another space
                     optuna.trial.create_trial(value=0.0, params=result.tags, distributions=self.distributions)
                     queue.append(result.tags)
-                except ValueError:  # of another space
-                    continue
         return queue
-
-    def _make(self, study: optuna.Study, trials: Sequence[optuna.trial.Trial]) -> None:
-        """Makes the runs of trials, and tells the study what came out."""
-        import optuna
-
-        made = [Run(self.runs.folder / _name(each.params), self.config(each.params), each.params) for each in trials]
-        self.tried |= {run.folder: run for run in made}
-        self.runs.make(list({run.folder: run for run in made}.values()))  # two may be drawn alike
-        for trial, run in zip(trials, made):
-            result = self.runs.results[run.folder]
-            if result.done:
-                study.tell(trial, result.score)
-            else:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     def write_report(self) -> None:
         """Writes ``sweep.csv``, ``sweep.md`` and, as an overlay for lopa fit, ``best.yaml``."""
@@ -183,34 +170,30 @@ class Sweeping:
         # As objects, whole numbers stay whole.
         lines = pd.DataFrame([record(self.tried[path].tags, r) for path, r in results.items()], dtype=object)
         write_whole(folder / "sweep.csv", csv_text(lines))
-        ranked = ranking([(self.tried[path], result) for path, result in results.items() if result.done])
+        ranked = ranking([(self.tried[path].tags, result.score) for path, result in results.items() if result.done])
         if ranked:
             write_whole(folder / "sweep.md", settings_markdown(ranked))
-            best = overlay(ranked[0][0].config, settings_of(ranked[0][0]))
+            best = overlay(self.config(ranked[0][0]), ranked[0][0])
             write_whole(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False))
 
 
-def settings_of(run: Run) -> Values:
-    """Returns the values of a run, but for its seed."""
-    return {name: value for name, value in run.tags.items() if name != _SEED}
+def ranking(ended: Iterable[tuple[Values, float]]) -> list[tuple[Values, list[float]]]:
+    """Returns the scores of each setting, which is all values but the seed, by their mean, the best first."""
+    groups: dict[str, list[float]] = {}
+    for values, score in ended:
+        groups.setdefault(json.dumps({name: values[name] for name in values if name != _SEED}), []).append(score)
+    ranked = sorted(groups.items(), key=lambda group: -statistics.mean(group[1]))
+    return [(json.loads(setting), scores) for setting, scores in ranked]
 
 
-def ranking(ended: Iterable[tuple[Run, Result]]) -> list[tuple[Run, list[float]]]:
-    """Returns for each setting one of its runs and the scores of all, by mean score, the best first."""
-    groups: dict[str, tuple[Run, list[float]]] = {}
-    for run, result in ended:
-        groups.setdefault(json.dumps(settings_of(run)), (run, []))[1].append(result.score)
-    return sorted(groups.values(), key=lambda group: -statistics.mean(group[1]))
-
-
-def settings_markdown(ranked: Sequence[tuple[Run, list[float]]]) -> str:
+def settings_markdown(ranked: Sequence[tuple[Values, list[float]]]) -> str:
     """Returns a table of what :func:`ranking` found."""
     body = []
-    for run, scores in ranked:
+    for values, scores in ranked:
         deviation = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "–"
-        shown = map(shown_value, settings_of(run).values())
+        shown = map(shown_value, values.values())
         body.append([*shown, f"{statistics.mean(scores):.4f}", deviation, str(len(scores))])
-    return markdown_table([*short_names(settings_of(ranked[0][0])), "score", "sd", "runs"], body) + "\n"
+    return markdown_table([*short_names(ranked[0][0]), "score", "sd", "runs"], body) + "\n"
 
 
 def overlay(config: Config, names: Iterable[str]) -> dict[str, Any]:
@@ -244,16 +227,6 @@ def overlay(config: Config, names: Iterable[str]) -> dict[str, Any]:
             value = group
         functools.reduce(lambda here, part: here.setdefault(part, {}), path, found)[last] = value
     return found
-
-
-def combinations(space: dict[str, list[Any]]) -> list[Values]:
-    """Returns all combinations of the values of a grid.
-
-    Example:
-        >>> combinations({"rank": [1, 2], "seed": [0]})
-        [{'rank': 1, 'seed': 0}, {'rank': 2, 'seed': 0}]
-    """
-    return [dict(zip(space, values)) for values in itertools.product(*space.values())]
 
 
 def short_names(names: Iterable[str]) -> list[str]:
