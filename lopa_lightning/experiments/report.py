@@ -58,8 +58,7 @@ def runs_table(runs: Sequence[tuple[dict[str, Any], Result | None]]) -> pd.DataF
     table = pd.DataFrame(records, columns=list(dict.fromkeys(names)))
     # The goal is a score on the reported split: a selection run is measured on another.
     reported = table[(table.phase == "seed") & (table.status == "done")]
-    means = reported.groupby(["task", "method"]).score.mean()
-    best = means.groupby("task").max()
+    best = reported.groupby(["task", "method"]).score.mean().groupby("task").max()
     table["samples_to_reach"] = [
         samples_to_reach(result, target(best[tags["task"]])) if index in reported.index and result else None
         for index, (tags, result) in enumerate(runs)
@@ -97,7 +96,8 @@ class TaskTable:
 
     Attributes:
         runs: The reported runs.
-        done: Those that have ended well, without columns that are empty.
+        done: Those that have ended well.
+        accuracy: ``val/accuracy`` of these.
         in_points: Whether the score is a share and not, for want of an official metric, a negative loss.
         majority_share: Share of the most frequent label in the validation split; None where labels are no classes.
         majority_score: The score of always answering it, where the score is an accuracy; else None.
