@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.command import folder_of_runs
 from lopa_lightning.experiments.resolve import resolve, with_rates_times
-from lopa_lightning.experiments.runs import Run, Runs
+from lopa_lightning.experiments.runs import Run, Runs, _started
 
 Configs = dict[str, str]
 
@@ -119,3 +121,33 @@ def test_two_commands_in_one_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), folder_of_runs(str(tmp_path / "file")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "devices"),
+    [("3,5", 2, ["3", "5", "3"]), (None, 2, ["0", "1", "0"]), ("", 0, [None, None, None])],
+)
+def test_each_gpu_has_a_run(
+    visible: str | None, count: int, devices: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str | None] = []
+
+    class Process:
+        def __init__(self, target: Any, args: tuple[Run, str | None, int]) -> None:
+            started.append(args[1])
+
+        def start(self) -> None:
+            pass
+
+    context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr(Run, "prepare", lambda self: None)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for slot in range(3):
+        _started(Run(tmp_path, {}, {}), slot, 3)
+    assert started == devices
+    assert runs_in(tmp_path, 0).workers == max(1, count)
