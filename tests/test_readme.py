@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader
 
 from lopa_lightning import LoPALightningModule, PretrainedSpec
 from lopa_lightning.cli import LoPACLI
+from lopa_lightning.experiments import compare, sweep
 from lopa_lightning.experiments.command import parsed
-from lopa_lightning.experiments.compare import Comparison
 from lopa_lightning.experiments.plan import own_options
-from lopa_lightning.experiments.sweep import Sweep
 from tests.modules.helpers import LoPATiny, trainer, write_reviews
 
 Tiny = Callable[[str], str]
@@ -86,10 +85,10 @@ def test_its_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for command in commands:
         arguments = shlex.split(command.split("lopa ", 1)[1])
         if arguments[0] == "compare":
-            assert parsed(Comparison, "lopa compare", arguments[1:])[0].check() == []
+            compare.check(parsed(compare.Comparison, "lopa compare", arguments[1:])[0])
             continue
         if arguments[0] == "sweep":
-            parsed(Sweep, "lopa sweep", arguments[1:])[0].check()
+            sweep.check(parsed(sweep.Sweep, "lopa sweep", arguments[1:])[0])
             continue
         if arguments[0] == "plan":
             arguments = ["fit", *own_options(arguments[1:])[1]]

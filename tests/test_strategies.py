@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from lopa_lightning.cli import LoPACLI
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.resolve import _Resolver
+from lopa_lightning.experiments.resolve import Resolver
 from lopa_lightning.strategies import FSDP2Strategy, check_strategy
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def built(*overlays: str, options: tuple[str, ...] = ()) -> Trainer:
     """What lopa fit would train with."""
     paths = [ROOT / "configs" / "glue_rte.yaml", *(ROOT / "configs" / "trainer" / f"{name}.yaml" for name in overlays)]
     configs = [part for path in paths for part in ("--config", str(path))]
-    trainer: Trainer = _Resolver(args=["fit", *configs, *options, "--trainer.logger=false"]).trainer
+    trainer: Trainer = Resolver(args=["fit", *configs, *options, "--trainer.logger=false"]).trainer
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a run, kept as a file beside it."""
+"""Measures a run, and keeps the figures in a file beside it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,6 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import write_whole
 
 RESULT_FILE = "result.json"
-_WARM_UP_STEPS = 3  # slower than the rest: allocation, kernels chosen
 _STEPS_KEPT = 200  # they are stored in the checkpoint, whose size is measured
 
 
@@ -33,28 +31,18 @@ class Result:
         config_hash: Of the configuration that was run.
         reason: Why it failed, in a line.
         tags: What the caller said of the run.
-        history: For each validation ``samples`` (trained on so far), ``step``, ``epoch`` and ``metrics``.
-        trained: Number of trained parameters.
-        frozen: Number of frozen ones.
-        checkpoint_bytes: Size of the last checkpoint.
-        seconds_per_step: Median over training steps.
-        seconds: The whole run, with loading and validation.
-        peak_mb: Peak memory.
-        peak_of: ``cuda`` for the GPU's memory, ``process`` for the resident memory of the process.
+        history: For each validation ``samples`` (trained on so far), ``step`` and ``metrics``.
+        figures: Parameters ``trained`` and ``frozen``; ``seconds_per_step``, the median, and ``seconds`` of the whole
+            run with loading and validation; ``peak_mb`` of memory, ``peak_of`` the GPU (``cuda``) or of what the
+            ``process`` holds resident; ``checkpoint_mb`` of the last checkpoint. None for what is not known.
     """
 
     status: Literal["running", "done", "failed"]
-    config_hash: str
+    config_hash: str = ""
     reason: str = ""
     tags: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    trained: int | None = None
-    frozen: int | None = None
-    checkpoint_bytes: int | None = None
-    seconds_per_step: float | None = None
-    seconds: float | None = None
-    peak_mb: float | None = None
-    peak_of: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -65,21 +53,19 @@ class Result:
     def metrics(self) -> dict[str, float]:
         """Metrics of the last validation, by full name.
 
-        Of the last and not the best one: to choose an epoch by the split that is reported would make
-        the figure too good.
+        The last and not the best one: to choose an epoch by the split that is reported would make the figure too good.
         """
         return dict(self.history[-1]["metrics"]) if self.history else {}
 
     @property
-    def score(self) -> float:
-        """``val/score`` of the last validation; NaN if there is none."""
-        return self.metrics.get("val/score", math.nan)
+    def scores(self) -> list[float]:
+        """``val/score`` of each validation."""
+        return [entry["metrics"].get("val/score", math.nan) for entry in self.history]
 
     @property
-    def best_score(self) -> float:
-        """The highest ``val/score`` of all validations; NaN if there is none."""
-        scores = [entry["metrics"].get("val/score", math.nan) for entry in self.history]
-        return max((score for score in scores if not math.isnan(score)), default=math.nan)
+    def score(self) -> float:
+        """The last ``val/score``; NaN if there is none."""
+        return self.scores[-1] if self.history else math.nan
 
     def write(self, folder: Path) -> None:
         """Writes ``result.json`` into the run's folder, whole or not at all."""
@@ -91,7 +77,7 @@ class Result:
         try:
             values = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
             return cls(**{key: value for key, value in values.items() if key != "metrics"})
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
 
 
@@ -101,61 +87,57 @@ class RunRecord(Callback):
     What it has measured is in the checkpoints too, so that a resumed run has all of it.
 
     Args:
-        folder: Where the file goes, beside the run's checkpoints.
-        config_hash: See :class:`Result`.
-        tags: See :class:`Result`.
+        folder: Where the file goes, beside the run's checkpoints; one that is there gives its tags.
     """
 
-    def __init__(self, folder: str, config_hash: str = "", tags: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.config_hash = config_hash
-        self.tags = tags or {}
-        self.history: list[dict[str, Any]] = []
-        self.peak_of = "process"
-        self._samples = self._epoch = self._steps = self._optimizer_step = 0
-        self._step_seconds: deque[float] = deque(maxlen=_STEPS_KEPT)
-        self._earlier_seconds = self._earlier_peak = self._step_began = self._spent = 0.0
+        self._measured: dict[str, Any] = {
+            "history": [],
+            "samples": 0,
+            "step_seconds": [],
+            "seconds": 0.0,
+            "peak_mb": 0.0,
+        }
+        self._is_cuda = False
+        self._optimizer_step = 0
+        self._batch_began = self._spent = 0.0
         self._began = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was measured so far."""
-        measured = {"history": self.history, "samples": self._samples, "epoch": self._epoch}
-        return {**measured, "step_seconds": list(self._step_seconds), "seconds": self.seconds, "peak_mb": self.peak_mb}
+        """Returns all that was measured so far."""
+        seconds = self._measured["seconds"] + time.perf_counter() - self._began
+        peak = torch.cuda.max_memory_allocated() / 1e6 if self._is_cuda else _resident_mb()
+        return {**self._measured, "seconds": seconds, "peak_mb": max(peak, self._measured["peak_mb"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what was measured before an interruption."""
-        self.history = state_dict["history"]
-        self._samples, self._epoch = state_dict["samples"], state_dict["epoch"]
-        self._step_seconds.extend(state_dict["step_seconds"])
-        self._earlier_seconds, self._earlier_peak = state_dict["seconds"], state_dict["peak_mb"] or 0.0
+        self._measured = dict(state_dict)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Sees where memory is measured."""
-        self.peak_of = "cuda" if pl_module.device.type == "cuda" else "process"
+        self._is_cuda = pl_module.device.type == "cuda"
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Starts the clock of a batch."""
-        self._step_began = self._now()
+        self._batch_began = self._now()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts examples, and the seconds of each optimizer step, whatever number of batches it has."""
-        self._epoch = trainer.current_epoch  # after the last one, Lightning's own count may be one more
-        self._samples += len(batch["index"]) * trainer.world_size
-        self._spent += self._now() - self._step_began
+        self._measured["samples"] += len(batch["index"]) * trainer.world_size
+        self._spent += self._now() - self._batch_began
         if trainer.global_step != self._optimizer_step:
             self._optimizer_step = trainer.global_step
-            self._steps += 1
-            if self._steps > _WARM_UP_STEPS:
-                self._step_seconds.append(self._spent)
+            self._measured["step_seconds"] = [*self._measured["step_seconds"], self._spent][-_STEPS_KEPT:]
             self._spent = 0.0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the metrics."""
-        if trainer.sanity_checking:
-            return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val") and v.numel() == 1}
-        at = {"samples": self._samples, "step": trainer.global_step, "epoch": self._epoch}
-        self.history.append({**at, "metrics": metrics})
+        if not trainer.sanity_checking:
+            found = trainer.callback_metrics.items()
+            metrics = {name: float(v) for name, v in found if name.startswith("val") and v.numel() == 1}
+            at = {"samples": self._measured["samples"], "step": trainer.global_step}
+            self._measured["history"].append({**at, "metrics": metrics})
 
     def finish(self, trainer: Any, module: Any, data: Any) -> None:
         """Writes the result of a run that has ended, after one more validation where the last was at an earlier step.
@@ -165,54 +147,43 @@ class RunRecord(Callback):
         Raises:
             LoPAError: If nothing was validated, or the loss or score is not finite.
         """
-        if not self.history or self.history[-1]["step"] < trainer.global_step:
+        history = self._measured["history"]
+        if not history or history[-1]["step"] < trainer.global_step:
             trainer.validate(module, datamodule=data)
-        metrics = self.history[-1]["metrics"] if self.history else {}
-        if "val/score" not in metrics:
+        measured, checkpoint = self.state_dict(), self.folder / "checkpoints" / "last.ckpt"
+        figures = {
+            "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "frozen": sum(p.numel() for p in module.parameters() if not p.requires_grad),
+            "seconds_per_step": statistics.median(measured["step_seconds"]) if measured["step_seconds"] else None,
+            "seconds": measured["seconds"],
+            "peak_mb": measured["peak_mb"] or None,
+            "peak_of": "cuda" if self._is_cuda else "process",
+            "checkpoint_mb": checkpoint.stat().st_size / 1e6 if checkpoint.is_file() else None,
+        }
+        before = Result.read(self.folder) or Result("running")
+        result = replace(before, status="done", history=history, figures=figures)
+        if "val/score" not in result.metrics:
             raise LoPAError(
                 "nothing was validated, so there is no val/score: see trainer.limit_val_batches and the data"
             )
         for name in ("val/loss", "val/score"):
-            if not math.isfinite(metrics.get(name, 0.0)):
-                raise LoPAError(f"{name} is {metrics[name]}: the run diverged, or predicts one number for all")
-        warn_if_blind(metrics)
-        last, parameters = self.folder / "checkpoints" / "last.ckpt", list(module.parameters())
+            if not math.isfinite(result.metrics.get(name, 0.0)):
+                raise LoPAError(f"{name} is {result.metrics[name]}: the run diverged, or predicts one number for all")
+        warn_if_blind(result.metrics)
         if trainer.is_global_zero:
-            Result(
-                "done",
-                self.config_hash,
-                tags=self.tags,
-                history=self.history,
-                trained=sum(p.numel() for p in parameters if p.requires_grad),
-                frozen=sum(p.numel() for p in parameters if not p.requires_grad),
-                checkpoint_bytes=last.stat().st_size if last.is_file() else None,
-                seconds_per_step=statistics.median(self._step_seconds) if self._step_seconds else None,
-                seconds=self.seconds,
-                peak_mb=self.peak_mb,
-                peak_of=self.peak_of,
-            ).write(self.folder)
+            result.write(self.folder)
 
     def _now(self) -> float:
-        if self.peak_of == "cuda":
+        """Returns the time once the GPU has done what it was given."""
+        if self._is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since this was made, and before an interruption."""
-        return self._earlier_seconds + time.perf_counter() - self._began
 
-    @property
-    def peak_mb(self) -> float | None:
-        """Peak memory in MB, see :class:`Result`."""
-        now = torch.cuda.max_memory_allocated() / 1e6 if self.peak_of == "cuda" else _resident_mb()
-        return None if now is None else max(now, self._earlier_peak)
-
-
-def _resident_mb() -> float | None:
+def _resident_mb() -> float:
+    """Returns the most that this process has held in memory; 0 where it cannot be known."""
     if sys.platform == "win32":
-        return None
+        return 0.0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024)

@@ -1,4 +1,4 @@
-"""A comparison as a picture: score against trained parameters."""
+"""Draws a comparison: score against trained parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.report import TaskTable, tasks_of
+from lopa_lightning.experiments.report import TaskTable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,8 @@ def svg(table: pd.DataFrame) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    tasks, methods = tasks_of(table), list(dict.fromkeys(table.method))
+    tasks = {str(task): TaskTable(table, task) for task in table.task.unique()}
+    methods = list(map(str, table.method.unique()))
     columns = min(_COLUMNS, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     # Text stays text, and the same results give the same file.
@@ -56,6 +57,7 @@ def svg(table: pd.DataFrame) -> str:
 
 
 def _draw(panel: Axes, task: TaskTable, methods: list[str]) -> None:
+    """Draws a panel; without runs that trained something it stays empty."""
     scale = 100 if task.in_points else 1
     drawn = task.done[task.done.trained > 0]
     if not len(drawn):
@@ -65,8 +67,8 @@ def _draw(panel: Axes, task: TaskTable, methods: list[str]) -> None:
         spread = None if len(runs) == 1 else score.std()
         style: Any = {"fmt": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}", "capsize": 2.5}
         panel.errorbar(runs.trained.mean(), score.mean(), yerr=spread, label=str(method), **style)
-    if task.majority_share is not None and task.score_is_accuracy:
-        panel.axhline(100 * task.majority_share, color="#999999", linestyle="--", label="most frequent label")
+    if task.majority_score is not None:
+        panel.axhline(100 * task.majority_score, color="#999999", linestyle="--", label="most frequent label")
     panel.set_xscale("log")
     panel.margins(0.15)
     panel.legend(fontsize=7.5)

@@ -1,25 +1,57 @@
-"""What the subcommands of many runs share: options of a dataclass, and a clean end when interrupted."""
+"""Reads the options of the commands of many runs."""
 
 from __future__ import annotations
 
-import inspect
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-from jsonargparse import ActionConfigFile
+from jsonargparse import auto_cli
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import Claim
 from lopa_lightning.parsing import Parser
+from lopa_lightning.stopping import Stopped, stoppable
 
 T = TypeVar("T")
 
-_INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Holds the options that commands of many runs share.
+
+    Args:
+        selection_share: Share of the training split that runs validate on where something is chosen by them.
+        max_epochs: Epochs of every run, in place of the configs'.
+        max_steps: Optimizer steps of every run, in place of the configs'; the lower one of both budgets ends it.
+        workers: Runs at once; by default one on each visible GPU, or one where there is none.
+    """
+
+    selection_share: float = 0.2
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    workers: int | None = None
+
+
+def check_limits(options: Options, **limits: tuple[bool, str]) -> None:
+    """Raises a LoPAError that names an option outside its limits.
+
+    Args:
+        options: The options.
+        **limits: By option whether it is within them, and what they are.
+    """
+    limits["workers"] = (options.workers is None or options.workers > 0, "at least 1")
+    for name, (is_within, allowed) in limits.items():
+        if not is_within:
+            raise LoPAError(f"{name} must be {allowed}, got {getattr(options, name)}")
+
+
+def budget(options: Options) -> list[str]:
+    """Returns the budget of every run as options of ``lopa fit``."""
+    given = {"max_epochs": options.max_epochs, "max_steps": options.max_steps}
+    return [f"--trainer.{name}={value}" for name, value in given.items() if value is not None]
 
 
 def parsed(options_class: Callable[..., T], program: str, args: Sequence[str]) -> tuple[T, list[str]]:
@@ -34,80 +66,26 @@ def parsed(options_class: Callable[..., T], program: str, args: Sequence[str]) -
         The options, and what follows ``--``, which is for every run.
     """
     at = list(args).index("--") if "--" in args else len(args)
-    first_line = str(inspect.getdoc(options_class)).splitlines()[0]
-    description = f"{first_line} What follows -- is given to every run, as to lopa fit."
-    parser = Parser(prog=program, description=description)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with any of these options.")
-    parser.add_class_arguments(options_class, as_group=False)
-    values = parser.parse_args(list(args[:at]))
-    names: Any = inspect.signature(options_class).parameters
-    return options_class(**{name: values[name] for name in names}), list(args[at + 1 :])
+    own = ["--config" if arg == "-c" else arg for arg in args[:at]]
+    description = f"{str(options_class.__doc__).splitlines()[0]} What follows -- is given to every run, as to lopa fit."
+    kwargs: Any = {"prog": program, "description": description, "parser_class": Parser}
+    return auto_cli(options_class, args=own, as_positional=False, **kwargs), list(args[at + 1 :])
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds a folder of runs, so that no second command works in it.
-
-    Args:
-        folder: Is made.
+def folder_of_runs(folder: str) -> Iterator[None]:
+    """Keeps other commands out of a folder within the block, and says how to go on where a signal ends it.
 
     Raises:
-        LoPAError: If another process holds it, or it cannot be made.
+        LoPAError: If another process works in the folder.
+        OSError: If it cannot be written to.
     """
+    claim = Claim(Path(folder), "output")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise LoPAError(f"output {str(folder)!r} is in use by another lopa command; give another output") from None
-    except OSError as error:
-        raise LoPAError(f"output {str(folder)!r} cannot be written to: {error.strerror}") from None
-    with lock:
-        yield
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ends the program in a line where Ctrl-C or SIGTERM ends the block.
-
-    Raises:
-        SystemExit: With status 130, if interrupted.
-    """
-    try:
-        with _terminated_as_interrupted():
+        with stoppable():
             yield
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
-        raise SystemExit(_INTERRUPTED) from None
-
-
-def end_with(count: int, what: str, failed: Sequence[str]) -> None:
-    """Ends the program with an error where something has failed.
-
-    Args:
-        count: How many there were.
-        what: What they are called.
-        failed: The names of those that failed.
-
-    Raises:
-        SystemExit: With status 1, if any did.
-    """
-    if failed:
-        sys.stderr.write(f"{len(failed)} of {count} {what} failed: {', '.join(failed)}\n")
-        raise SystemExit(1)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread, where signals do not arrive anyway
-        yield
-        return
-    try:
-        yield
+    except Stopped as stopped:
+        stopped.outcome = "the same command goes on from here"
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        claim.release()

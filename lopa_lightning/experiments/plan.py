@@ -8,21 +8,26 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Sizes, Step, sizes
 from lopa_lightning.parsing import UsageError
 
 _TOKENS = 128  # of a text, where the configuration sets no limit
+_OPTIONS = {
+    "tokens": f"of a text (default: data.max_length, or {_TOKENS})",
+    "instance_tokens": "that the instance encoder reads (default: as many)",
+    "completion_tokens": "of a text, its completion's (default: half of them)",
+}
 
 
 class _Options(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """Raises the error in one line."""
         raise UsageError(message)
 
 
-def placed(found: Sizes, devices: Sequence[int]) -> list[dict[str, Any]]:
-    """Memory and bytes sent of each device, by strategy.
+def places(found: Sizes, devices: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns memory and bytes sent of each device, by strategy.
 
     Args:
         found: Of a step.
@@ -31,37 +36,30 @@ def placed(found: Sizes, devices: Sequence[int]) -> list[dict[str, Any]]:
     Returns:
         Rows with ``strategy``, ``devices``, the parts of the memory, ``total`` and ``sent``, in bytes.
     """
-    places = [("single", 1), *((strategy, count) for count in devices for strategy in ("ddp", "fsdp"))]
-    rows = []
-    for strategy, count in places:
-        sent = found.sent(strategy, count)
-        rows.append({"strategy": strategy, "devices": count, **found.memory(strategy, count), "sent": sent})
-    return rows
+    named = [("single", 1), *((strategy, count) for count in devices for strategy in ("ddp", "fsdp"))]
+    return [{"strategy": s, "devices": n, **found.memory(s, n), "sent": found.sent(s, n)} for s, n in named]
 
 
 def report(found: Sizes, step: Step, devices: Sequence[int]) -> str:
-    """The figures as text.
+    """Returns the figures as text.
 
     Args:
         found: Of a step.
         step: The batch.
         devices: How many, for the strategies over several.
     """
-    rows = placed(found, devices)
-    columns = [name for name in rows[0] if name not in ("strategy", "devices")]
+    rows = places(found, devices)
     lines = [
         f"trained       {found.trained:,} parameters, {_shown(found.trained_bytes)}",
         f"frozen        {found.frozen:,} parameters, {_shown(found.frozen_bytes)}",
         f"checkpoint    {_shown(found.checkpoint_bytes)}: what is trained, and the optimizer's state",
         f"batch         {step.examples} examples of {step.tokens} tokens on each device",
         f"step          {found.flops / 1e12:.3g} TFLOP on each device",
-        "",
-        "of each device:" + "".join(f"{name:>13}" for name in columns),
+        "\nof each device:" + "".join(f"{name:>13}" for name in list(rows[0])[2:]),
     ]
-    for row in rows:
-        place = f"{row['strategy']:<8}{row['devices']:>7}"
-        lines.append(place + "".join(f"{_shown(row[name]):>13}" for name in columns))
-    return "\n".join([*lines, "", "Computed from the configuration, not measured. Sent: in a step."])
+    for strategy, count, *figures in (row.values() for row in rows):
+        lines.append(f"{strategy:<8}{count:>7}" + "".join(f"{_shown(figure):>13}" for figure in figures))
+    return "\n".join([*lines, "\nComputed from the configuration, not measured. Sent: in a step."])
 
 
 def own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -74,25 +72,16 @@ def own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         Its own options, and those of ``lopa fit``.
 
     Raises:
-        LoPAError: If a number is below 1.
+        UsageError: If one is wrong.
     """
-    parser = _Options(
-        prog="lopa plan",
-        description="What a run will take: parameters, checkpoint, memory of each device, operations of a step. "
-        "All other options are those of lopa fit. No weight is read.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--devices", type=int, nargs="+", default=[8], help="devices of ddp and fsdp (default: 8)")
-    parser.add_argument("--tokens", type=int, help=f"of a text (default: data.max_length, or {_TOKENS})")
-    parser.add_argument("--instance_tokens", type=int, help="that the instance encoder reads (default: as many)")
-    parser.add_argument("--completion_tokens", type=int, help="of a text, its completion's (default: half of them)")
+    description = "What a run will take: parameters, checkpoint, memory of each device, operations of a step. "
+    description += "All other options are those of lopa fit. No weight is read."
+    parser = _Options(prog="lopa plan", description=description, allow_abbrev=False)
+    parser.add_argument("--devices", type=_count, nargs="+", default=[8], help="of ddp and fsdp (default: 8)")
+    for name, meaning in _OPTIONS.items():
+        parser.add_argument(f"--{name}", type=_count, help=meaning)
     parser.add_argument("--json", action="store_true", help="print all figures, in bytes, as JSON")
-    options, rest = parser.parse_known_args(list(args))
-    counts = {name: value for name, value in vars(options).items() if name != "json" and value is not None}
-    for name, value in counts.items():
-        if min(value if isinstance(value, list) else [value]) < 1:
-            raise LoPAError(f"--{name} must be at least 1, got {value}")
-    return options, rest
+    return parser.parse_known_args(list(args))
 
 
 def main(args: Sequence[str]) -> None:
@@ -106,35 +95,38 @@ def main(args: Sequence[str]) -> None:
     """
     options, rest = own_options(args)
     module, data = built(rest)
-    tokens = _least(module.input_spec.max_tokens, options.tokens or data.max_length or _TOKENS)
-    budget, read = data.batch_tokens, tokens + module.input_spec.virtual_tokens
+    spec = module.input_spec
+    tokens = _least(spec.max_tokens, options.tokens or data.max_length or _TOKENS)
+    by_tokens = data.batch_tokens and max(1, data.batch_tokens // (tokens + spec.virtual_tokens))
     step = Step(
-        examples=data.batch_size if budget is None else max(1, budget // read),
+        examples=by_tokens or data.batch_size,
         tokens=tokens,
-        instance_tokens=_least(module.input_spec.instance_max_tokens, options.instance_tokens or tokens),
+        instance_tokens=_least(spec.instance_max_tokens, options.instance_tokens or tokens),
         completion_tokens=_least(options.completion_tokens or max(1, tokens // 2), tokens),
     )
     found = sizes(module, step)
-    if options.json:
-        rows = placed(found, options.devices)
-        print(json.dumps({**dataclasses.asdict(step), **dataclasses.asdict(found), "places": rows}, indent=2))
-    else:
-        print(report(found, step, options.devices))
+    figures = {**dataclasses.asdict(step), **dataclasses.asdict(found), "places": places(found, options.devices)}
+    print(json.dumps(figures, indent=2) if options.json else report(found, step, options.devices))
+
+
+def _count(text: str) -> int:
+    """Reads a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def _least(*limits: int | None) -> int:
+    """Returns the lowest of the limits that there are."""
     return min(limit for limit in limits if limit is not None)
 
 
 def _shown(count: float) -> str:
-    """Bytes in a unit that leaves few digits.
+    """Returns bytes in a unit that leaves few digits.
 
     Example:
         >>> _shown(1536), _shown(3 * 2**30)
         ('1.5 KiB', '3.0 GiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    power = min(4, max(0, int(count).bit_length() - 1) // 10)
+    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,11 +1,10 @@
-"""Tables of many runs: pure functions from results to data frames and Markdown."""
+"""Tabulates many runs: pure functions from results to data frames and Markdown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -14,94 +13,55 @@ from lopa_lightning.callbacks.summary import ADVICE
 
 _NOT_OFFICIAL = ("loss", "score", "majority_share", "label_variance")
 _NOT_IN_POINTS = ("perplexity",)
+_FIGURES = ("trained", "frozen", "seconds_per_step", "seconds", "peak_mb", "peak_of", "checkpoint_mb")
+_PEAKS = {"cuda": "peak GPU MB", "process": "peak process MB"}
+_REACH = 0.95  # share of the best method's mean score
 _EDGE = "\\*"
 _EDGE_NOTE = f"{_EDGE} The best multiplier is at the edge of the grid: a wider one (`rate_factors`) may score better."
-_MEASURED = ["trained", "frozen", "seconds_per_step", "seconds", "peak_mb", "peak_of", "score", "best_score"]
+_EXPLAINED = f"""# Comparison
+
+Score is that of the last validation, not of the best one; mean ± sample standard deviation over seeds, in points; \
+where a task has no metric, the negative loss as it is. Figures beside it are means over seeds.
+Samples to {100 * _REACH:g} %: training examples seen when the validation score first was {100 * _REACH:g} % of the \
+best method's mean final score, as finely as there are validations; – where a seed never gets there.
+Checkpoint MB: with the optimizer's state."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A run of a comparison.
-
-    Attributes:
-        task: Its column.
-        method: Its row.
-        phase: ``select`` for a run that only chooses the learning rate, ``seed`` for one that is reported.
-        seed: Its seed.
-        factor: Multiplier of its learning rates; None while it is not chosen.
-        result: None while there is none.
-    """
-
-    task: str
-    method: str
-    phase: Literal["select", "seed"]
-    seed: int
-    factor: float | None
-    result: Result | None = None
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        kind = f"select {self.factor:g}" if self.phase == "select" else f"seed {self.seed}"
-        return f"{self.task} {self.method} {kind}"
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended well."""
-        return self.result is not None and self.result.done
+def record(tags: dict[str, Any], result: Result | None) -> dict[str, Any]:
+    """Returns a run as a line of a table: its tags, what was measured, and the metrics of its last validation."""
+    if result is None:
+        return {**tags, "status": "not run"}
+    best = max((score for score in result.scores if not math.isnan(score)), default=None)
+    scores = {"score": result.score, "best_score": best} if result.done else {}
+    return {**tags, "status": result.status, "reason": result.reason, **result.figures, **scores, **result.metrics}
 
 
-def choose_factor(rows: Sequence[Row]) -> float | None:
-    """Returns the multiplier whose selection run ended with the best score; among equals the lowest loss decides.
-
-    Returns:
-        None if no run has ended well.
-    """
-
-    def merit(row: Row) -> tuple[float, float]:
-        assert row.result is not None
-        score = row.result.score
-        return -math.inf if math.isnan(score) else score, -row.result.metrics.get("val/loss", math.inf)
-
-    done = [row for row in rows if row.done]
-    return max(done, key=merit).factor if done else None
-
-
-def measured(result: Result) -> dict[str, Any]:
-    """Returns what a table shows of a run, with every metric of its last validation."""
-    size = result.checkpoint_bytes
-    values = {"status": result.status, "reason": result.reason, **{name: getattr(result, name) for name in _MEASURED}}
-    return {**values, "checkpoint_mb": None if size is None else size / 1e6, **result.metrics}
-
-
-def runs_table(rows: Sequence[Row], reach: float) -> pd.DataFrame:
-    """Makes a line for each run.
+def runs_table(runs: Sequence[tuple[dict[str, Any], Result | None]]) -> pd.DataFrame:
+    """Makes a line for each run of a comparison.
 
     Args:
-        rows: The runs.
-        reach: Share of the best method's mean score, for the examples it takes to get there (``samples_to_reach``).
+        runs: Tags and result of each.
 
     Returns:
-        A frame in the order of ``rows``, ready for ``to_csv``.
+        A frame in the order of ``runs``, ready for :func:`csv_text`.
     """
-    named = ("task", "method", "phase", "seed", "factor")
-    records = [
-        {
-            **{name: getattr(row, name) for name in named},
-            **({"status": "not run"} if row.result is None else measured(row.result)),
-        }
-        for row in rows
+    records = [record(tags, result) for tags, result in runs]
+    names = [
+        *runs[0][0],
+        "status",
+        "reason",
+        *_FIGURES,
+        "score",
+        "best_score",
+        *(key for line in records for key in line),
     ]
-    table = pd.DataFrame(
-        records, columns=list(dict.fromkeys([*named, *measured(Result("done", "")), *(k for r in records for k in r)]))
-    )
-    reported = table[(table.phase == "seed") & (table.status == "done")]
-    means = reported.groupby(["task", "method"]).score.mean().groupby("task").max()
-    goals = {task: target(best, reach) for task, best in means.items()}
+    table = pd.DataFrame(records, columns=list(dict.fromkeys(names)))
     # The goal is a score on the reported split: a selection run is measured on another.
+    reported = table[(table.phase == "seed") & (table.status == "done")]
+    best = reported.groupby(["task", "method"]).score.mean().groupby("task").max()
     table["samples_to_reach"] = [
-        samples_to_reach(row.result, goals.get(row.task, math.nan)) if row.phase == "seed" and row.result else None
-        for row in rows
+        samples_to_reach(result, target(best[tags["task"]])) if index in reported.index and result else None
+        for index, (tags, result) in enumerate(runs)
     ]
     return table
 
@@ -112,123 +72,103 @@ def csv_text(table: pd.DataFrame) -> str:
     return text
 
 
-def target(best: float, reach: float) -> float:
+def target(best: float) -> float:
     """Returns the score to reach: a share of the best, from below where scores are negative losses.
 
     Example:
-        >>> round(target(0.8, 0.95), 4), round(target(-1.0, 0.95), 4)
+        >>> round(target(0.8), 4), round(target(-1.0), 4)
         (0.76, -1.05)
     """
-    return best - (1 - reach) * abs(best)
+    return best - (1 - _REACH) * abs(best)
 
 
 def samples_to_reach(result: Result, score: float) -> float | None:
     """Returns the training examples seen when the validation score first was ``score``; None if it never was."""
-    reached = (entry["samples"] for entry in result.history if entry["metrics"].get("val/score", math.nan) >= score)
-    return next(reached, None)
+    return next((entry["samples"] for entry, got in zip(result.history, result.scores) if got >= score), None)
 
 
-@dataclass(frozen=True)
 class TaskTable:
-    """The reported runs of one task.
+    """Tells what the reported runs of one task have in common.
 
     Args:
-        runs: Those lines of :func:`runs_table`.
+        table: As from :func:`runs_table`.
+        task: The task.
+
+    Attributes:
+        runs: The reported runs.
+        done: Those that have ended well.
+        accuracy: ``val/accuracy`` of these.
+        in_points: Whether the score is a share and not, for want of an official metric, a negative loss.
+        majority_share: Share of the most frequent label in the validation split; None where labels are no classes.
+        majority_score: The score of always answering it, where the score is an accuracy; else None.
     """
 
-    runs: pd.DataFrame
+    def __init__(self, table: pd.DataFrame, task: str) -> None:
+        self.runs = table[(table.task == task) & (table.phase == "seed")]
+        self.done = self.runs[self.runs.status == "done"]
+        named = self.done.reindex(columns=["score", "val/loss", "val/accuracy", "val/majority_share"]).astype(float)
+        score, loss, self.accuracy, share = (named[name] for name in named)
+        self.in_points = len(named) > 0 and not bool((score == -loss).any())
+        self.majority_share = None if share.isna().all() else float(share.max())
+        is_accuracy = bool(((self.accuracy - score).abs() < 1e-9).all())
+        self.majority_score = self.majority_share if is_accuracy else None
 
-    @property
-    def done(self) -> pd.DataFrame:
-        """The runs that have ended well."""
-        return self.runs[self.runs.status == "done"]
-
-    @property
     def metrics(self) -> dict[str, str]:
-        """Column to name of each official metric: ``val/f1`` is ``f1``, ``val_other/f1`` is ``f1 (other)``."""
-        columns = [c for c in self.done.dropna(axis=1, how="all").columns if str(c).startswith("val") and "/" in str(c)]
+        """Returns column to name of each official metric: ``val/f1`` is ``f1``, ``val_other/f1`` is ``f1 (other)``."""
         names = {}
-        for column in columns:
-            group, _, metric = str(column).partition("/")
-            suffix = group.removeprefix("val").strip("_")
-            if metric not in _NOT_OFFICIAL:
-                names[str(column)] = f"{metric} ({suffix})" if suffix else metric
-        return names
-
-    @property
-    def majority_share(self) -> float | None:
-        """Share of the most frequent label in the validation split; None where labels are no classes."""
-        shares = self.done.get("val/majority_share", pd.Series(dtype=float)).dropna()
-        return float(shares.iloc[0]) if len(shares) else None
-
-    @property
-    def in_points(self) -> bool:
-        """Whether the score is a share and not, for want of an official metric, a negative loss."""
-        losses = self.done.get("val/loss", pd.Series(dtype=float))
-        return bool(len(self.done)) and not bool((self.done.score == -losses).any())
-
-    @property
-    def score_is_accuracy(self) -> bool:
-        """Whether the score is of one scale with the majority's share."""
-        return "val/accuracy" in self.done and bool(((self.done["val/accuracy"] - self.done.score).abs() < 1e-9).all())
+        for column in map(str, self.done.dropna(axis=1, how="all").columns):
+            group, _, metric = column.partition("/")
+            if metric and metric not in _NOT_OFFICIAL:
+                suffix = group.removeprefix("val").strip("_")
+                names[column] = f"{metric} ({suffix})" if suffix else metric
+        return names if len(names) > 1 else {}
 
     def blind_methods(self) -> list[str]:
         """Returns the methods that are no better than always answering the most frequent label."""
-        if self.majority_share is None or "val/accuracy" not in self.done:
-            return []
-        means = self.done.groupby("method", sort=False)["val/accuracy"].mean()
-        return [str(name) for name in means[means <= self.majority_share].index]
+        means = self.accuracy.groupby(self.done.method, sort=False).mean()
+        return [] if self.majority_share is None else [str(name) for name in means[means <= self.majority_share].index]
 
-    def of(self, method: str) -> pd.DataFrame:
-        """Returns a method's runs."""
-        return self.runs[self.runs.method == method]
-
-    def score_text(self, method: str) -> str:
-        """Returns a method's score, or what there is in its place."""
-        runs = self.of(method)
-        done = runs[runs.status == "done"]
+    def of(self, method: str) -> tuple[pd.DataFrame, str]:
+        """Returns a method's runs that ended well, and its score, or what there is in its place."""
+        runs, done = (frame[frame.method == method] for frame in (self.runs, self.done))
         if not len(done):
-            return "failed" if (runs.status == "failed").any() else "not run yet"
+            return done, "failed" if (runs.status == "failed").any() else "not run yet"
         text = figure_text(done.score, self.in_points)
-        return text if len(done) == len(runs) else f"{text} ({len(done)} of {len(runs)} seeds)"
+        return done, text if len(done) == len(runs) else f"{text} ({len(done)} of {len(runs)} seeds)"
 
-    def markdown(self, methods: Sequence[str], reach: float, factors: Sequence[float]) -> str:
+    def markdown(self, methods: Sequence[str], factors: Sequence[float]) -> str:
         """Returns the table of all methods."""
-        metrics = self.metrics if len(self.metrics) > 1 else {}
-        kinds = set(self.done.peak_of.dropna())
-        peak = {"cuda": "peak GPU MB", "process": "peak process MB"}[kinds.pop()] if len(kinds) == 1 else "peak MB"
-        header = ["method", "score", *metrics.values(), "trained parameters", "checkpoint MB", "s/step", peak]
+        metrics, kinds = self.metrics(), list(self.done.peak_of.dropna().unique())
+        columns = {
+            "trained": ("trained parameters", ",.0f"),
+            "checkpoint_mb": ("checkpoint MB", ".2f"),
+            "seconds_per_step": ("s/step", ".3g"),
+            "peak_mb": (_PEAKS[kinds[0]] if len(kinds) == 1 else "peak MB", ",.0f"),
+            "samples_to_reach": (f"samples to {100 * _REACH:g} %", ",.0f"),
+        }
         body = []
         for method in methods:
-            runs = self.of(method)
-            done = runs[runs.status == "done"]
-            factor = runs.factor.dropna().max()
-            mark = f" {_EDGE}" if at_edge(factor, factors) else ""
-            body.append(
-                [
-                    escaped(method),
-                    self.score_text(method),
-                    *(figure_text(done[c], name.split(" ")[0] not in _NOT_IN_POINTS) for c, name in metrics.items()),
-                    *(mean_text(done[c], form) for c, form in (("trained", ",.0f"), ("checkpoint_mb", ".2f"))),
-                    *(mean_text(done[c], form) for c, form in (("seconds_per_step", ".3g"), ("peak_mb", ",.0f"))),
-                    mean_text(done.samples_to_reach, ",.0f"),
-                    "–" if pd.isna(factor) else f"{factor:g}{mark}",
-                ]
-            )
-        return markdown_table([*header, f"samples to {100 * reach:g} %", "rate factor"], body)
+            done, score = self.of(method)
+            cells = [figure_text(done[c], name.split(" ")[0] not in _NOT_IN_POINTS) for c, name in metrics.items()]
+            cells += [mean_text(done[column], form) for column, (_, form) in columns.items()]
+            factor = self.runs[self.runs.method == method].factor.dropna().max()
+            edge = f" {_EDGE}" if at_edge(factor, factors) else ""
+            body.append([escaped(method), score, *cells, "–" if pd.isna(factor) else f"{factor:g}{edge}"])
+        shown = [name for name, _ in columns.values()]
+        return markdown_table(["method", "score", *metrics.values(), *shown, "rate factor"], body)
 
 
-def markdown_text(table: pd.DataFrame, reach: float, factors: Sequence[float]) -> str:
+def markdown_text(table: pd.DataFrame, factors: Sequence[float]) -> str:
     """Returns a report: a table for each task, and one of all.
 
     Args:
         table: As from :func:`runs_table`.
-        reach: Share of the best score that counts as reached.
         factors: The grid of multipliers of learning rates.
     """
-    parts = ["# Comparison", _explained(table, reach)]
-    tasks = tasks_of(table)
-    methods = list(dict.fromkeys(table.method))
+    missing = int((table.status == "not run").sum())
+    parts = [_EXPLAINED + (f"\n{missing} of {len(table)} runs have not ended yet." if missing else "")]
+    tasks = {str(task): TaskTable(table, task) for task in table.task.unique()}
+    methods = list(map(str, table.method.unique()))
     if len(tasks) > 1:
         parts += ["## All tasks", _summary(tasks, methods)]
     for name, task in tasks.items():
@@ -237,50 +177,33 @@ def markdown_text(table: pd.DataFrame, reach: float, factors: Sequence[float]) -
             parts.append(f"Always answering the most frequent label: accuracy {100 * task.majority_share:.1f}.")
         if blind := task.blind_methods():
             parts.append(f"No better than that, so nothing was learned: {', '.join(map(escaped, blind))}. {ADVICE}")
-        parts.append(task.markdown(methods, reach, factors))
-        if task.done.factor.map(lambda factor: at_edge(factor, factors)).any():
+        parts.append(task.markdown(methods, factors))
+        if _EDGE in parts[-1]:
             parts.append(_EDGE_NOTE)
         failed = table[(table.task == name) & (table.status == "failed")]
-        if len(failed):
-            lines = [f"- {_run_name(run)} failed: {escaped(run.reason)}" for run in failed.itertuples()]
-            parts.append("\n".join(lines))
+        parts += ["\n".join(map(_failure, failed.itertuples()))] * (len(failed) > 0)
     return "\n\n".join(parts) + "\n"
 
 
-def tasks_of(table: pd.DataFrame) -> dict[str, TaskTable]:
-    """Returns the reported runs by task."""
-    reported = table[table.phase == "seed"]
-    return {task: TaskTable(reported[reported.task == task]) for task in dict.fromkeys(table.task)}
-
-
-def _run_name(run: Any) -> str:
-    return Row(run.task, run.method, run.phase, run.seed, run.factor).name
-
-
-def _explained(table: pd.DataFrame, reach: float) -> str:
-    missing = int((table.status == "not run").sum())
-    lines = [
-        "Score is that of the last validation, not of the best one; mean ± sample standard deviation over seeds, in "
-        "points; where a task has no metric, the negative loss as it is. Figures beside it are means over seeds.",
-        f"Samples to {100 * reach:g} %: training examples seen when the validation score first was {100 * reach:g} % "
-        "of the best method's mean final score, as finely as there are validations; – where a seed never gets there.",
-        "Checkpoint MB: with the optimizer's state.",
-    ]
-    return "\n".join([*lines, *([f"{missing} of {len(table)} runs have not ended yet."] if missing else [])])
+def _failure(run: Any) -> str:
+    """Returns the line of a run that failed."""
+    which = f"{run.factor:g}" if run.phase == "select" else run.seed
+    return f"- {run.task} {run.method} {run.phase} {which} failed: {escaped(run.reason)}"
 
 
 def _summary(tasks: dict[str, TaskTable], methods: Sequence[str]) -> str:
+    """Returns the table of all tasks, with the mean of those that can be averaged."""
     body = []
     for method in methods:
-        done = [task.of(method)[lambda runs: runs.status == "done"].score for task in tasks.values()]
-        comparable = all(len(scores) for scores in done) and all(task.in_points for task in tasks.values())
-        mean = f"{100 * sum(scores.mean() for scores in done) / len(done):.1f}" if comparable else "–"
-        body.append([escaped(method), *(task.score_text(method) for task in tasks.values()), mean])
+        done, scores = zip(*(task.of(method) for task in tasks.values()))
+        is_comparable = all(map(len, done)) and all(task.in_points for task in tasks.values())
+        mean = f"{100 * sum(runs.score.mean() for runs in done) / len(done):.1f}" if is_comparable else "–"
+        body.append([escaped(method), *scores, mean])
     return markdown_table(["method", *tasks, "mean"], body)
 
 
 def at_edge(factor: float, factors: Sequence[float]) -> bool:
-    """Tells whether a multiplier is the smallest or the largest of several."""
+    """Returns whether a multiplier is the smallest or the largest of several."""
     return len(factors) > 1 and factor in (min(factors), max(factors))
 
 

@@ -1,29 +1,29 @@
-"""Configurations merged, checked and changed, as plain data."""
+"""Merges, checks and changes configurations, as plain data."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from lopa_lightning.cli import LoPACLI, expected_cause
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.option_errors import folded
 from lopa_lightning.parsing import UsageError
 
 Config = dict[str, Any]
 """What ``lopa fit`` takes, every option filled in."""
 
 
-class _Resolver(LoPACLI):
+class Resolver(LoPACLI):
     """Builds everything that ``lopa fit`` builds, and runs nothing."""
 
     def _set_seed(self) -> None:
         """Leaves the parent's random state and environment alone."""
 
     def _run_subcommand(self, subcommand: str) -> None:
+        """Keeps the configuration."""
         self._dump_config()
 
 
@@ -42,20 +42,20 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
     Raises:
         LoPAError: If ``lopa fit`` would refuse it.
     """
-    arguments = ["fit", *(part for config in configs for part in ("--config", config)), *options]
     try:
-        with _quiet():
-            resolver = _Resolver(args=arguments)
+        resolver = _resolver([*(part for config in configs for part in ("--config", config)), *options])
     except UsageError as error:
         raise LoPAError(str(error)) from None
     except Exception as error:
-        raise LoPAError(reason(error)) from error
-    dumped: Config = resolver.config_dump
-    return dumped
+        if (expected := expected_cause(error)) is None:
+            raise
+        raise LoPAError(folded(str(expected))) from error
+    config: Config = resolver.config_dump
+    return config
 
 
 def built(options: Sequence[str]) -> tuple[Any, Any]:
-    """Model and data of a configuration, brought together, with nothing loaded.
+    """Builds model and data of a configuration and brings them together, with nothing loaded.
 
     Args:
         options: Of ``lopa fit``, ``--config`` included. Devices and strategy are not looked for here;
@@ -68,38 +68,17 @@ def built(options: Sequence[str]) -> tuple[Any, Any]:
         LoPAError: If ``lopa fit`` would refuse it.
     """
     here = ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")
-    arguments = ["fit", *options, *(f"--trainer.{option}" for option in here)]
-    with _quiet():
-        cli = _Resolver(args=arguments)
-    module, data = cli.model, cli.datamodule
-    cli.trainer.strategy.connect(module)
-    cli.trainer._data_connector.attach_data(module, datamodule=data)
-    cli.trainer._data_connector.attach_datamodule(data)
+    resolver = _resolver([*options, *(f"--trainer.{option}" for option in here)])
+    module, data = resolver.model, resolver.datamodule
+    resolver.trainer.strategy.connect(module)
+    resolver.trainer._data_connector.attach_data(module, datamodule=data)
+    resolver.trainer._data_connector.attach_datamodule(data)
     module.setup("fit")
     return module, data
 
 
-def reason(error: BaseException) -> str:
-    """An error in a line.
-
-    Args:
-        error: Any.
-
-    Example:
-        >>> reason(KeyError("a"))
-        "KeyError: 'a'"
-        >>> reason(LoPAError("rank must be at least 1"))
-        'rank must be at least 1'
-    """
-    expected = expected_cause(error)
-    if expected is not None:
-        return " ".join(str(expected).split()) or type(expected).__name__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def with_rates_times(config: Config, factor: float) -> Config:
-    """A configuration with every learning rate multiplied: the optimizer's and each group's.
+    """Returns a configuration with every learning rate multiplied: the optimizer's and each group's.
 
     Args:
         config: As from :func:`resolve`.
@@ -108,11 +87,11 @@ def with_rates_times(config: Config, factor: float) -> Config:
     Raises:
         LoPAError: If no learning rate is named.
     """
-    if factor == 1:
-        return config
     changed = copy.deepcopy(config)
     model = changed["model"]["init_args"]
     optimizer = model.get("optimizer")
+    if factor == 1:
+        return changed
     if not isinstance(optimizer, dict) or optimizer.get("init_args", {}).get("lr") is None:
         raise LoPAError(f"a rate factor of {factor:g} needs model.init_args.optimizer.init_args.lr, which is not given")
     optimizer["init_args"]["lr"] *= factor
@@ -121,40 +100,12 @@ def with_rates_times(config: Config, factor: float) -> Config:
     return changed
 
 
-def placed_in(config: Config, folder: Path, record: dict[str, Any]) -> Config:
-    """Returns a configuration whose logs, checkpoints and result go into a folder, without progress bars.
-
-    Args:
-        config: As from :func:`resolve`.
-        folder: The run's.
-        record: Arguments of :class:`~lopa_lightning.callbacks.run_record.RunRecord`.
-    """
-    placed = copy.deepcopy(config)
-    trainer = placed["trainer"]
-    trainer["default_root_dir"] = str(folder)
-    if trainer["logger"]:
-        trainer["logger"] = {
-            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": str(folder), "name": "logs", "version": "", "default_hp_metric": False},
-        }
-    if trainer["enable_progress_bar"] is None:
-        trainer["enable_progress_bar"] = False
-    callbacks = trainer["callbacks"] or []
-    recorder = {"class_path": "lopa_lightning.callbacks.RunRecord", "init_args": record}
-    trainer["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), recorder]
-    for name in ("checkpoint", "last_checkpoint"):
-        placed[name]["dirpath"] = str(folder / "checkpoints")
-    placed["last_checkpoint"]["filename"] = "last"
-    return placed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what a Trainer says of the devices it found."""
+def _resolver(options: Sequence[str]) -> Resolver:
+    """Builds everything, without what a Trainer says of the devices it found."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        yield
+        return Resolver(args=["fit", *options])
     finally:
         logger.setLevel(level)

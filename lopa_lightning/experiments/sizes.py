@@ -1,4 +1,4 @@
-"""What a training step takes, found by running it on fake tensors: they have shapes and dtypes, and no values."""
+"""Finds what a training step takes by running it on fake tensors: they have shapes and dtypes, and no values."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lopa_lightning.backbones.quantization import saved_bytes
 from lopa_lightning.backbones.transformer_layers import transformer_layers
 from lopa_lightning.data.instance_vectors import agrees_with
 from lopa_lightning.modules import LoPALightningModule
-from lopa_lightning.modules.prompted_model import CompletionReadout, PromptedModel
+from lopa_lightning.modules.prompted_model import CompletionReadout
 from lopa_lightning.task import IGNORED
 
-_attention: Any = sdpa_flop_count
-_attention_backward: Any = sdpa_backward_flop_count
+_forward_flops: Any = sdpa_flop_count
+_backward_flops: Any = sdpa_backward_flop_count
+_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # torch counts the attention kernels of GPUs alone.
 ATTENTION_FLOPS: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: _attention(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: _attention_backward(*shapes[:4])
-    ),
+    _cpu_attention: lambda *shapes, **_: _forward_flops(*shapes[:3]),
+    _cpu_attention_backward: lambda *shapes, **_: _backward_flops(*shapes[:4]),
 }
 
 
 @dataclass(frozen=True)
 class Step:
-    """A batch of one device.
+    """Sizes of a batch of one device.
 
     Attributes:
         examples: Texts.
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model takes for a training step of one device.
+    """Holds what a model takes for a training step of one device.
 
     Attributes:
         trained: Trained parameters.
@@ -79,11 +79,11 @@ class Sizes:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of the tensors in a checkpoint: what is trained, and the optimizer's state."""
+        """Bytes of the tensors in a checkpoint: what is trained, and the optimizer's state."""
         return self.trained_bytes + self.state_bytes
 
     def memory(self, strategy: str, devices: int) -> dict[str, int]:
-        """Bytes on each of ``devices`` under ``single``, ``ddp`` or ``fsdp``.
+        """Returns the bytes on each of ``devices`` under ``single``, ``ddp`` or ``fsdp``.
 
         Returns:
             ``weights``, frozen and trained; with FSDP this device's part and what is gathered at a time.
@@ -101,7 +101,7 @@ class Sizes:
         return {**parts, "total": sum(parts.values())}
 
     def sent(self, strategy: str, devices: int) -> int:
-        """Bytes that each of ``devices`` sends in a step under ``single``, ``ddp`` or ``fsdp``."""
+        """Returns the bytes that each of ``devices`` sends in a step under ``single``, ``ddp`` or ``fsdp``."""
         # An average over all is a sum of parts, which are then gathered: DDP does both, FSDP the first half.
         moved = {"single": 0, "ddp": 2 * self.trained_bytes, "fsdp": self.gathered_bytes + self.trained_bytes}
         return moved[strategy] * (devices - 1) // devices
@@ -143,9 +143,11 @@ class StepTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _forget(self, key: int) -> None:
+        """Takes off the bytes of a tensor that has gone."""
         self.now -= self._seen.pop(key, 0)
 
     def _leave_out(self, parameter: Tensor) -> None:
+        """Takes off the bytes of a parameter's gradient."""
         if parameter.grad is not None:
             key = parameter.grad.untyped_storage()._cdata
             self.now -= self._seen.get(key, 0)
@@ -164,27 +166,42 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
     """
     precision = module.trainer.precision_plugin
     net = _with_fake_tensors(precision.convert_module(module.meta_net()))
-    tracker = StepTracker([*net.parameters(), *net.buffers()])
-    batch, layers = _batch(module, net, step), _Layers(net)
+    layers = [layer for model in net.pretrained_models() for layer in transformer_layers(model)]
+    passes: list[tuple[int, bool]] = []  # bytes of a layer, and whether the backward pass goes through it as well
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, _, output: passes.append((size_of(layer), _requires_grad(output))))
+    batch, tracker = _batch(module, net, step), StepTracker([*net.parameters(), *net.buffers()])
     with tracker:
         with precision.forward_context():
             loss = module.loss(net(batch)[0], batch)
         torch.autograd.backward(loss)
     trained = [p for p in net.parameters() if p.requires_grad]
     frozen = [p for p in net.parameters() if not p.requires_grad]
-    root = size_of([*trained, *frozen]) - sum(layers.bytes)
+    optimizer = module.make_optimizer([{"params": trained}])
+    optimizer.step()
+    state = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor) and leaf.dim()]
+    root = size_of(net) - sum(map(size_of, layers))
+    # Each layer is gathered for either pass. FSDP2 also fetches ahead what ran before, and so the last layer of an
+    # encoder without a backward pass.
+    following = [has_backward for _, has_backward in passes[1:]] + [False]
+    gathered = sum(size * (1 + (own or after)) for (size, own), after in zip(passes, following))
     return Sizes(
         trained=sum(p.numel() for p in trained),
         frozen=sum(p.numel() for p in frozen),
         trained_bytes=size_of(trained),
         frozen_bytes=size_of(frozen) - saved_bytes(net.backbone.model, module.backbone_spec.quantization),
         root_bytes=root,
-        layer_bytes=max(layers.bytes, default=0),
-        gathered_bytes=root + layers.gathered_bytes(),
-        state_bytes=int(size_of(trained) * _states(module)),
+        layer_bytes=max(map(size_of, layers), default=0),
+        gathered_bytes=root + gathered,
+        state_bytes=size_of(state),
         peak_bytes=tracker.peak,
         flops=tracker.flops,
     )
+
+
+def _requires_grad(output: Any) -> bool:
+    """Returns whether the backward pass goes through what a layer returned."""
+    return any(leaf.requires_grad for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _with_fake_tensors(net: nn.Module) -> Any:
@@ -201,40 +218,18 @@ def _with_fake_tensors(net: nn.Module) -> Any:
     return net
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of tensors.
+def size_of(tensors: nn.Module | Iterable[Tensor]) -> int:
+    """Returns the bytes of tensors, or of a module's parameters.
 
     Example:
         >>> size_of([torch.zeros(3), torch.zeros(2, 2, dtype=torch.bfloat16)])
         20
     """
+    tensors = tensors.parameters() if isinstance(tensors, nn.Module) else tensors
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class _Layers:
-    """Notes each pass through a layer, and whether the backward pass goes through it as well."""
-
-    def __init__(self, net: PromptedModel) -> None:
-        layers = [layer for model in net.pretrained_models() for layer in transformer_layers(model)]
-        self.bytes = [size_of(layer.parameters()) for layer in layers]
-        self._passes: list[tuple[int, bool]] = []
-        for size, layer in zip(self.bytes, layers):
-            layer.register_forward_hook(lambda _, __, output, size=size: self._note(size, output))
-
-    def _note(self, size: int, output: Any) -> None:
-        has_backward = any(leaf.requires_grad for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        self._passes.append((size, has_backward))
-
-    def gathered_bytes(self) -> int:
-        """Of all layers: each is gathered for either pass.
-
-        FSDP2 also fetches ahead what ran before, and so the last layer of an encoder without a backward pass.
-        """
-        following = [has_backward for _, has_backward in self._passes[1:]] + [False]
-        return sum(size * (1 + (own or after)) for (size, own), after in zip(self._passes, following))
-
-
-def _batch(module: LoPALightningModule, net: PromptedModel, step: Step) -> dict[str, Tensor]:
+def _batch(module: LoPALightningModule, net: Any, step: Step) -> dict[str, Tensor]:
     """Makes a batch with a token of padding, as most have: without any, some attentions take no mask."""
     ids, rows = torch.zeros(step.examples, step.tokens, dtype=torch.long), torch.zeros(step.examples, dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -251,13 +246,3 @@ def _batch(module: LoPALightningModule, net: PromptedModel, step: Step) -> dict[
         read = ids.new_zeros(step.examples, step.instance_tokens)
         batch |= {"instance_input_ids": read, "instance_attention_mask": torch.ones_like(read)}
     return batch
-
-
-def _states(module: LoPALightningModule) -> float:
-    """Numbers that the optimizer keeps for each trained one, found on a small stand-in."""
-    stand_in = nn.Parameter(torch.ones(4, 4))
-    stand_in.grad = torch.ones(4, 4)
-    optimizer = module.make_optimizer([{"params": [stand_in]}])
-    optimizer.step()
-    states = [value for value in optimizer.state[stand_in].values() if isinstance(value, Tensor) and value.dim()]
-    return sum(value.numel() for value in states) / stand_in.numel()

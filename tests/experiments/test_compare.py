@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import os
+import signal
 import statistics
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,10 @@ import pytest
 import yaml
 
 from lopa_lightning.cli import main
-from lopa_lightning.experiments.command import parsed
-from lopa_lightning.experiments.compare import Comparing, Comparison, plan
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.experiments.command import budget, parsed
+from lopa_lightning.experiments.compare import Comparing, Comparison, check, configs_of
+from lopa_lightning.experiments.resolve import resolve
 from tests.experiments.conftest import TRAINING_ROWS, write_yaml
 
 Configs = dict[str, str]
@@ -48,25 +54,46 @@ def table_row(output: Path, method: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, configs: Configs) -> Path:
-    output = tmp_path_factory.mktemp("compared") / "out"
-    compare(output, configs, [configs["lopa"], configs["soft"]], "--seeds=[1,2]")
-    return output
+    """A comparison of which some runs failed: one was killed, the others cannot be."""
+    folder = tmp_path_factory.mktemp("compared")
+    killed = {"class_path": "tests.experiments.killer.KilledOnce", "init_args": {"marker": str(folder / "killed")}}
+    soft = yaml.safe_load(Path(configs["soft"]).read_text())
+    far = {"shared_prompt": 1e30, "head": 1e30}
+    methods = [
+        configs["soft"],
+        write_yaml(folder / "killed.yaml", {**soft, "trainer": {"callbacks": [killed]}}),
+        write_yaml(folder / "nodata.yaml", {**soft, "data": {"init_args": {"data_files": {"train": "no.csv"}}}}),
+        write_yaml(folder / "diverging.yaml", {"model": {"init_args": {"learning_rates": far}}}),
+    ]
+    for call in ("first", "second"):
+        said, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(said), redirect_stderr(errors), pytest.raises(SystemExit) as stop:
+            compare(folder / "out", configs, methods, "--seeds=[1,2]")
+        assert stop.value.code == 1
+        saved = {"out": said.getvalue(), "err": errors.getvalue(), "results": results(folder / "out")}
+        (folder / f"{call}.json").write_text(json.dumps(saved))
+    return folder / "out"
+
+
+def call(compared: Path, name: str) -> dict[str, Any]:
+    """Output, errors and results of the ``first`` or ``second`` call."""
+    saved: dict[str, Any] = json.loads((compared.parent / f"{name}.json").read_text())
+    return saved
 
 
 def test_the_table_holds_what_the_runs_measured(compared: Path) -> None:
     found = results(compared)
-    assert list(found) == ["lopa seed-1", "lopa seed-2", "soft seed-1", "soft seed-2"]
     means = {}
-    for method in ("lopa", "soft"):
+    for method in ("soft", "killed"):
         runs = [found[f"{method} seed-{seed}"] for seed in (1, 2)]
         scores = [100 * run["history"][-1]["metrics"]["val/score"] for run in runs]
         means[method] = statistics.mean(scores)
         row = table_row(compared, method)
         assert row[1] == f"{means[method]:.1f} ± {abs(scores[0] - scores[1]) / math.sqrt(2):.1f}"
-        assert row[2] == f"{runs[0]['trained']:,}"
-        assert row[3] == f"{statistics.mean(run['checkpoint_bytes'] for run in runs) / 1e6:.2f}"
-        assert row[4] == f"{statistics.mean(run['seconds_per_step'] for run in runs):.3g}"
-        assert row[5] == f"{statistics.mean(run['peak_mb'] for run in runs):,.0f}"
+        assert row[2] == f"{runs[0]['figures']['trained']:,}"
+        assert row[3] == f"{statistics.mean(run['figures']['checkpoint_mb'] for run in runs):.2f}"
+        assert row[4] == f"{statistics.mean(run['figures']['seconds_per_step'] for run in runs):.3g}"
+        assert row[5] == f"{statistics.mean(run['figures']['peak_mb'] for run in runs):,.0f}"
         assert row[7] == "1"
     for method in means:
         goal = 0.95 * max(means.values()) / 100
@@ -82,26 +109,27 @@ def test_what_a_run_measures(compared: Path) -> None:
     hidden, tokens, labels = 32, 3, 2
     head, shared = hidden * labels + labels, tokens * hidden
     found = results(compared)
-    assert found["soft seed-1"]["trained"] == shared + head
-    run = found["lopa seed-1"]
-    assert run["trained"] > shared + head
+    run = found["soft seed-1"]
+    assert run["figures"]["trained"] == shared + head
     assert [entry["samples"] for entry in run["history"]] == [TRAINING_ROWS, 2 * TRAINING_ROWS]
     assert [entry["step"] for entry in run["history"]] == [TRAINING_ROWS // 4, 2 * TRAINING_ROWS // 4]
     assert run["metrics"] == run["history"][-1]["metrics"]
     assert set(run["metrics"]) == {"val/loss", "val/accuracy", "val/majority_share", "val/score"}
-    assert 3 * 4 * run["trained"] < run["checkpoint_bytes"] < 3 * 4 * run["trained"] + 60_000
-    assert (run["status"], run["peak_of"], run["tags"]["seed"]) == ("done", "process", 1)
-    assert 0 < run["seconds_per_step"] < run["seconds"]
-    assert run["peak_mb"] > 100
+    weights_and_moments = 3 * 4 * run["figures"]["trained"] / 1e6
+    assert weights_and_moments < run["figures"]["checkpoint_mb"] < weights_and_moments + 0.06
+    assert (run["status"], run["figures"]["peak_of"], run["tags"]["seed"]) == ("done", "process", 1)
+    assert 0 < run["figures"]["seconds_per_step"] < run["figures"]["seconds"]
+    assert run["figures"]["peak_mb"] > 100
 
 
 def test_a_line_of_the_csv_is_a_run(compared: Path) -> None:
     with (compared / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["task"], row["method"], row["seed"]) for row in rows] == [
-        ("reviews", method, seed) for method in ("lopa", "soft") for seed in ("1", "2")
+        ("reviews", method, seed) for method in ("soft", "killed", "nodata", "diverging") for seed in ("1", "2")
     ]
-    for row in rows:
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 4
+    for row in rows[:4]:
         run = results(compared)[f"{row['method']} seed-{row['seed']}"]
         assert float(row["score"]) == float(row["val/score"]) == run["metrics"]["val/score"]
         assert float(row["best_score"]) == max(entry["metrics"]["val/score"] for entry in run["history"])
@@ -113,60 +141,39 @@ def test_finished_runs_leave_config_log_and_result(compared: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "log.txt", "logs", "result.json"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"] == 2
     assert "Best validation" in (folder / "log.txt").read_text()
-    assert ">lopa<" in (compared / "comparison.svg").read_text()
+    assert ">soft<" in (compared / "comparison.svg").read_text()
 
 
-def test_a_second_call_runs_nothing(compared: Path, configs: Configs, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = sorted(compared.glob("runs/**/result.json"))
-    before = [path.stat().st_mtime_ns for path in paths]
-    report = (compared / "comparison.csv").read_text()
-    (compared / "comparison.csv").unlink()
-    compare(compared, configs, [configs["lopa"], configs["soft"]], "--seeds=[1,2]")
-    assert len(before) == 4
-    assert [path.stat().st_mtime_ns for path in paths] == before
-    assert "4 of 4 seed runs have ended before" in capsys.readouterr().out
-    assert (compared / "comparison.csv").read_text() == report
+def test_what_fails_is_named(compared: Path) -> None:
+    first = call(compared, "first")
+    failed = [name for name, run in first["results"].items() if run["status"] == "failed"]
+    assert set(failed) >= {f"{method} seed-{seed}" for method in ("nodata", "diverging") for seed in (1, 2)}
+    assert first["results"]["killed seed-1"]["status"] == "failed"
+    assert f"{len(failed)} of 8 runs failed: " in first["err"]
+    assert "reviews/killed/seed-1" in first["err"]
+    reasons = {name: run["reason"] for name, run in first["results"].items()}
+    assert reasons["diverging seed-1"].startswith("train/loss is nan at step 1 (epoch 0, batch 1), rows ")
+    assert "no.csv" in reasons["nodata seed-1"]
+    assert "error: no such file: no.csv" in (compared / "runs/reviews/nodata/seed-1/log.txt").read_text()
+    assert "ended by SIGKILL" in reasons["killed seed-1"]
+    report = (compared / "comparison.md").read_text()
+    assert f"- reviews nodata seed 1 failed: {reasons['nodata seed-1']}" in report
+    assert table_row(compared, "nodata")[1] == "failed"
 
 
-def test_what_fails_is_named_and_tried_again(
-    tmp_path: Path, configs: Configs, capsys: pytest.CaptureFixture[str]
-) -> None:
-    marker = tmp_path / "killed"
-    killed = {"class_path": "tests.experiments.killer.KilledOnce", "init_args": {"marker": str(marker)}}
-    soft = yaml.safe_load(Path(configs["soft"]).read_text())
-    far = {"shared_prompt": 1e30, "head": 1e30}
-    methods = [
-        write_yaml(tmp_path / "killed.yaml", {**soft, "trainer": {"callbacks": [killed]}}),
-        write_yaml(tmp_path / "nodata.yaml", {**soft, "data": {"init_args": {"data_files": {"train": "no.csv"}}}}),
-        write_yaml(tmp_path / "diverging.yaml", {"model": {"init_args": {"learning_rates": far}}}),
-        configs["soft"],
-    ]
-    arguments = (tmp_path / "out", configs, methods, "--seeds=[1]", "--max_epochs=3")
-    with pytest.raises(SystemExit) as stop:
-        compare(*arguments)
-    assert stop.value.code == 1
-    said = capsys.readouterr()
-    assert "3 of 4 runs failed: reviews killed seed 1, reviews nodata seed 1, reviews diverging seed 1" in said.err
-    first = results(tmp_path / "out")
-    assert [run["status"] for run in first.values()] == ["failed"] * 3 + ["done"]
-    assert first["diverging seed-1"]["reason"].startswith("train/loss is nan at step 1 (epoch 0, batch 1), rows ")
-    assert "no.csv" in first["nodata seed-1"]["reason"]
-    assert "error: no such file: no.csv" in (tmp_path / "out/runs/reviews/nodata/seed-1/log.txt").read_text()
-    assert "ended by SIGKILL" in first["killed seed-1"]["reason"]
-    report = (tmp_path / "out/comparison.md").read_text()
-    assert f"- reviews nodata seed 1 failed: {first['nodata seed-1']['reason']}" in report
-    assert table_row(tmp_path / "out", "nodata")[1] == "failed"
-
-    with pytest.raises(SystemExit):
-        compare(*arguments)
-    again = results(tmp_path / "out")
-    log = (tmp_path / "out/runs/reviews/killed/seed-1/log.txt").read_text()
-    assert log.count("Goes on from") == 1
+def test_what_failed_is_tried_again_and_what_was_interrupted_goes_on(compared: Path) -> None:
+    first, second = call(compared, "first"), call(compared, "second")
+    before = sum(run["status"] == "done" for run in first["results"].values())
+    assert f"{before} of 8 runs have ended before" in second["out"]
+    for name, run in first["results"].items():
+        if run["status"] == "done":
+            assert second["results"][name] == run  # with its seconds: it did not run again
+    assert (compared / "runs/reviews/killed/seed-1/log.txt").read_text().count("Goes on from") == 1
     # Continued within the same seed and settings: what an uninterrupted run of them gave, to the last digit.
-    assert again["killed seed-1"]["history"] == again["soft seed-1"]["history"]
-    assert len(again["soft seed-1"]["history"]) == 3
-    assert again["killed seed-1"]["trained"] == again["soft seed-1"]["trained"]
-    assert "1 of 4 seed runs have ended before" in capsys.readouterr().out
+    soft, killed = (second["results"][f"{method} seed-1"] for method in ("soft", "killed"))
+    assert killed["history"] == soft["history"]
+    assert len(soft["history"]) == 2
+    assert killed["figures"]["trained"] == soft["figures"]["trained"]
 
 
 def test_rates_are_chosen_on_training_data_alone(
@@ -194,7 +201,7 @@ def test_rates_are_chosen_on_training_data_alone(
     assert reported["tags"]["factor"] == best
     assert table_row(output, "soft")[7] == f"{best:g} \\*"
     assert "edge of the grid" in (output / "comparison.md").read_text()
-    assert "[3/3] reviews soft seed 1: score" in capsys.readouterr().out
+    assert "[3/3] reviews/soft/seed-1: score" in capsys.readouterr().out
 
 
 def test_every_wrong_config_is_refused_before_anything_runs(
@@ -209,12 +216,10 @@ def test_every_wrong_config_is_refused_before_anything_runs(
         str(tmp_path / "missing.yaml"),
     ]
     with pytest.raises(SystemExit) as stop:
-        compare(tmp_path / "out", configs, methods, "--reach=2", "--seeds=[1,1]")
+        compare(tmp_path / "out", configs, methods, "--seeds=[1]")
     assert stop.value.code == 1
     error = capsys.readouterr().err
     for expected in (
-        "reach must be above 0 and at most 1, got 2",
-        "seeds: 1 is given twice",
         "reviews misspelt: ",
         "Did you mean optimizer",
         "reviews negative: warmup must be a number of steps",
@@ -226,37 +231,40 @@ def test_every_wrong_config_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_methods_of_one_name_are_refused(
-    tmp_path: Path, configs: Configs, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "other").mkdir()
-    twin = write_yaml(tmp_path / "other" / "soft.yaml", yaml.safe_load(Path(configs["soft"]).read_text()))
-    with pytest.raises(SystemExit):
-        compare(tmp_path / "out", configs, [configs["soft"], twin])
-    assert "methods: 'soft' is the name of two" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"methods": ["soft.yaml", "other/soft.yaml"]}, "methods must be .* each of a name or value of its own, got "),
+        ({"tasks": []}, "tasks must be at least one, .* got \\[\\]"),
+        ({"seeds": [1, 1]}, "seeds must be .*, got \\[1, 1\\]"),
+        ({"rate_factors": [1.0, -1.0]}, "rate_factors must be positive"),
+        ({"selection_share": 1.0}, "selection_share must be above 0 and below 1, got 1.0"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(LoPAError, match=named):
+        configs_of(Comparison(**{"methods": ["a.yaml"], "tasks": ["b.yaml"], **changes}))
 
 
-def test_without_tasks_methods_are_complete(configs: Configs) -> None:
-    (pair,) = plan(Comparison(methods=[configs["reviews"]], overlays=[configs["soft"]], max_epochs=7))
-    assert (pair.task, pair.method, pair.selection) == ("task", "reviews", None)
-    assert pair.config["model"]["init_args"]["prompt_encoder"]["class_path"] == "lopa_lightning.PromptTuning"
-    assert pair.config["trainer"]["max_epochs"] == 7
-    rte, other = (str(ROOT / "configs" / f"glue_{task}.yaml") for task in ("rte", "mrpc"))
-    assert [pair.task for pair in plan(Comparison(methods=[rte]))] == ["rte"]
-    assert [pair.task for pair in plan(Comparison(methods=[rte, other]))] == ["task", "task"]
+@pytest.fixture(scope="module")
+def resolved() -> set[tuple[str, ...]]:
+    return set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_comparison_can_be_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_comparison_can_be_run(
+    path: Path, resolved: set[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     shipped, options = parsed(Comparison, "lopa compare", [f"--config={path}", "--", "--a=1"])
     assert options == ["--a=1"]
-    pairs = plan(shipped)
-    assert len(pairs) == len(shipped.tasks) * len(shipped.methods)
-    assert {"lopa", "prompt_tuning", "lora"} <= {pair.method for pair in pairs}
-    shares = {pair.selection["data"]["init_args"]["validation_from_train"] for pair in pairs if pair.selection}
-    assert shares == ({shipped.selection_share} if shipped.selects else set())
-    assert {pair.config["data"]["init_args"]["validation_from_train"] for pair in pairs} == {0.0}
+    check(shipped)
+    assert {"lopa", "prompt_tuning", "lora"} <= {Path(method).stem for method in shipped.methods}
+    for method in shipped.methods:
+        if (layers := (*shipped.overlays, method)) not in resolved:  # on one task, and once
+            resolve([shipped.tasks[0], *layers], budget(shipped))
+            resolved.add(layers)
 
 
 def test_a_misspelt_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +280,9 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--selection_share" in shown
-    assert "Share of the training split that they validate on." in shown
+    assert "Share of the training split that runs validate on where something is chosen by them." in " ".join(
+        shown.split()
+    )
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "lopa compare --help" in " ".join(capsys.readouterr().out.split())
@@ -282,13 +292,13 @@ def test_an_interruption_says_how_to_go_on(
     configs: Configs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: Comparing) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Comparing, "run", interrupted)
     with pytest.raises(SystemExit) as stop:
         compare(Path("out"), configs, [configs["soft"]])
     assert stop.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "ended by SIGINT: the same command goes on from here" in capsys.readouterr().err
 
 
 def test_without_matplotlib_nothing_begins(

@@ -214,7 +214,10 @@ def test_the_command_line(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--devices=0"], "--devices must be at least 1, got [0]"), (["--modle.x=1"], "Did you mean model?")],
+    [
+        (["--devices=0"], "--devices: must be a whole number of at least 1, got 0"),
+        (["--modle.x=1"], "Did you mean model?"),
+    ],
 )
 def test_wrong_input_ends_in_a_line(
     tiny: Tiny, options: list[str], message: str, capsys: pytest.CaptureFixture[str]

@@ -13,9 +13,8 @@ import pytest
 
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.experiments import chart
+from lopa_lightning.experiments.compare import choose_factor
 from lopa_lightning.experiments.report import (
-    Row,
-    choose_factor,
     csv_text,
     figure_text,
     markdown_text,
@@ -23,6 +22,9 @@ from lopa_lightning.experiments.report import (
     samples_to_reach,
 )
 
+Row = tuple[dict[str, Any], Result | None]
+
+FIVE = {"trained": 5}
 METHODS = ["lopa", "lora", "broken", "waiting"]
 
 
@@ -33,12 +35,13 @@ def result(*scores: float, **kwargs: Any) -> Result:
     ]
     for entry in history:
         entry["metrics"] |= {"val/accuracy": entry["metrics"]["val/score"], "val/majority_share": 0.625}
-    options = {"trained": 1000, "checkpoint_bytes": 2_000_000, "seconds_per_step": 0.25, "peak_mb": 1500.0}
-    return Result("done", "", history=history, **{**options, "peak_of": "cuda", "seconds": 9.0, **kwargs})
+    figures = {"trained": 1000, "checkpoint_mb": 2.0, "seconds_per_step": 0.25, "peak_mb": 1500.0}
+    return Result("done", history=history, figures={**figures, "peak_of": "cuda", "seconds": 9.0, **kwargs})
 
 
 def seeds(task: str, method: str, results: list[Result | None], factor: float = 1.0) -> list[Row]:
-    return [Row(task, method, "seed", seed, factor, found) for seed, found in enumerate(results, 1)]
+    tags = {"task": task, "method": method, "phase": "seed"}
+    return [({**tags, "seed": seed, "factor": factor}, found) for seed, found in enumerate(results, 1)]
 
 
 ROWS = [
@@ -53,11 +56,11 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return runs_table(ROWS, 0.95)
+    return runs_table(ROWS)
 
 
 def markdown(rows: list[Row], *factors: float) -> str:
-    return markdown_text(runs_table(rows, 0.95), 0.95, factors or (1.0,))
+    return markdown_text(runs_table(rows), factors or (1.0,))
 
 
 def test_samples_to_reach_a_share_of_the_best_mean(table: pd.DataFrame) -> None:
@@ -70,7 +73,7 @@ def test_samples_to_reach_a_share_of_the_best_mean(table: pd.DataFrame) -> None:
 
 
 def test_the_markdown_in_full(table: pd.DataFrame) -> None:
-    text = markdown_text(table, 0.95, [1.0, 2.0, 3.0])
+    text = markdown_text(table, [1.0, 2.0, 3.0])
     assert text.count("\n## ") == 3
     assert "16 of 24 runs have not ended yet" not in text
     assert "14 of 24 runs have not ended yet." in text
@@ -118,7 +121,7 @@ def test_the_majoritys_share_is_drawn_where_the_score_is_an_accuracy() -> None:
     other.history[-1]["metrics"]["val/accuracy"] = 0.7  # as MRPC's, whose score is the mean of accuracy and F1
     for found, drawn in ((result(0.5), True), (other, False)):
         rows = seeds("a", "lopa", [found])
-        assert ("most frequent label" in chart.svg(runs_table(rows, 0.95))) == drawn
+        assert ("most frequent label" in chart.svg(runs_table(rows))) == drawn
 
 
 def test_figures_of_what_is_not_finite_are_no_error() -> None:
@@ -147,7 +150,7 @@ def test_several_metrics_have_a_column_each() -> None:
 
 def test_a_score_that_is_a_loss_is_not_shown_in_points() -> None:
     history = [{"samples": 8 * n, "metrics": {"val/loss": -s, "val/score": s}} for n, s in enumerate((-2.0, -1.0), 1)]
-    rows = seeds("a", "lopa", [Result("done", "", history=history, trained=5)])
+    rows = seeds("a", "lopa", [Result("done", "", history=history, figures=FIVE)])
     text = markdown(rows)
     assert "| lopa | -1.0000 | 5 |" in text
     assert "| 16 | 1 |" in text  # -1 reaches -1.05
@@ -155,26 +158,22 @@ def test_a_score_that_is_a_loss_is_not_shown_in_points() -> None:
 
 def test_of_completions_accuracy_is_in_points_and_perplexity_as_it_is() -> None:
     metrics = {"val/loss": 1.0, "val/score": -1.0, "val/perplexity": 2.7183, "val/token_accuracy": 0.75}
-    rows = seeds("a", "lopa", [Result("done", "", history=[{"samples": 8, "metrics": metrics}], trained=5)])
+    rows = seeds("a", "lopa", [Result("done", "", history=[{"samples": 8, "metrics": metrics}], figures=FIVE)])
     text = markdown(rows)
     assert "| lopa | -1.0000 | 2.7183 | 75.0 | 5 |" in text
 
 
 def test_the_factor_of_the_best_end_is_chosen() -> None:
-    def selection(factor: float, found: Result) -> Row:
-        return Row("a", "lopa", "select", 0, factor, found)
-
-    rows = [
-        selection(0.3, result(0.9, 0.5)),  # its best epoch does not count
-        selection(1.0, result(0.4, 0.6)),
-        selection(3.0, result(0.7, math.nan)),
-        selection(9.0, Result("failed", "", "diverged")),
-    ]
-    assert choose_factor(rows) == 1.0
+    runs = {
+        0.3: result(0.9, 0.5),  # its best epoch does not count
+        1.0: result(0.4, 0.6),
+        9.0: Result("failed", "", "diverged"),
+    }
+    assert choose_factor(runs) == 1.0
     lower_loss = result(0.4, 0.6)
     lower_loss.history[-1]["metrics"]["val/loss"] = 0.5
-    assert choose_factor([*rows, selection(5.0, lower_loss)]) == 5.0
-    assert choose_factor(rows[-1:]) is None
+    assert choose_factor({**runs, 5.0: lower_loss}) == 5.0
+    assert choose_factor({9.0: runs[9.0]}) is None
 
 
 def test_the_csv_has_failures_and_runs_that_wait(table: pd.DataFrame) -> None:

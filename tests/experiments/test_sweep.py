@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.command import alone_in
 from lopa_lightning.experiments.resolve import resolve
-from lopa_lightning.experiments.sweep import Sweep, Sweeping, by_settings, combinations, trials_table
+from lopa_lightning.experiments.runs import Run
+from lopa_lightning.experiments.sweep import Sweep, Sweeping, _name, check, distribution, ranking
 from tests.experiments.conftest import write_yaml
 
 Configs = dict[str, str]
@@ -36,6 +36,10 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def sweep(output: Path, configs: Configs, space: dict[str, Any], *arguments: str) -> None:
     given = {"configs": [configs["reviews"], configs["lopa"]], "space": space, "output": str(output), "max_epochs": 1}
     main(["sweep", "--config", write_yaml(Path("sweep.yaml"), given), *arguments])
+
+
+def options(folder: Path, configs: Configs, space: dict[str, Any]) -> Sweep:
+    return Sweep(configs=[configs["reviews"], configs["lopa"]], space=space, output=str(folder / "out"), max_epochs=1)
 
 
 def rows(output: Path) -> list[dict[str, str]]:
@@ -103,34 +107,26 @@ def test_tensorboards_hparams_have_every_trial(grid: Path) -> None:
         assert yaml.safe_load((log / "hparams.yaml").read_text())["prompt_encoder"]["init_args"]["rank"] in (1, 2)
 
 
-def test_a_second_call_runs_nothing_and_more_trials_only_the_new_ones(
+def test_a_sweep_goes_on_with_what_was_begun_and_runs_nothing_twice(
     tmp_path: Path, configs: Configs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = {LR: {"low": 1e-3, "high": 1e-1, "log": True}}
+    runs = tmp_path / "out" / "runs"
+    begun = {LR: 0.0123}
+    Run(runs / _name(begun), resolve([configs["reviews"]]), begun).prepare()  # as if the machine had stopped then
     sweep(tmp_path / "out", configs, space, "--trials=2")
-    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/result.json")}
-    assert len(first) == 2
-    assert all(1e-3 <= float(row[LR]) <= 1e-1 for row in rows(tmp_path / "out"))
-    sweep(tmp_path / "out", configs, space, "--trials=3")
-    again = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/result.json")}
-    assert len(again) == 3
-    assert first.items() <= again.items()
-    assert "2 of 3 trials have ended before" in capsys.readouterr().out
-    sweep(tmp_path / "out", configs, space, "--trials=3")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/result.json")} == again
-
-
-def test_an_interrupted_trial_is_run_again_with_its_values(tmp_path: Path, configs: Configs) -> None:
-    options = Sweep(
-        [configs["reviews"], configs["lopa"]],
-        {LR: {"low": 1e-3, "high": 1e-1}},
-        trials=1,
-        output=str(tmp_path / "out"),
-        max_epochs=1,
-    )
-    Sweeping(options)._run({LR: 0.0123}).prepare()  # as if the machine had stopped in the middle of it
-    trials = Sweeping(options, say=lambda line: None).run()
-    assert [values for values, _ in trials] == [{LR: 0.0123}]
+    first = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+    drawn = [float(row[LR]) for row in rows(tmp_path / "out")]
+    assert drawn[0] == 0.0123
+    assert 1e-3 <= drawn[1] <= 1e-1
+    capsys.readouterr()
+    (tmp_path / "out" / "sweep.csv").unlink()
+    sweep(tmp_path / "out", configs, space, "--trials=2")
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")} == first
+    assert "2 of 2 runs have ended before" in capsys.readouterr().out
+    assert sorted(float(row[LR]) for row in rows(tmp_path / "out")) == sorted(drawn)
+    other = Sweeping(options(tmp_path, configs, {LR: {"low": 0.05, "high": 0.1}}))
+    assert all(values[LR] >= 0.05 for values in other._queue())  # what is of another space is left alone
 
 
 def test_a_failed_trial_is_told_and_the_others_go_on(
@@ -141,89 +137,81 @@ def test_a_failed_trial_is_told_and_the_others_go_on(
         sweep(tmp_path / "out", configs, space, "--sampler=grid")
     assert sorted(row["status"] for row in rows(tmp_path / "out")) == ["done", "failed"]
     assert "no column 'lable'" in next(row["reason"] for row in rows(tmp_path / "out") if row["status"] == "failed")
-    assert "1 of 2 trials failed" in capsys.readouterr().err
+    assert "1 of 2 runs failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"space": {}}, "space: give at least one"),
-        ({"sampler": "bayes"}, "sampler must be one of grid, tpe, random, got 'bayes'"),
+        ({"space": {}}, "space must be at least one, got {}"),
+        ({"configs": []}, "configs must be at least one"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
-        ({"selection_share": 1.0}, "selection_share must be a share below 1, got 1"),
-        ({"space": {LR: 0.1}}, "must be a list of values or {low, high}"),
-        ({"space": {LR: {"low": 1, "high": 0}}}, "needs numbers low < high"),
-        ({"space": {LR: {"low": "a", "high": "b"}}}, "needs numbers low < high"),
-        ({"space": {LR: {"low": 0, "high": 1.0, "log": True}}}, "lr: .*low"),
-        ({"space": {RANK: {"low": 1, "high": 8, "log": True, "step": 2}}}, "rank: .*step"),
-        ({"space": {LR: [1e-3, 1e-3]}}, "lr: 0.001 is given twice"),
-        ({"space": {LR: [{"a": 1}]}}, "lr: values must be numbers, texts, true, false or null"),
-        ({"space": {LR: []}}, "lr: "),
-        ({"space": {LR: {"low": 0, "high": 1}}, "sampler": "grid"}, "a grid needs lists"),
-        ({"space": {LR: {"low": 0, "high": 1, "logs": True}}}, "with log or step"),
+        ({"workers": -1}, "workers must be at least 1, got -1"),
+        ({"space": {LR: {"low": 0, "high": 1}}, "sampler": "grid"}, "sampler must be tpe or random where"),
     ],
 )
 def test_sweeps_that_cannot_be_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(LoPAError, match=named):
-        Sweep(**{"configs": ["a.yaml"], "space": {LR: [0.1]}, **changes}).check()
+        check(Sweep(**{"configs": ["a.yaml"], "space": {LR: [0.1]}, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("choice", "named"),
+    [
+        (0.1, "must be a list of plain values, or {low, high}"),
+        ([{"a": 1}], "must be a list of plain values"),
+        ({"low": 0, "high": 1, "logs": True}, "with log or step, got"),
+        ({"low": 1, "high": 0}, "low"),
+        ({"low": "a", "high": "b"}, "space: lr: "),
+        ({"low": 0, "high": 1.0, "log": True}, "low"),
+        ({"low": 1, "high": 8, "log": True, "step": 2}, "step"),
+        ([1e-3, 1e-3], r"values must differ, got \[0.001, 0.001\]"),
+        ([], "space: lr: "),
+    ],
+)
+def test_spaces_that_cannot_be_are_refused(choice: Any, named: str) -> None:
+    with pytest.raises(LoPAError, match=named):
+        distribution("lr", choice)
 
 
 @pytest.mark.parametrize(
     ("space", "named"),
     [
-        ({"model.init_args.prompt_encoder.init_args.rnak": [1]}, "the configs have no option 'model.*rnak'"),
+        ({"model.init_args.prompt_encoder.init_args.rnak": [1]}, "rnak"),
         ({RANK: [1, "many"]}, "rank"),
+        ({"data.batch_size": [1]}, "no option 'data.batch_size'; name it as --print_config shows it"),
     ],
 )
 def test_options_and_values_are_checked_before_anything_runs(
     tmp_path: Path, configs: Configs, space: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(LoPAError, match=named):
-        Sweeping(Sweep([configs["reviews"], configs["lopa"]], space, output=str(tmp_path / "out")))
+        Sweeping(options(tmp_path, configs, space))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("space", "options", "what"),
-    [({RANK: [1, 4]}, [], "space"), ({RANK: [1, 2]}, ["--data.init_args.batch_size=2"], "configuration")],
-)
-def test_another_sweep_needs_another_folder(
-    tmp_path: Path, configs: Configs, space: dict[str, Any], options: list[str], what: str
-) -> None:
-    files, output = [configs["reviews"], configs["lopa"]], str(tmp_path / "out")
-    Sweeping(Sweep(files, {RANK: [1, 2]}, output=output))
-    with pytest.raises(LoPAError, match=f"holds a sweep of another {what}"):
-        Sweeping(Sweep(files, space, output=output), options)
+def test_the_best_overlay_gives_the_trial_that_was_run(tmp_path: Path, configs: Configs) -> None:
+    """A group's rate that was found stands beside those of the other groups, which YAML would replace."""
+    values = {"model.init_args.learning_rates.low_rank": 0.5}
+    sweeping = Sweeping(options(tmp_path, configs, {name: [value] for name, value in values.items()}))
+    run = Run(sweeping.runs.folder / "run", sweeping.config(values), values)
+    assert run.config["model"]["init_args"]["learning_rates"] == {"head": 0.02, "low_rank": 0.5}
+    sweeping.tried[run.folder] = run
+    sweeping.runs.results[run.folder] = done(0.5)
+    sweeping.write_report()
+    again = resolve([*sweeping.sweep.configs, str(tmp_path / "out" / "best.yaml")], sweeping.fixed)
+    assert again == run.config
 
 
-def test_a_group_without_a_rate_of_its_own_can_be_given_one(tmp_path: Path, configs: Configs) -> None:
-    name = "model.init_args.learning_rates.low_rank"
-    sweeping = Sweeping(Sweep([configs["reviews"], configs["lopa"]], {name: [0.5]}, output=str(tmp_path / "out")))
-    rates = sweeping.config({name: 0.5})["model"]["init_args"]["learning_rates"]
-    assert rates == {"head": 0.02, "low_rank": 0.5}
+def done(score: float) -> Result:
+    return Result("done", "", history=[{"samples": 1, "metrics": {"val/score": score}}])
 
 
-def test_two_commands_in_one_folder_are_refused(tmp_path: Path) -> None:
-    in_use = pytest.raises(LoPAError, match=r"out' is in use by another lopa command")
-    with alone_in(tmp_path / "out"), in_use, alone_in(tmp_path / "out"):
-        pass
-    with alone_in(tmp_path / "out"):  # free again
-        pass
-    (tmp_path / "file").touch()
-    with pytest.raises(LoPAError, match=r"file' cannot be written to"), alone_in(tmp_path / "file"):
-        pass
-
-
-def test_failed_trials_have_no_part_in_a_mean() -> None:
-    def done(score: float) -> Result:
-        return Result("done", "", history=[{"samples": 1, "metrics": {"val/score": score}}])
-
-    trials = [({"r": 1, "seed_everything": i}, done(score)) for i, score in enumerate([0.5, 0.7])]
-    trials += [({"r": 2, "seed_everything": 0}, done(0.9)), ({"r": 1, "seed_everything": 2}, Result("failed", ""))]
-    groups = by_settings(trials_table(trials), ["r", "seed_everything"])
-    assert groups[["r", "runs"]].to_numpy().tolist() == [[2, 1], [1, 2]]
-    assert groups.score.tolist() == pytest.approx([0.9, 0.6])
-    assert groups.sd.iloc[1] == pytest.approx(statistics.stdev([0.5, 0.7]))
+def test_settings_are_ranked_by_their_mean_over_seeds() -> None:
+    scores = [(1, 0.5), (1, 0.7), (2, 0.9)]
+    ended = [({"r": r, SEED: seed}, score) for seed, (r, score) in enumerate(scores)]
+    found = ranking(ended)
+    assert found == [({"r": 2}, [0.9]), ({"r": 1}, [0.5, 0.7])]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -232,8 +220,8 @@ def test_shipped_sweeps_name_options_that_exist(path: Path, tmp_path: Path, monk
     given = yaml.safe_load(path.read_text())
     sweeping = Sweeping(Sweep(**{**given, "output": str(tmp_path / "out")}))
     if path.stem == "rank":
-        assert [values[RANK] for values in combinations(given["space"])] == [1, 1, 1, 2, 2, 2, 4, 4, 4]
+        assert [values[RANK] for values in sweeping._queue()] == [1, 1, 1, 2, 2, 2, 4, 4, 4]
     if path.stem == "length":
         lengths = given["space"]["model.init_args.prompt_encoder.init_args.num_virtual_tokens"]
         assert lengths == [5, 10, 25, 50, 100]
-    assert list(sweeping.drawn_from) == list(given["space"])
+    assert list(sweeping.distributions) == list(given["space"])

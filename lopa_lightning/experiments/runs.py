@@ -1,0 +1,224 @@
+"""Makes runs of ``lopa fit``: each has a folder, a configuration, a process and a result of its own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lopa_lightning import checkpoint
+from lopa_lightning.callbacks.run_record import Result
+from lopa_lightning.cli import main
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.experiments.resolve import Config
+from lopa_lightning.files import write_whole
+
+_CONFIG_FILE, _LOG_FILE, _CHECKPOINTS = "config.yaml", "log.txt", "checkpoints"
+# Imported once, in the process that runs are forked from.
+_PRELOADED = ["lopa_lightning.experiments.runs", "transformers.modeling_utils", "torch.utils.tensorboard"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with a folder to run it in.
+
+    Attributes:
+        folder: Where its configuration, log, result and checkpoints go; of this run alone.
+        config: As from :func:`~lopa_lightning.experiments.resolve.resolve`.
+        tags: Anything to find in its result again.
+    """
+
+    folder: Path
+    config: Config
+    tags: dict[str, Any]
+
+    @property
+    def config_hash(self) -> str:
+        """Hash of the configuration, wherever it is run."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """What an interrupted run goes on from."""
+        return self.folder / _CHECKPOINTS / "last.ckpt"
+
+    def finished(self) -> Result | None:
+        """Returns the result, if this very configuration has been run to its end."""
+        result = Result.read(self.folder)
+        return result if result is not None and result.done and result.config_hash == self.config_hash else None
+
+    def prepare(self) -> None:
+        """Makes the folder ready; a run of another configuration that is there is put aside."""
+        before = Result.read(self.folder)
+        if before is not None and before.config_hash != self.config_hash:
+            names = (f"{self.folder.name}.replaced-{number}" for number in itertools.count(1))
+            aside = next(path for name in names if not (path := self.folder.with_name(name)).exists())
+            print(f"{self.folder}: its configuration has changed; the old run is now {aside.name}", flush=True)
+            self.folder.rename(aside)
+        write_whole(self.folder / _CONFIG_FILE, yaml.safe_dump(self._placed_config(), sort_keys=False))
+        Result("running", self.config_hash, tags=self.tags).write(self.folder)
+
+    def _placed_config(self) -> Config:
+        """Returns the configuration with logs, checkpoints and result in the folder, without progress bars."""
+        placed = copy.deepcopy(self.config)
+        trainer = placed["trainer"]
+        trainer |= {"default_root_dir": str(self.folder), "enable_progress_bar": False}
+        if trainer["logger"]:
+            options = {"save_dir": str(self.folder), "name": "logs", "version": "", "default_hp_metric": False}
+            trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": options}
+        given = trainer["callbacks"] or []
+        record = {"class_path": "lopa_lightning.callbacks.RunRecord", "init_args": {"folder": str(self.folder)}}
+        trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), record]
+        placed["checkpoint"]["dirpath"] = str(self.folder / _CHECKPOINTS)
+        placed["last_checkpoint"] |= {"dirpath": str(self.folder / _CHECKPOINTS), "filename": "last"}
+        return placed
+
+    def result(self, exit_code: int | None) -> Result:
+        """Returns what came out, once its process has ended, and writes it down if that is a failure."""
+        if (finished := self.finished()) is not None:
+            shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
+            return finished
+        if exit_code is not None and exit_code < 0:
+            name = signal.Signals(-exit_code).name
+            why = f"its process was ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+        else:  # the last error in the log, or else its last line
+            lines = (self.folder / _LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            why = [f"its process ended with status {exit_code}", *lines[-1:], *errors[-1:]][-1]
+        result = Result("failed", self.config_hash, why, self.tags)
+        result.write(self.folder)
+        return result
+
+
+class Runs:
+    """Makes the runs of a command, each in a process of its own, and keeps a report up to date.
+
+    Args:
+        folder: Of the report; the runs lie in ``runs``.
+        report: Writes the report; called whenever a run has ended.
+        workers: Runs at once; None for one on each visible GPU, or one where there is none.
+
+    Attributes:
+        results: What came out, by folder.
+        total: How many runs there will be, for messages.
+    """
+
+    def __init__(self, folder: str, report: Callable[[], None], workers: int | None = None) -> None:
+        self.folder = Path(folder) / "runs"
+        self.results: dict[Path, Result] = {}
+        self.total = 0
+        self.workers = workers or max(1, torch.cuda.device_count())
+        self._report = report
+
+    def make(self, runs: Sequence[Run]) -> None:
+        """Makes those runs that have not been made, in their order.
+
+        A run that fails, or whose process dies, is a result that says so. When this is left by an exception, the
+        processes are ended.
+        """
+        ended = {run.folder: result for run in runs if (result := run.finished()) is not None}
+        if ended:
+            print(f"{len(ended)} of {len(runs)} runs have ended before", flush=True)
+        self.results |= ended
+        waiting, slots = [run for run in runs if run.folder not in ended], list(range(self.workers))
+        running: dict[Any, tuple[Run, int, BaseProcess]] = {}
+        try:
+            while waiting or running:
+                while waiting and slots:
+                    run, slot = waiting.pop(0), slots.pop(0)
+                    process = _started(run, slot, self.workers)
+                    running[process.sentinel] = (run, slot, process)
+                for sentinel in connection.wait(list(running)):
+                    run, slot, process = running.pop(sentinel)
+                    slots.append(slot)
+                    process.join()
+                    self._end(run, run.result(process.exitcode))
+        finally:
+            for _, _, process in running.values():
+                process.kill()  # checkpoints are written whole or not at all
+                process.join()
+
+    def _end(self, run: Run, result: Result) -> None:
+        """Keeps a result, and says so."""
+        self.results[run.folder] = result
+        if result.done:
+            outcome = f"score {result.score:.4f}, {result.figures['seconds']:.0f} s"
+        else:
+            outcome = f"failed: {result.reason} (see {run.folder / _LOG_FILE})"
+        print(f"[{len(self.results)}/{self.total}] {self._name(run.folder)}: {outcome}", flush=True)
+        self._report()
+
+    def _name(self, folder: Path) -> str:
+        """Returns a run's name."""
+        return folder.relative_to(self.folder).as_posix()
+
+    def end_command(self) -> None:
+        """Ends the program with status 1 and a line on the standard error if a run has failed."""
+        failed = [self._name(folder) for folder, result in self.results.items() if not result.done]
+        if failed:
+            sys.stderr.write(f"{len(failed)} of {len(self.results)} runs failed: {', '.join(failed)}\n")
+            raise SystemExit(1)
+
+
+def _started(run: Run, slot: int, workers: int) -> BaseProcess:
+    """Starts the process of a run: a fork of one that has imported everything, where there are such forks."""
+    run.prepare()
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    devices = visible.split(",") if visible else [str(index) for index in range(count)]
+    # Without this, each of several processes would take all cores, and they would wait for each other.
+    threads = None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
+    has_forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if has_forks else "spawn")
+    if has_forks:
+        context.set_forkserver_preload(_PRELOADED)
+    # Not a daemon: those may not have children, and a loader's workers are.
+    process: BaseProcess = context.Process(target=_fit, args=(run, devices[slot % count] if count else None, threads))
+    process.start()
+    return process
+
+
+def _fit(run: Run, device: str | None, threads: int | None) -> None:
+    """Runs ``lopa fit`` in this process, which is its own."""
+    log = (run.folder / _LOG_FILE).open("a", buffering=1, encoding="utf-8", errors="replace")
+    for descriptor in (1, 2):
+        os.dup2(log.fileno(), descriptor)
+    sys.stdout = sys.stderr = log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to children too; the parent ends them
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    if threads is not None:
+        torch.set_num_threads(threads)
+    arguments = ["fit", "--config", str(run.folder / _CONFIG_FILE)]
+    if run.last_checkpoint.is_file():
+        try:
+            checkpoint.read(run.last_checkpoint)
+            arguments += ["--ckpt_path", str(run.last_checkpoint)]
+            print(f"Goes on from {run.last_checkpoint}")
+        except LoPAError as error:
+            print(f"Starts from the beginning: {error}")
+    main(arguments)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: else the same command would run it twice."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,153 @@
+"""Runs by themselves: what is measured, put aside and ended."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lopa_lightning.callbacks.run_record import Result
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.experiments.command import folder_of_runs
+from lopa_lightning.experiments.resolve import resolve, with_rates_times
+from lopa_lightning.experiments.runs import Run, Runs, _started
+
+Configs = dict[str, str]
+
+
+def runs_in(folder: Path, workers: int = 1) -> Runs:
+    return Runs(str(folder), lambda: None, workers)
+
+
+def test_a_budget_of_steps_that_ends_within_an_epoch_is_validated_at_its_end(tmp_path: Path, configs: Configs) -> None:
+    runs = runs_in(tmp_path)
+    run = Run(runs.folder / "run", resolve([configs["reviews"], configs["soft"]], ["--trainer.max_steps=7"]), {"a": 1})
+    runs.make([run])
+    result = runs.results[run.folder]
+    assert (result.status, result.reason, result.tags) == ("done", "", {"a": 1})
+    assert [(e["step"], e["samples"]) for e in result.history] == [(5, 20), (7, 28)]
+    assert run.finished() == result
+
+
+def test_processes_are_ended_when_a_command_is_left(tmp_path: Path, configs: Configs) -> None:
+    config = resolve([configs["reviews"], configs["soft"]])
+    endless = {**config, "trainer": {**config["trainer"], "max_epochs": 100_000}}
+    broken = {**config, "trainer": {**config["trainer"], "max_epochs": "many"}}
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    runs = Runs(str(tmp_path), interrupted, workers=2)
+    names = {"endless": endless, "broken": broken}
+    with pytest.raises(KeyboardInterrupt):
+        runs.make([Run(runs.folder / name, config, {}) for name, config in names.items()])
+    assert [result.status for result in runs.results.values()] == ["failed"]
+    assert not multiprocessing.active_children()
+    left = Result.read(runs.folder / "endless")
+    assert left is not None
+    assert left.status == "running"
+
+
+def test_what_is_finished_is_so_for_its_own_config_alone(
+    tmp_path: Path, configs: Configs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = resolve([configs["reviews"], configs["soft"]])
+    run = Run(tmp_path / "run", config, {})
+    run.prepare()
+    run.last_checkpoint.parent.mkdir()
+    run.last_checkpoint.touch()
+    Result("done", run.config_hash, history=[{"metrics": {"val/score": 0.5}}]).write(run.folder)
+    assert run.finished() is not None
+
+    other = Run(tmp_path / "run", {**config, "seed_everything": 7}, {})
+    assert other.finished() is None
+    run.prepare()  # the same again: what an interrupted run left is gone on from, its result is not
+    assert run.last_checkpoint.exists()
+    assert run.finished() is None
+    assert capsys.readouterr().out == ""
+    other.prepare()
+    assert "its configuration has changed; the old run is now run.replaced-1" in capsys.readouterr().out
+    assert not run.last_checkpoint.exists()
+    assert (tmp_path / "run.replaced-1" / run.last_checkpoint.relative_to(run.folder)).exists()
+
+    Result("failed", other.config_hash, "why").write(other.folder)
+    assert other.finished() is None
+    (other.folder / "result.json").write_text("{")
+    assert Result.read(other.folder) is None
+
+
+def test_resolving_is_merging_in_order(configs: Configs) -> None:
+    config = resolve([configs["reviews"], configs["soft"]], ["--trainer.max_epochs=9"])
+    model = config["model"]["init_args"]
+    assert model["prompt_encoder"]["class_path"] == "lopa_lightning.PromptTuning"
+    assert model["learning_rates"] == {"shared_prompt": 0.05, "head": 0.02}
+    assert (model["optimizer"]["init_args"]["lr"], config["trainer"]["max_epochs"]) == (0.01, 9)
+
+
+def test_a_rate_factor_multiplies_every_rate_and_nothing_else() -> None:
+    def config(lr: float, prompt: float) -> dict[str, object]:
+        optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.1}}
+        return {"model": {"init_args": {"optimizer": optimizer, "learning_rates": {"prompt": prompt}, "warmup": 3}}}
+
+    before = config(0.25, 0.5)
+    assert with_rates_times(before, 4.0) == config(1.0, 2.0)
+    assert before == config(0.25, 0.5)
+
+
+def test_a_rate_factor_needs_a_rate() -> None:
+    config = {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.LBFGS", "init_args": {}}}}}
+    assert with_rates_times(config, 1.0) == config
+    with pytest.raises(LoPAError, match=r"a rate factor of 3 needs model.init_args.optimizer.init_args.lr"):
+        with_rates_times(config, 3.0)
+
+
+def test_two_commands_in_one_folder_are_refused(tmp_path: Path) -> None:
+    def refused() -> None:
+        with (
+            pytest.raises(LoPAError, match=r"output '.*out' is in use by another lopa command"),
+            folder_of_runs(str(tmp_path / "out")),
+        ):
+            pass
+
+    with folder_of_runs(str(tmp_path / "out")):
+        other = multiprocessing.get_context("fork").Process(target=refused)
+        other.start()
+        other.join()
+        assert other.exitcode == 0
+    assert not (tmp_path / "out").exists()  # nothing was written to it
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), folder_of_runs(str(tmp_path / "file")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "devices"),
+    [("3,5", 2, ["3", "5", "3"]), (None, 2, ["0", "1", "0"]), ("", 0, [None, None, None])],
+)
+def test_each_gpu_has_a_run(
+    visible: str | None, count: int, devices: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str | None] = []
+
+    class Process:
+        def __init__(self, target: Any, args: tuple[Run, str | None, int]) -> None:
+            started.append(args[1])
+
+        def start(self) -> None:
+            pass
+
+    context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr(Run, "prepare", lambda self: None)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for slot in range(3):
+        _started(Run(tmp_path, {}, {}), slot, 3)
+    assert started == devices
+    assert runs_in(tmp_path, 0).workers == max(1, count)
