@@ -63,6 +63,13 @@ class Backbone(nn.Module, ABC):
 
     model: PreTrainedModel
     placement: str
+    dropout: bool = False
+    """Whether the model's own dropout is active in training."""
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in eval mode, unless the model's dropout was asked for."""
+        super().train(mode and self.dropout)
+        return self
 
     @property
     @abstractmethod

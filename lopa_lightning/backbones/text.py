@@ -121,9 +121,9 @@ class TextBackbone(Backbone, LanguageModel):
         return max_positions(self.body)
 
     def train(self, mode: bool = True) -> TextBackbone:
-        """Stays in eval mode, unless the backbone's dropout was asked for."""
-        super().train(mode and self.dropout)
-        for layer in self._adapted:  # an adapter's dropout is its own
+        """Stays in eval mode, unless the model's dropout was asked for; an adapter's dropout is its own."""
+        super().train(mode)
+        for layer in self._adapted:
             layer.train(mode)
         return self
 
