@@ -93,12 +93,11 @@ def _check_archive(file: IO[bytes]) -> int:
             if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
                 raise LoPAError("it is compressed, and could unpack to any size; torch.save does not compress")
             names = [entry.filename for entry in entries]
-            root = names[0].partition("/")[0] if names else ""
-            # torch's own reader looks for names under the first one's root, whatever their case.
-            is_clear = len({name.lower() for name in names}) == len(names) and f"{root}/data.pkl" in names
-            if not is_clear or any(not name.startswith(f"{root}/") for name in names):
+            main = f"{names[0].partition('/')[0]}/data.pkl" if names else ""
+            # torch's own reader looks for this one, whatever its case.
+            if main not in names or len({name.lower() for name in names}) < len(names):
                 raise LoPAError("torch.save did not write it")
-            with archive.open(f"{root}/data.pkl") as pickled:
+            with archive.open(main) as pickled:
                 for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
                     # The only way of naming something that torch's unpickler knows.
                     if operation.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):

@@ -75,6 +75,8 @@ class LoPACLI(LightningCLI):
         **kwargs: See Lightning.
     """
 
+    _saved: dict[str, Any] | None
+
     def __init__(self, args: ArgsType = None, callbacks: Sequence[Callback] = (), **kwargs: Any) -> None:
         given = sys.argv[1:] if args is None else args
         first = given[0] if isinstance(given, list) and given else None
@@ -157,7 +159,7 @@ class LoPACLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuses a checkpoint that is wrong before anything is built or loaded."""
-        self._saved: dict[str, Any] | None = None
+        self._saved = None
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]

@@ -227,3 +227,11 @@ def test_the_summary_names_no_checkpoint_that_the_run_has_not_written(
         summary.load_state_dict({"best": {"val/score": 0.5}})
         summary.on_fit_end(trainer(tmp_path, callbacks=[best]), torch.nn.Linear(1, 1))
         assert ("MB checkpoint" in capsys.readouterr().out) == is_named
+
+
+def test_an_evaluation_checks_what_it_restores_too(state: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    saved = copy.deepcopy(state)
+    saved["loops"]["validate_loop"]["batch_progress"] = {"current": "x"}
+    torch.save(saved, tmp_path / "x.ckpt")
+    with pytest.raises(LoPAError, match=r"validate_loop.batch_progress.current is x"):
+        trainer(tmp_path).validate(scheduled(tiny("bert_base")), reviews(tmp_path), ckpt_path=tmp_path / "x.ckpt")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.errors import LoPAError
@@ -45,14 +41,7 @@ class ResumePoint(Callback):
         self._metrics = built(state_dict["metrics"], dict[str, float], "metrics")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the state that the run goes on from, for a checkpoint before its first step.
-
-        Of checkpoint callbacks only what names checkpoints that they may replace is restored.
-        """
-        for callback in trainer.checkpoint_callbacks:
-            state = checkpoint["callbacks"].get(callback.state_key)
-            if isinstance(callback, ModelCheckpoint) and state and not _names_own(state, callback, trainer.ckpt_path):
-                checkpoint["callbacks"][callback.state_key] = callback.state_dict()
+        """Keeps the state that the run goes on from, for a checkpoint before its first step."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_step = checkpoint["loops"]["fit_loop"]
             _go_on(checkpoint["loops"]["fit_loop"], trainer)
@@ -114,26 +103,6 @@ class ResumePoint(Callback):
             count["completed"] = count["processed"]
         begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         loop[_VALIDATION] = {"total": begun, "current": dict(begun), "is_last_batch": False}
-
-
-def _names_own(state: dict[str, Any], callback: ModelCheckpoint, resumed: Any) -> bool:
-    """Whether all checkpoints in a state lie beside the one that is resumed, under names that the callback gives.
-
-    Lightning removes them for better ones, and whose they are is the file's word alone.
-    """
-    best = state.get("best_k_models") or {}
-    named = [*best, *(state.get(key) for key in ("best_model_path", "kth_best_model_path", "last_model_path"))]
-    given = [callback.filename or "{epoch}-{step}", callback.CHECKPOINT_NAME_LAST]
-    pattern = "|".join(".*".join(map(re.escape, re.split(r"\{.*?\}", each))) for each in given)
-    folder = os.path.realpath(os.path.dirname(resumed)) if "://" not in str(resumed) else os.path.dirname(resumed)
-    return all(isinstance(score, Tensor | float) for score in best.values()) and all(
-        isinstance(path, str)
-        and (os.path.dirname(path) if "://" in path else os.path.realpath(os.path.dirname(path))) == folder
-        and ".." not in Path(path).parts
-        and re.fullmatch(rf"({pattern})(-v\d+)?{re.escape(callback.FILE_EXTENSION)}", os.path.basename(path))
-        for path in named
-        if path
-    )
 
 
 def _validation_follows(trainer: Trainer) -> bool:

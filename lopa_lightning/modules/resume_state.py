@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
+import os
+import re
 from collections.abc import Mapping
+from itertools import chain
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.modules.schedule import WarmUp, schedule, with_rates
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
 
-def check_state(saved: dict[str, Any], module: LoPALightningModule, stage: str, has_schedule: bool = True) -> None:
+def check_state(saved: dict[str, Any], module: LoPALightningModule, stage: str, has_schedule: bool) -> None:
     """Refuses state that this run could not have written; in place, leaves of a scheduler's what the scheduler knows.
 
     Args:
@@ -33,32 +33,50 @@ def check_state(saved: dict[str, Any], module: LoPALightningModule, stage: str, 
     Raises:
         LoPAError: If it does not fit, or torch refuses it.
     """
+    # Some strategies have an optimizer state of their own form; a module's own optimizers are not known here.
+    is_ours = type(module).configure_optimizers.__module__ == "lopa_lightning.modules.base"
     try:
         _check_progress(saved, module.trainer, stage)
-        # Other strategies have an optimizer state of their own form; a module's own optimizers have no twin here.
-        is_ours = type(module).configure_optimizers.__module__ == "lopa_lightning.modules.base"
         if stage == "fit" and is_ours and module.trainer.strategy.lightning_restore_optimizer:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # said of the run's own
-                _check_optimization(saved, module, has_schedule)
+            _check_optimization(saved, module, has_schedule)
     except Exception as error:  # torch raises whatever a foreign state makes it stumble over
-        message = str(error) if isinstance(error, LoPAError) else one_line(error)
-        raise LoPAError(f"the checkpoint cannot be resumed: {message}") from error
+        raise LoPAError(f"the checkpoint cannot be resumed: {one_line(error)}") from error
 
 
 def _check_progress(saved: Mapping[str, Any], trainer: Any, stage: str) -> None:
-    is_fit = stage == "fit"
-    if is_fit:
-        fitted(saved, {"epoch": 0, "global_step": 0, "loops": {}}, "state")
     loop = {**getattr(trainer, f"{stage}_loop").state_dict(), "state_dict": {}}
-    found = fitted(saved.get("loops", {}), {f"{stage}_loop": loop}, "loops", is_fit)
-    loaders = found.get(f"{stage}_loop", {}).get("state_dict", {}).get("combined_loader", [])
-    for state in built(loaders, list[dict[str, Any]], "combined_loader"):
-        fitted(state, {"batches": 0} if state.get("batches") is not None else {}, "combined_loader")
-    for callback in trainer.callbacks:
-        state = saved.get("callbacks", {}).get(callback.state_key)
-        if state is not None and type(callback).__module__.partition(".")[0] in ("lopa_lightning", "lightning"):
-            fitted(state, callback.state_dict(), f"callbacks.{type(callback).__name__}", False)
+    fresh = {"epoch": 0, "global_step": 0, "loops": {f"{stage}_loop": loop}}
+    fitted(saved, fresh, "state", is_strict=stage == "fit")
+    if stage == "fit":
+        loaders = saved["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        for each in built(loaders, list[dict[str, Any]], "combined_loader"):
+            fitted(each.get("batches") or 0, 0, "combined_loader.batches")
+    states = saved.get("callbacks", {})
+    for callback in [each for each in trainer.callbacks if each.state_key in states]:
+        state, keeps_files = states[callback.state_key], isinstance(callback, ModelCheckpoint)
+        # A user's own may have a state that is built in another way every time.
+        if keeps_files or type(callback).__module__.startswith(("lopa_lightning.", "lightning.")):
+            fitted(state, callback.state_dict(), f"callbacks.{type(callback).__name__}", is_strict=False)
+        if keeps_files and trainer.ckpt_path and not _names_own(state, callback, trainer.ckpt_path):
+            states[callback.state_key] = callback.state_dict()
+
+
+def _names_own(state: Mapping[str, Any], callback: ModelCheckpoint, resumed: Any) -> bool:
+    """Whether all checkpoints in a state lie beside the one that is resumed, under names that the callback gives.
+
+    Lightning removes them for better ones, and whose they are is the file's word alone.
+    """
+    best = state.get("best_k_models") or {}
+    named = [*best, *(state.get(f"{kind}_path") for kind in ("best_model", "kth_best_model", "last_model"))]
+    given = (callback.filename or "{epoch}-{step}", callback.CHECKPOINT_NAME_LAST)
+    pattern = "|".join(".*".join(map(re.escape, re.split(r"\{.*?\}", each))) for each in given)
+    pattern = rf"({pattern})(-v\d+)?{re.escape(callback.FILE_EXTENSION)}"
+    folder = os.path.realpath(os.path.dirname(resumed))
+    return all(isinstance(score, Tensor | float) for score in best.values()) and all(
+        os.path.realpath(os.path.dirname(str(path))) == folder and re.fullmatch(pattern, os.path.basename(str(path)))
+        for path in named
+        if path
+    )
 
 
 def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_schedule: bool) -> None:
@@ -66,52 +84,38 @@ def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_
     groups = (module.net or module.meta_net()).parameter_groups()
     # Of dimensions that differ, which tell the state that has a parameter's shape from other state.
     tiny = {
-        name: [nn.Parameter(torch.zeros(tuple(range(2, 2 + p.ndim)), dtype=p.dtype)) for p in parameters]
+        name: [nn.Parameter(torch.zeros([*range(2, 2 + p.ndim)], dtype=p.dtype)) for p in parameters]
         for name, parameters in groups.items()
     }
     optimizer = module.make_optimizer(with_rates(tiny, module.learning_rates))
-    fresh = [{"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}]
+    fresh: Any = [{"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}]
     scheduler = schedule(optimizer, module.make_lr_scheduler, module.warmup)["scheduler"]
     (state,) = fitted(saved.get("optimizer_states"), fresh, "optimizer_states")
-    own = _stepped(optimizer, state["param_groups"])
+    optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
+    pairs = [*zip(chain(*tiny.values()), chain(*groups.values()), strict=True)]
+    for small, _ in pairs:
+        small.grad = torch.zeros_like(small)
+    optimizer.step(lambda: 0.0)
+    ids = [index for group in state["param_groups"] for index in group["params"]]
+    entries = {
+        ids[index]: {
+            key: torch.empty_like(pairs[index][1], dtype=value.dtype, device="meta")
+            if getattr(value, "shape", None) == pairs[index][0].shape
+            else value
+            for key, value in entry.items()
+        }
+        for index, entry in optimizer.state_dict()["state"].items()
+    }
     if saved["global_step"]:
-        ids = [index for group in state["param_groups"] for index in group["params"]]
-        of_all = [p for parameters in groups.values() for p in parameters]
-        entries = {ids[index]: _shaped(entry, of_all[index]) for index, entry in own.items()}
         fitted(state["state"], entries, "optimizer_states.0.state")
     if saved.get("lr_schedulers") or has_schedule:
         (state,) = fitted(saved.get("lr_schedulers"), [{}], "lr_schedulers")
-        saved["lr_schedulers"] = [_known(state, scheduler)]
-
-
-def _stepped(optimizer: Optimizer, groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The state by parameter after a step with a checkpoint's settings."""
-    optimizer.load_state_dict({"state": {}, "param_groups": groups})
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(lambda: 0.0)
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return state
-
-
-def _shaped(entry: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """A tiny parameter's state with the shapes of a whole one's."""
-    tiny = tuple(range(2, 2 + parameter.ndim))
-    is_whole = {name: isinstance(value, Tensor) and value.ndim and value.shape == tiny for name, value in entry.items()}
-    return {
-        name: torch.empty(parameter.shape, dtype=value.dtype, device="meta") if is_whole[name] else value
-        for name, value in entry.items()
-    }
-
-
-def _known(state: dict[str, Any], scheduler: LRScheduler) -> Any:
-    """What a scheduler knows of a state; it would make any other entry an attribute."""
-    fresh = copy.deepcopy(scheduler.state_dict())
-    if "then" in state or not isinstance(scheduler, WarmUp):  # else of torch's own, which is read by another way
-        fitted(state, fresh, "lr_schedulers.0")
-    scheduler.load_state_dict(copy.deepcopy(state))
-    return fitted(scheduler.state_dict(), fresh, "lr_schedulers.0")
+        fresh = scheduler.state_dict()
+        if "then" in state or not isinstance(scheduler, WarmUp):  # else torch's own, which WarmUp translates
+            fitted(state, fresh, "lr_schedulers.0")
+        scheduler.load_state_dict(state)
+        # Anything else would become an attribute, a method's name as well.
+        saved["lr_schedulers"] = [fitted(scheduler.state_dict(), fresh, "lr_schedulers.0")]
 
 
 def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
@@ -152,17 +156,13 @@ def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
 
 
 def _is_like(saved: Any, fresh: Any, is_strict: bool) -> bool:
-    if isinstance(fresh, Tensor) and fresh.ndim:
+    if isinstance(fresh, Tensor) and (fresh.ndim or fresh.is_meta):
         if not isinstance(saved, Tensor) or saved.ndim != fresh.ndim or (fresh.is_meta and saved.shape != fresh.shape):
             return False
         return bool(saved.to(fresh.dtype).isfinite().all())
     was, now = (each.item() if isinstance(each, Tensor) and not each.ndim else each for each in (saved, fresh))
-    if (was is None or now is None) and not is_strict:
-        return True
     if now is None or isinstance(now, bool):
-        return was is None or isinstance(was, bool) or (now is None and isinstance(was, int | float))
-    if not isinstance(now, int | float):
-        return type(was) is type(now) and not isinstance(now, Mapping | list | tuple)
-    if not isinstance(was, int | float) or isinstance(was, bool):
-        return False
-    return not (is_strict and isfinite(now)) or (isfinite(was) and (was >= 0 or now < 0))
+        return not is_strict or isinstance(was, int | float | None)
+    if isinstance(now, int | float) and isinstance(was, int | float):
+        return not is_strict or not isfinite(now) or (isfinite(was) and (was >= 0 or now < 0))
+    return (was is None and not is_strict) or type(was) is type(now) is str
