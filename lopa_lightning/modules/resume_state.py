@@ -150,8 +150,12 @@ def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
     if isinstance(fresh, list | tuple) and isinstance(saved, list | tuple) and len(fresh) == len(saved):
         return [fitted(one, fresh[index], f"{name}.{index}", is_strict) for index, one in enumerate(saved)]
     if not _is_like(saved, fresh, is_strict):
-        got, here = (f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) and x.ndim else x for x in (saved, fresh))
-        raise LoPAError(f"{name} is {shown(got, str)}, where this run has {shown(here, str)}")
+        got, here = (
+            f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) and x.ndim else shown(x) for x in (saved, fresh)
+        )
+        raise LoPAError(
+            f"{name} is {got}, where this run has {shown(list(fresh)) if isinstance(fresh, Mapping) else here}"
+        )
     return saved
 
 
