@@ -141,7 +141,8 @@ def check_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
     """Refuses trained tensors that are not exactly the ones that are trained here.
 
     Raises:
-        LoPAError: If names are missing, too many, or shapes differ; the message lists them.
+        LoPAError: If names are missing, too many, shapes differ, or values are not finite in the dtype here; the
+            message lists them.
     """
     lines = [f"{name}: missing in the checkpoint" for name in wanted if name not in saved]
     lines += [f"{shown(name)[1:-1]}: not trained here" for name in saved if name not in wanted]
@@ -149,6 +150,11 @@ def check_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         f"{name}: the checkpoint has {tuple(saved[name].shape)}, this run {tuple(wanted[name].shape)}"
         for name in wanted
         if name in saved and saved[name].shape != wanted[name].shape
+    ]
+    lines += [
+        f"{name}: NaN or infinite as {wanted[name].dtype}"
+        for name in wanted
+        if name in saved and not saved[name].to(wanted[name].dtype).isfinite().all()
     ]
     if lines:
         raise LoPAError(f"the checkpoint's trained tensors do not fit this model: {joined(lines)}")

@@ -6,7 +6,6 @@ Nothing that a file names is imported or called. What it holds is checked here a
 from __future__ import annotations
 
 import contextlib
-import os
 import pickletools
 import re
 import zipfile
@@ -15,10 +14,10 @@ from typing import IO, Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 from torch import Tensor
 
-from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.migrations import HYPERPARAMETERS, IDENTITY_KEY, migrate
 from lopa_lightning.plain import subclasses
 
@@ -38,6 +37,7 @@ _CALLED = re.compile(
 _MOST_OPERATIONS = 1_000_000  # of a pickle; a checkpoint has about 30 for each tensor
 _MOST_ENTRIES = 200_000  # of nested data, and characters of a text in it
 _DEEPEST = 30
+_OLDEST_LIGHTNING = 2  # that this package has run with: Lightning would bring older ones' state to its present form
 
 
 def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
@@ -52,16 +52,12 @@ def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     """
     name = shown(str(path))
     try:
-        with (
-            contextlib.nullcontext(path)
-            if hasattr(path, "read")
-            else get_filesystem(path).open(str(path), "rb") as file
-        ):
+        with _opened(path) as file:
             size = _check_archive(file)
             saved: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
         _check_entries(saved)
         _check_tensors(saved, size)
-        adopt(saved, str(path))
+        migrate(saved)
     except FileNotFoundError:
         raise LoPAError(f"no checkpoint at {name}") from None
     except LoPAError as error:
@@ -74,26 +70,17 @@ def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     return saved
 
 
-def adopt(saved: dict[str, Any], path: str) -> None:
-    """Brings a checkpoint to the present format, with no path in it that leads out of its folder; in place.
-
-    Args:
-        saved: What the file holds.
-        path: Of the file.
-
-    Raises:
-        LoPAError: If it is of a later format, or names checkpoints on another file system.
-    """
-    for state in saved.get("callbacks", {}).values():
-        if isinstance(state, dict):
-            _check_paths(state, path)
-    migrate(saved)
-
-
 def _opened(path: Any) -> contextlib.AbstractContextManager[IO[bytes]]:
     if hasattr(path, "read"):
         return contextlib.nullcontext(path)
-    opened: contextlib.AbstractContextManager[IO[bytes]] = get_filesystem(path).open(str(path), "rb")
+    try:
+        system = get_filesystem(path)
+    except (ValueError, ImportError) as error:  # of a protocol that fsspec does not know, or that needs a package
+        raise LoPAError(one_line(error)) from error
+    # A device or a pipe may have no end.
+    if "file" in system.protocol and system.exists(path) and not system.isfile(path):
+        raise LoPAError("it is no regular file")
+    opened: contextlib.AbstractContextManager[IO[bytes]] = system.open(str(path), "rb")
     return opened
 
 
@@ -105,10 +92,12 @@ def _check_archive(file: IO[bytes]) -> int:
             entries = archive.infolist()
             if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
                 raise LoPAError("it is compressed, and could unpack to any size; torch.save does not compress")
-            pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
-            if len(pickles) != 1:
+            names = [entry.filename for entry in entries]
+            main = f"{names[0].partition('/')[0]}/data.pkl" if names else ""
+            # torch's own reader looks for this one, whatever its case.
+            if main not in names or len({name.lower() for name in names}) < len(names):
                 raise LoPAError("torch.save did not write it")
-            with archive.open(pickles[0]) as pickled:
+            with archive.open(main) as pickled:
                 for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
                     # The only way of naming something that torch's unpickler knows.
                     if operation.name == "GLOBAL" and not _CALLED.fullmatch(str(argument)):
@@ -133,10 +122,11 @@ def _check_entries(saved: Any) -> None:
             raise LoPAError(f"it has an unknown entry {shown(key)}")
         if not isinstance(saved.get(key), kind):
             raise LoPAError(f"its {key} must be a {kind.__name__}, got a {type(saved.get(key)).__name__}")
-    try:
-        Version(saved["pytorch-lightning_version"])
-    except InvalidVersion:
-        raise LoPAError(f"its version of Lightning is {shown(saved['pytorch-lightning_version'])}") from None
+    version = saved["pytorch-lightning_version"]
+    with contextlib.suppress(ValueError):
+        if Version(version).major >= _OLDEST_LIGHTNING:
+            return
+    raise LoPAError(f"its version of Lightning is {shown(version)}; it must be {_OLDEST_LIGHTNING} or later")
 
 
 def _check_tensors(saved: dict[str, Any], size: int) -> None:
@@ -181,20 +171,3 @@ def _tensors(value: Any, name: str, entries: Iterator[int], depth: int = 0) -> I
             yield from _tensors(item, f"{name}.{str(key)[:200]}" if name else str(key), entries, depth + 1)
     elif (isinstance(value, int) and abs(value) >= 2**63) or (isinstance(value, str) and len(value) > _MOST_ENTRIES):
         raise LoPAError(f"its {shown(name)} is longer than any setting")
-
-
-def _check_paths(state: dict[str, Any], path: str) -> None:
-    """Takes ``..`` out of the paths in a callback's state: Lightning removes older checkpoints by them."""
-    best = state.get("best_k_models")
-    named = {key: state[key] for key in ("best_model_path", "kth_best_model_path", "last_model_path") if state.get(key)}
-    for each in [*named.values(), *(best if isinstance(best, dict) else ())]:
-        scheme = str(each).partition("://")[0] if "://" in str(each) else ""
-        if not isinstance(each, str) or (scheme and not path.startswith(f"{scheme}://")):
-            raise LoPAError(f"a callback names the checkpoint {shown(each)}, which is on another file system")
-    state |= {key: _normal(each) for key, each in named.items()}
-    if isinstance(best, dict):
-        state["best_k_models"] = {_normal(each): score for each, score in best.items()}
-
-
-def _normal(path: str) -> str:
-    return path if "://" in path else os.path.normpath(path)

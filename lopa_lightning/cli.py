@@ -50,7 +50,6 @@ _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "bes
 # A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
 _LAST: dict[str, Any] = {"filename": "last"}
 _LIGHTNINGS_OWN = ("hpc", "registry")  # names that Lightning resolves to a checkpoint
-_COMPARED = (checkpoint.IDENTITY_KEY, checkpoint.HYPERPARAMETERS)
 _EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "plan", "sweep")}
 _DESCRIPTION = (
     "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
@@ -75,6 +74,8 @@ class LoPACLI(LightningCLI):
         callbacks: More callbacks of the trainer, beside the configuration's.
         **kwargs: See Lightning.
     """
+
+    _saved: dict[str, Any] | None
 
     def __init__(self, args: ArgsType = None, callbacks: Sequence[Callback] = (), **kwargs: Any) -> None:
         given = sys.argv[1:] if args is None else args
@@ -141,6 +142,7 @@ class LoPACLI(LightningCLI):
             raise LoPAError(self._refused(error)) from error
         # So that one that does not fit is refused before weights are read.
         self.model.will_load = self._saved
+        self._saved = None
 
     def _refused(self, error: Exception) -> str:
         """Says what a class of another library refuses, with the options of the Trainer that it names."""
@@ -157,7 +159,7 @@ class LoPACLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuses a checkpoint that is wrong before anything is built or loaded."""
-        self._saved: dict[str, Any] | None = None
+        self._saved = None
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
@@ -166,8 +168,7 @@ class LoPACLI(LightningCLI):
             config.ckpt_path = self._newest(config, kinds[config.ckpt_path])
         path = config.get("ckpt_path")
         if path is not None and path not in _LIGHTNINGS_OWN:
-            # Not the tensors, which would lie in memory for the whole run.
-            self._saved = {key: value for key, value in checkpoint.read(path).items() if key in _COMPARED}
+            self._saved = checkpoint.read(path)
 
     def before_test(self) -> None:
         """Tells the module whether a checkpoint will be loaded, so that it need not read weights to refuse."""

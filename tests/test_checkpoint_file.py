@@ -75,6 +75,18 @@ def _with_pickle(content: bytes) -> bytes:
     return _repacked(lambda entry, data: content if entry.filename.endswith("data.pkl") else data)
 
 
+def _renamed(names: dict[str, str], more: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(GOOD) as old, zipfile.ZipFile(packed, "w") as new:
+        root = old.namelist()[0].partition("/")[0]
+        for entry in old.namelist():
+            name = entry.removeprefix(f"{root}/")
+            new.writestr(f"{root}/{names.get(name, name)}", old.read(entry))
+        for name, content in more.items():
+            new.writestr(f"{root}/{name}", content)
+    return packed.getvalue()
+
+
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "it is empty, cut off"),
     "cut": (lambda: GOOD.read_bytes()[:5000], "it is empty, cut off"),
@@ -89,6 +101,12 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: _with_pickle(b"\x80\x02c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R."),
         "'__builtin__.bytearray'",
     ),
+    "another pickle in capitals": (
+        lambda: _renamed({"data.pkl": "DATA.PKL"}, {"sub/data.pkl": b"\x80\x02}."}),
+        "torch.save did not write it",
+    ),
+    "a second pickle in capitals": (lambda: _renamed({}, {"DATA.PKL": b"\x80\x02}."}), "torch.save did not write it"),
+    "a second tensor in capitals": (lambda: _renamed({}, {"DATA/0": b"0"}), "torch.save did not write it"),
     "protocol 4": (lambda: _with_pickle(pickle.dumps(os.system, 4)), "it is damaged (UnpicklingError)"),
     "old class": (lambda: _with_pickle(b"(ios\nsystem\n."), "it is damaged (UnpicklingError)"),
     "long": (lambda: _with_pickle(b"\x80\x02" + b"N0" * 600_000 + b"N."), "more entries than a checkpoint"),
@@ -111,7 +129,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, kind: str) -> N
 
 def test_a_missing_file_a_folder_and_a_name_of_control_characters_are_named(tmp_path: Path) -> None:
     assert refusal(lambda: read(tmp_path / ESCAPE)).startswith("no checkpoint at '/")
-    assert "cannot be read as a checkpoint: Is a directory" in refusal(lambda: read(tmp_path))
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero", ""):
+        assert refusal(lambda path=path: read(path)).endswith("cannot be read as a checkpoint: it is no regular file")
+    assert "Protocol not known: nope" in refusal(lambda: read("nope://x"))
+
+
+def test_a_file_system_that_needs_a_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert "Install s3fs to access S3" in refusal(lambda: read("s3://x/y.ckpt"))
 
 
 def test_an_open_file_is_read_as_a_path_is() -> None:
@@ -171,11 +200,12 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tensor in settings": (lambda saved: saved["hyper_parameters"].update(warmup=torch.ones(1)), "hold a tensor"),
     "odd key": (lambda saved: saved["hyper_parameters"].update({(1, 2): 1}), "a key of type tuple"),
     "odd version": (lambda saved: saved.update({"pytorch-lightning_version": ESCAPE}), r"'\\x1b\[2Jnice\\nname'"),
-    "loops a list": (lambda saved: saved.update(loops=[]), "its loops must be a dict, got a list"),
-    "another file system": (
-        lambda saved: next(iter(saved["callbacks"].values())).update(best_model_path="s3://yours/all"),
-        "'s3://yours/all', which is on another file system",
+    "version of before": (
+        lambda saved: saved.update({"pytorch-lightning_version": "1.0"}),
+        "'1.0'; it must be 2 or la",
     ),
+    "long version": (lambda saved: saved.update({"pytorch-lightning_version": "9" * 9999}), "it must be 2 or later"),
+    "loops a list": (lambda saved: saved.update(loops=[]), "its loops must be a dict, got a list"),
 }
 
 
@@ -193,15 +223,6 @@ def test_contents_that_are_no_checkpoint_are_refused(tmp_path: Path, kind: str) 
 def test_an_entry_under_the_name_of_an_imported_class_is_its_own(tmp_path: Path) -> None:
     path = saved_as(tmp_path / "x.ckpt", {**good(), "TextClassificationDataModule": {"seen": 3}})
     assert read(path)["TextClassificationDataModule"] == {"seen": 3}
-
-
-def test_no_path_in_a_callbacks_state_leads_out_of_its_folder(tmp_path: Path) -> None:
-    saved = good()
-    (state,) = saved["callbacks"].values()
-    state |= {"best_model_path": "/run/x/../../home", "best_k_models": {"/run/../home": 1.0}, "last_model_path": "a/b"}
-    (state,) = read(saved_as(tmp_path / "x.ckpt", saved))["callbacks"].values()
-    assert (state["best_model_path"], state["last_model_path"]) == ("/home", "a/b")
-    assert state["best_k_models"] == {"/home": 1.0}
 
 
 # What it names
@@ -325,7 +346,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an adapter without end": ({"adapter": {"peft_type": "LORA", "r": 10**9}}, "its adapter has 'r' 1000000000"),
     "a text for a number": ({"warmup": "abc"}, "warmup must be float, got 'abc'"),
     "a text for a flag": ({"frozen_dropout": "yes"}, "frozen_dropout must be bool, got 'yes'"),
-    "another choice": ({"placement": ESCAPE}, "placement must be 'before' or 'after_first' or 'every_layer', got '"),
+    "another choice": ({"placement": ESCAPE}, "placement must be one of before, after_first, every_layer, got '"),
     "a method for a backbone": ({"backbone": {"class_path": "lopa", "init_args": {}}}, "backbone must be of name, "),
     "a backbone without a name": ({"backbone": {"dtype": "auto"}}, "backbone lacks name"),
     "a dtype that is none": ({"backbone": {"name": "bert", "dtype": "load"}}, "backbone.dtype must be 'auto' or"),
@@ -334,6 +355,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"instance_encoder": {"name": "x/y", "trust_remote_code": True}},
         "its instance_encoder asks",
     ),
+    **{
+        f"a pattern in an adapter, {kind}": ({"adapter": {"peft_type": "LORA", **options}}, "its adapter asks for code")
+        for kind, options in {
+            "modules": {"target_modules": r"(\w+\.?)+!"},
+            "repeats": {"target_modules": ".{1,99}.{1,99}!"},
+            "ranks": {"rank_pattern": {"(.+)+!": 2}},
+            "excluded": {"exclude_modules": "a*"},
+            "layers": {"layers_pattern": ["x", "(a|a)+b"]},
+            "repository": {"adapters": {"0": "x/y"}},
+        }.items()
+    },
+    "adapters of an adapter": ({"adapter": {"peft_type": "XLORA", "adapters": {"0": "x"}}}, "peft_type must be one of"),
     "code of an adapter": ({"adapter": {"peft_type": "LORA", "megatron_core": "s1_evil"}}, "its adapter asks for code"),
     "a kernel": ({"backbone": {"name": "bert", "attn_implementation": "x/y:z"}}, "attn_implementation 'x/y:z'"),
     "a labels list of lists": ({"task": {"labels": [["a"], ["b"]]}}, "task.labels must be str, got ['a']"),
@@ -354,6 +387,29 @@ def test_code_of_a_model_counts_if_the_caller_says_so_again(tmp_path: Path) -> N
     assert LoPALightningModule.load_from_checkpoint(path, trust_remote_code=True).backbone_spec.trust_remote_code
     again = LoPALightningModule.load_from_checkpoint(path, backbone=PretrainedSpec("bert"))
     assert not again.backbone_spec.trust_remote_code
+
+
+def test_plain_names_of_an_adapter_are_no_pattern(tmp_path: Path) -> None:
+    names = {"target_modules": ["q_proj", "layers.0.v-proj"], "rank_pattern": {"q_proj": 4}, "lora_alpha": 1e-05}
+    path = changed(tmp_path / "x.ckpt", adapter={"peft_type": "LORA", "bias": "none", **names})
+    assert "asks for code" not in refusal(lambda: LoPALightningModule.load_from_checkpoint(path))
+
+
+def test_nothing_is_compiled_but_for_who_says_so_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda layer, **_: compiled.append(layer) or layer)
+    path = changed(tmp_path / "x.ckpt", backbone={"name": "bert", "compile": True})
+    assert not LoPALightningModule.load_from_checkpoint(path).backbone_spec.compile
+    assert compiled == []
+    assert LoPALightningModule.load_from_checkpoint(path, trust_remote_code=True).backbone_spec.compile
+    assert compiled
+
+
+def test_values_must_be_finite_in_the_dtype_that_they_are_loaded_in(tmp_path: Path) -> None:
+    saved = good()
+    saved["state_dict"][KEY] = saved["state_dict"][KEY].double().fill_(1e300)
+    path = saved_as(tmp_path / "x.ckpt", saved)
+    assert f"{KEY}: NaN or infinite as torch.float32" in refusal(lambda: LoPALightningModule.load_from_checkpoint(path))
 
 
 def test_it_says_which_models_a_checkpoint_names(caplog: pytest.LogCaptureFixture) -> None:

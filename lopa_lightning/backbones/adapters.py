@@ -28,7 +28,8 @@ def adapt(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
     kind = str(config.get("peft_type", "")).upper()
     tuners = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
     # AdaLoRA moves its ranks by a call after each step of its own training loop; without that it is a bad LoRA.
-    if kind not in (known := sorted({entry.value for entry in tuners} - {"ADALORA"})):
+    # X-LoRA mixes adapters that it reads from elsewhere.
+    if kind not in (known := sorted({entry.value for entry in tuners} - {"ADALORA", "XLORA"})):
         raise LoPAError(f"adapter.peft_type must be one of {', '.join(known)}, got {config.get('peft_type')!r}")
     try:
         peft.inject_adapter_in_model(peft.get_peft_config({**config, "peft_type": kind}), model)

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lopa_lightning.plain import built
+
 ADVICE = (
     "Try a ten times higher learning rate for shared_prompt (learning_rates), more epochs, objective: head where it is "
     "not so already, or another instance encoder."
@@ -60,7 +62,7 @@ class FitSummary(Callback):
 
     def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
         """Takes the best metrics so far."""
-        self._best = state_dict["best"]
+        self._best = built(state_dict["best"], dict[str, float], "best")
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Prints the summary."""
@@ -85,7 +87,8 @@ class FitSummary(Callback):
         lines += ["Trained", f"  {trained:,} parameters beside {frozen:,} frozen ones"]
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
-        if best and Path(best).is_file():
+        # Of this run: a checkpoint that it was resumed from may name any.
+        if best and Path(best).is_file() and Path(checkpoint.dirpath) in Path(best).parents:
             lines.append(
                 f"  {Path(best).stat().st_size / 1e6:.1f} MB checkpoint, {4 * trained / 1e6:.1f} MB of it weights"
             )

@@ -22,13 +22,13 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Batch, InputSpec, ReadsInputs
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.sharding import data_mesh, placed_like, shard
-from lopa_lightning.checkpoint_file import adopt
 from lopa_lightning.checkpoint_io import write_whole_checkpoints
 from lopa_lightning.data.splits import SplitsDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoderSpec
+from lopa_lightning.migrations import migrate
 from lopa_lightning.modules.builder import Builder
-from lopa_lightning.modules.checkpoint_loading import check_optimizer, check_resume, rebuild
+from lopa_lightning.modules.checkpoint_loading import check_restored, check_resume, check_trained, rebuild
 from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
 from lopa_lightning.modules.monitors import check_monitors
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
@@ -125,7 +125,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         """Whether a checkpoint may be loaded once the model is built; if not, that can be refused before."""
         self.written: dict[int, list[dict[str, Any]]] = {}
         """What an interrupted run has left, by row."""
-        self.will_load: Mapping[str, Any] | None = None
+        self.will_load: dict[str, Any] | None = None
         """The checkpoint that a command is about to load, if it says so: what does not fit is refused early."""
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
@@ -182,8 +182,9 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         if self.will_load is not None:
             identity = {**self.builder.identity(), "task": self._task()}
             ckpt.check_identity(self.will_load[ckpt.IDENTITY_KEY], identity, weights=False)
-            if stage == "fit":
-                check_optimizer(self.will_load, self.hparams)
+            check_trained(self.will_load, self)
+            check_restored(self.will_load, self, TrainerFn(stage).value)
+            self.will_load = None  # its tensors need not lie in memory any longer
 
     def _task(self) -> dict[str, Any]:
         return {"placement": self.placement, **self.task_identity()}
@@ -393,11 +394,14 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another backbone, encoder, method, task or optimizer."""
-        if self._trainer is not None and self._trainer.ckpt_path is not None:
-            adopt(checkpoint, str(self._trainer.ckpt_path))  # which not every strategy has read by way of us
+        migrate(checkpoint)  # which not every strategy has read by way of us
         self.learned = True
         if "state_dict" not in checkpoint:  # a strategy has loaded it by itself, and did not check it
             ckpt.check_tensors(ckpt.read(self.trainer.ckpt_path)["state_dict"], self._trained())
         ckpt.check_identity(checkpoint[ckpt.IDENTITY_KEY], self._identity)
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            check_resume(checkpoint, self.hparams, self.trainer.accumulate_grad_batches)
+        if self._trainer is None or self._trainer.state.fn is None:
+            return
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            check_resume(checkpoint, self)
+        else:
+            check_restored(checkpoint, self, self._trainer.state.fn.value)

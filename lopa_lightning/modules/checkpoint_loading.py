@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.modules.resume_state import check_state
 from lopa_lightning.plain import arguments, built, defaults, find_class, with_arguments, with_defaults
 
 if TYPE_CHECKING:
@@ -76,20 +78,33 @@ def _unloaded(
     module.restore(hparams)
     identity = {**module.builder.identity(), "task": module._task()}
     ckpt.check_identity(saved[ckpt.IDENTITY_KEY], identity, weights=False)
-    trained = {f"net.{name}": each for name, each in module.meta_net().named_parameters() if each.requires_grad}
-    ckpt.check_tensors(saved["state_dict"], trained)
+    check_trained(saved, module)
     return module
 
 
-def _check_no_code(given: Mapping[str, Any]) -> None:
-    """Refuses hyperparameters by which transformers or PEFT would import or fetch code."""
+def check_trained(saved: Mapping[str, Any], module: LoPALightningModule) -> None:
+    """Refuses a checkpoint whose trained tensors are not a module's, which need not have weights."""
+    trained = {f"net.{name}": each for name, each in module.meta_net().named_parameters() if each.requires_grad}
+    ckpt.check_tensors(saved["state_dict"], trained)
+
+
+def _check_no_code(given: dict[str, Any]) -> None:
+    """Refuses hyperparameters by which transformers or PEFT would import or fetch code, or search by any pattern.
+
+    In place, nothing is compiled: that is for training alone.
+    """
     for key, spec in given.items():
         if not isinstance(spec, Mapping):
             continue
+        if "compile" in spec:
+            given[key] = {**spec, "compile": False}
         kernel = spec.get("attn_implementation")  # may be a repository on the hub
         wanted = [name for name in ("trust_remote_code", "megatron_core", "megatron_config") if spec.get(name)]
         if kernel is not None and not str(kernel).isidentifier():
             wanted.append(f"attn_implementation {shown(kernel)}")
+        # PEFT searches names of modules by regular expressions, of which some do not end; plain names are none.
+        if key == "adapter" and re.search(r"[^\w\s.,:'{}\[\]-]|[\w.]\{", str(dict(spec))):
+            wanted.append("a search by a pattern")
         if wanted:
             raise LoPAError(
                 f"its {key} asks for code from outside ({', '.join(wanted)}); if you trust that, say so again: "
@@ -110,23 +125,22 @@ def _check_sizes(given: Mapping[str, Any], trained: int) -> None:
                 raise LoPAError(f"its {key} has {shown(name)} {value}, and {trained} trained values")
 
 
-def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any], accumulated: int) -> None:
+def check_resume(saved: dict[str, Any], module: LoPALightningModule) -> None:
     """Says what of a training run is not continued as it was, or not as it is now configured.
 
     Args:
         saved: The checkpoint.
-        hparams: Of the module that is to go on.
-        accumulated: Batches of an optimizer step.
+        module: Which is to go on.
 
     Raises:
-        LoPAError: If the checkpoint holds the state of another optimizer or scheduler.
+        LoPAError: If the checkpoint holds the state of another optimizer or scheduler, or one that no run writes.
     """
-    old, new = check_optimizer(saved, hparams)
+    old, new = check_restored(saved, module, "fit")
     if lines := ckpt.differences(old, new):
         rank_zero_warn(f"a resumed run keeps the checkpoint's optimizer settings: {ckpt.joined(lines)}")
-    loop = saved.get("loops", {}).get("fit_loop", {})
-    progress, has_place = loop.get("epoch_loop.batch_progress", {}), loop.get("state_dict", {}).get("combined_loader")
-    if not progress or progress.get("is_last_batch", True):
+    loop, accumulated = saved["loops"]["fit_loop"], module.trainer.accumulate_grad_batches
+    progress, has_place = loop["epoch_loop.batch_progress"], loop.get("state_dict", {}).get("combined_loader")
+    if progress.get("is_last_batch", True):
         return
     done = progress["current"]["processed"]
     if not has_place:
@@ -141,21 +155,28 @@ def check_resume(saved: Mapping[str, Any], hparams: Mapping[str, Any], accumulat
         )
 
 
-def check_optimizer(saved: Mapping[str, Any], hparams: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of training, as they were saved and as they are now.
+def check_restored(
+    saved: dict[str, Any], module: LoPALightningModule, stage: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Checks what Lightning is about to restore for a stage.
 
     Args:
-        saved: The checkpoint.
-        hparams: Of the module that is to go on.
+        saved: The checkpoint; see :func:`~lopa_lightning.modules.resume_state.check_state`.
+        module: Which is to go on; it need not have weights.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Returns:
+        The settings of training, as they were saved and as they are now.
 
     Raises:
-        LoPAError: If the checkpoint holds the state of another optimizer or scheduler.
+        LoPAError: If the checkpoint holds the state of another optimizer or scheduler, or one that no run writes.
     """
-    old, new = _of_training(saved[ckpt.HYPERPARAMETERS]), _of_training(hparams)
-    for key in _BUILT:
+    old, new = _of_training(saved[ckpt.HYPERPARAMETERS]), _of_training(module.hparams)
+    for key in _BUILT if stage == "fit" else ():
         was, now = ((settings[key] or {}).get("class_path") for settings in (old, new))
         if was != now:
             raise LoPAError(f"the checkpoint holds the state of {key} {was}, this run has {now}; start a new run")
+    check_state(saved, module, stage, bool(old["warmup"] or old["lr_scheduler"]))
     return old, new
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.plain import built
 
 _BATCHES, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
 
@@ -37,7 +38,7 @@ class ResumePoint(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them from a checkpoint."""
-        self._metrics = state_dict["metrics"]
+        self._metrics = built(state_dict["metrics"], dict[str, float], "metrics")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the state that the run goes on from, for a checkpoint before its first step."""

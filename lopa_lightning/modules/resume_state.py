@@ -1,0 +1,172 @@
+"""Compares the state that a checkpoint holds of a run with what this run would itself write, before it is restored."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from itertools import chain
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lopa_lightning.errors import LoPAError, one_line, shown
+from lopa_lightning.modules.schedule import WarmUp, schedule, with_rates
+from lopa_lightning.plain import built
+
+if TYPE_CHECKING:
+    from lopa_lightning.modules.base import LoPALightningModule
+
+
+def check_state(saved: dict[str, Any], module: LoPALightningModule, stage: str, has_schedule: bool) -> None:
+    """Refuses state that this run could not have written; in place, leaves of a scheduler's what the scheduler knows.
+
+    Args:
+        saved: The checkpoint.
+        module: With its Trainer; it need not have weights.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        has_schedule: Whether the checkpoint's run had a schedule of learning rates.
+
+    Raises:
+        LoPAError: If it does not fit, or torch refuses it.
+    """
+    # Some strategies have an optimizer state of their own form; a module's own optimizers are not known here.
+    is_ours = type(module).configure_optimizers.__module__ == "lopa_lightning.modules.base"
+    try:
+        _check_progress(saved, module.trainer, stage)
+        if stage == "fit" and is_ours and module.trainer.strategy.lightning_restore_optimizer:
+            _check_optimization(saved, module, has_schedule)
+    except Exception as error:  # torch raises whatever a foreign state makes it stumble over
+        raise LoPAError(f"the checkpoint cannot be resumed: {one_line(error)}") from error
+
+
+def _check_progress(saved: Mapping[str, Any], trainer: Any, stage: str) -> None:
+    loop = {**getattr(trainer, f"{stage}_loop").state_dict(), "state_dict": {}}
+    fresh = {"epoch": 0, "global_step": 0, "loops": {f"{stage}_loop": loop}}
+    fitted(saved, fresh, "state", is_strict=stage == "fit")
+    if stage == "fit":
+        loaders = saved["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        for each in built(loaders, list[dict[str, Any]], "combined_loader"):
+            fitted(each.get("batches") or 0, 0, "combined_loader.batches")
+    states = saved.get("callbacks", {})
+    for callback in [each for each in trainer.callbacks if each.state_key in states]:
+        state, keeps_files = states[callback.state_key], isinstance(callback, ModelCheckpoint)
+        # A user's own may have a state that is built in another way every time.
+        if keeps_files or type(callback).__module__.startswith(("lopa_lightning.", "lightning.")):
+            fitted(state, callback.state_dict(), f"callbacks.{type(callback).__name__}", is_strict=False)
+        if keeps_files and trainer.ckpt_path and not _names_own(state, callback, trainer.ckpt_path):
+            states[callback.state_key] = callback.state_dict()
+
+
+def _names_own(state: Mapping[str, Any], callback: ModelCheckpoint, resumed: Any) -> bool:
+    """Whether all checkpoints in a state lie beside the one that is resumed, under names that the callback gives.
+
+    Lightning removes them for better ones, and whose they are is the file's word alone.
+    """
+    best = state.get("best_k_models") or {}
+    named = [*best, *(state.get(f"{kind}_path") for kind in ("best_model", "kth_best_model", "last_model"))]
+    given = (callback.filename or "{epoch}-{step}", callback.CHECKPOINT_NAME_LAST)
+    pattern = "|".join(".*".join(map(re.escape, re.split(r"\{.*?\}", each))) for each in given)
+    pattern = rf"({pattern})(-v\d+)?{re.escape(callback.FILE_EXTENSION)}"
+    folder = os.path.realpath(os.path.dirname(resumed))
+    return all(isinstance(score, Tensor | float) for score in best.values()) and all(
+        os.path.realpath(os.path.dirname(str(path))) == folder and re.fullmatch(pattern, os.path.basename(str(path)))
+        for path in named
+        if path
+    )
+
+
+def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_schedule: bool) -> None:
+    """Tries the state on an optimizer and a scheduler of tiny parameters, one for each trained parameter."""
+    groups = (module.net or module.meta_net()).parameter_groups()
+    # Of dimensions that differ, which tell the state that has a parameter's shape from other state.
+    tiny = {
+        name: [nn.Parameter(torch.zeros([*range(2, 2 + p.ndim)], dtype=p.dtype)) for p in parameters]
+        for name, parameters in groups.items()
+    }
+    optimizer = module.make_optimizer(with_rates(tiny, module.learning_rates))
+    fresh: Any = [{"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}]
+    scheduler = schedule(optimizer, module.make_lr_scheduler, module.warmup)["scheduler"]
+    (state,) = fitted(saved.get("optimizer_states"), fresh, "optimizer_states")
+    optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
+    pairs = [*zip(chain(*tiny.values()), chain(*groups.values()), strict=True)]
+    for small, _ in pairs:
+        small.grad = torch.zeros_like(small)
+    optimizer.step(lambda: 0.0)
+    ids = [index for group in state["param_groups"] for index in group["params"]]
+    entries = {
+        ids[index]: {
+            key: torch.empty_like(pairs[index][1], dtype=value.dtype, device="meta")
+            if getattr(value, "shape", None) == pairs[index][0].shape
+            else value
+            for key, value in entry.items()
+        }
+        for index, entry in optimizer.state_dict()["state"].items()
+    }
+    if saved["global_step"]:
+        fitted(state["state"], entries, "optimizer_states.0.state")
+    if saved.get("lr_schedulers") or has_schedule:
+        (state,) = fitted(saved.get("lr_schedulers"), [{}], "lr_schedulers")
+        fresh = scheduler.state_dict()
+        if "then" in state or not isinstance(scheduler, WarmUp):  # else torch's own, which WarmUp translates
+            fitted(state, fresh, "lr_schedulers.0")
+        scheduler.load_state_dict(state)
+        # Anything else would become an attribute, a method's name as well.
+        saved["lr_schedulers"] = [fitted(scheduler.state_dict(), fresh, "lr_schedulers.0")]
+
+
+def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
+    """Returns of a saved state what a fresh one has too.
+
+    Args:
+        saved: Nested data and tensors, of a checkpoint.
+        fresh: The same of this run. An empty mapping is for any content. Of a tensor on the meta device the shape
+            counts, of another the number of its dimensions.
+        name: Of the state, for messages.
+        is_strict: Whether entries may be missing that are no flags, which releases of torch add, and whether numbers
+            must be finite, and not negative where the fresh ones are not.
+
+    Raises:
+        LoPAError: If it is not built alike.
+
+    Example:
+        >>> fitted({"lr": 0.1, "get_lr": "x"}, {"lr": 0.3, "fused": None}, "group")
+        {'lr': 0.1}
+        >>> fitted({"lr": -0.1}, {"lr": 0.3}, "group")
+        Traceback (most recent call last):
+        ...
+        lopa_lightning.errors.LoPAError: group.lr is -0.1, where this run has 0.3
+    """
+    if fresh == {} and isinstance(saved, Mapping):
+        return saved
+    if isinstance(fresh, Mapping) and isinstance(saved, Mapping) and saved:
+        needed = [key for key, value in fresh.items() if isinstance(key, str) and not isinstance(value, bool | None)]
+        if is_strict and (lacking := [key for key in needed if key not in saved]):
+            raise LoPAError(f"{name} lacks {', '.join(lacking)}")
+        return {key: fitted(saved[key], fresh[key], f"{name}.{key}", is_strict) for key in fresh if key in saved}
+    if isinstance(fresh, list | tuple) and isinstance(saved, list | tuple) and len(fresh) == len(saved):
+        return [fitted(one, fresh[index], f"{name}.{index}", is_strict) for index, one in enumerate(saved)]
+    if not _is_like(saved, fresh, is_strict):
+        got, here = (
+            f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) and x.ndim else shown(x) for x in (saved, fresh)
+        )
+        raise LoPAError(
+            f"{name} is {got}, where this run has {shown(list(fresh)) if isinstance(fresh, Mapping) else here}"
+        )
+    return saved
+
+
+def _is_like(saved: Any, fresh: Any, is_strict: bool) -> bool:
+    if isinstance(fresh, Tensor) and (fresh.ndim or fresh.is_meta):
+        if not isinstance(saved, Tensor) or saved.ndim != fresh.ndim or (fresh.is_meta and saved.shape != fresh.shape):
+            return False
+        return bool(saved.to(fresh.dtype).isfinite().all())
+    was, now = (each.item() if isinstance(each, Tensor) and not each.ndim else each for each in (saved, fresh))
+    if now is None or isinstance(now, bool):
+        return not is_strict or isinstance(was, int | float | None)
+    if isinstance(now, int | float) and isinstance(was, int | float):
+        return not is_strict or not isfinite(now) or (isfinite(was) and (was >= 0 or now < 0))
+    return (was is None and not is_strict) or type(was) is type(now) is str
