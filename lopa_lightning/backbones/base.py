@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.padding import Side
-from lopa_lightning.backbones.pretrained import Family, PretrainedSpec
+from lopa_lightning.backbones.pretrained import Family, PretrainedSpec, hidden_size
+from lopa_lightning.backbones.transformer_layers import transformer_layers
 from lopa_lightning.prompts.base import Vocabulary
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ class Backbone(nn.Module, ABC):
         """Width d of a virtual token."""
 
     @property
-    @abstractmethod
     def hidden_dim(self) -> int:
         """Width h of the hidden states."""
+        return hidden_size(self.model.config)
 
     @property
     def body(self) -> PreTrainedModel:
@@ -97,13 +98,13 @@ class Backbone(nn.Module, ABC):
             offset: Added to the embeddings of the input's first s tokens, ``[s, d]``.
         """
 
-    @abstractmethod
     def layers(self) -> list[nn.Module]:
         """Returns the transformer layers, in their order."""
+        return transformer_layers(self.body)
 
-    @abstractmethod
     def count_tokens(self, batch: Batch) -> Tensor | int:
         """Returns how many tokens of their own the inputs of a batch have, without waiting for a device."""
+        return batch[self.input_keys[0]].numel()
 
     def vocabulary(self) -> Vocabulary | None:
         """Returns the tokens that soft prompts can start from; None if there are none."""
@@ -221,7 +222,6 @@ class InputKind(ABC):
             **settings: ``dropout``, ``placement``, ``trained``, ``gradient_checkpointing`` and ``compiled``.
         """
 
-    @abstractmethod
     def input_spec(
         self,
         backbone: Backbone,
@@ -240,6 +240,7 @@ class InputKind(ABC):
         Raises:
             LoPAError: If the input and the frozen models do not go together.
         """
+        return InputSpec(virtual_tokens=num_virtual_tokens, instance_vectors=vectors)
 
     @abstractmethod
     def instance_states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,6 @@ from lopa_lightning.backbones.pretrained import (
     accepted_inputs,
     first_position,
     has_token_types,
-    hidden_size,
     is_causal,
     max_positions,
 )
@@ -111,11 +110,6 @@ class TextBackbone(Backbone, LanguageModel):
         return cast(Tensor, self.model.get_input_embeddings().weight).detach()
 
     @property
-    def hidden_dim(self) -> int:
-        """Width h of the hidden states."""
-        return hidden_size(self.model.config)
-
-    @property
     def max_positions(self) -> int | None:
         """How many tokens, virtual ones included, the model has positions for; None if that is not limited."""
         return max_positions(self.body)
@@ -156,10 +150,6 @@ class TextBackbone(Backbone, LanguageModel):
         table = self.embedding_weight
         found = vocabulary(self.tokenizer, len(table), self.virtual_tokens)
         return dataclasses.replace(found, table=table if self._layers is None else None)
-
-    def layers(self) -> list[nn.Module]:
-        """Returns the transformer layers, in their order."""
-        return transformer_layers(self.body)
 
     def count_tokens(self, batch: Batch) -> Tensor:
         """Returns how many tokens the texts of a batch have, without waiting for a device."""
