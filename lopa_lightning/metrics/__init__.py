@@ -1,1 +1,1 @@
-"""Metrics: of classes and numbers, of tokens, and pass@k."""
+"""Defines metrics: of classes and numbers, of tokens, and pass@k."""

@@ -1,4 +1,4 @@
-"""Metrics by name, all from torchmetrics, and what a blind guess would get."""
+"""Builds torchmetrics' metrics by name, with those of the majority baseline."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    BinaryF1Score,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
-)
-from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import CatMetric, Metric, MetricCollection, classification, regression
 
 from lopa_lightning.errors import LoPAError
 
 _CLASSIFICATION: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda n: MulticlassAccuracy(n, average="micro"),
-    "f1": lambda n: BinaryF1Score() if n == 2 else MulticlassF1Score(n, average="macro"),
+    "accuracy": lambda n: classification.MulticlassAccuracy(n, average="micro"),
+    "f1": lambda n: classification.BinaryF1Score() if n == 2 else classification.MulticlassF1Score(n, average="macro"),
     "matthews": lambda n: Matthews(n),
 }
 _REGRESSION: dict[str, Callable[[int], Metric]] = {
-    "pearson": lambda _: PearsonCorrCoef(),
-    "spearman": lambda _: SpearmanCorrCoef(),
+    "pearson": lambda _: regression.PearsonCorrCoef(),
+    "spearman": lambda _: regression.SpearmanCorrCoef(),
 }
 
 
-class Matthews(MulticlassMatthewsCorrCoef):
-    """Matthews' correlation, 0 where answers or labels never change, as GLUE has it.
+class Matthews(classification.MulticlassMatthewsCorrCoef):
+    """Matthews' correlation, 0 where predictions or labels never change, as GLUE has it.
 
     Example:
         >>> matthews = Matthews(2)
@@ -39,17 +32,14 @@ class Matthews(MulticlassMatthewsCorrCoef):
     """
 
     def compute(self) -> Tensor:
-        """The correlation, between -1 and 1."""
+        """Returns the correlation, between -1 and 1."""
         if min((self.confmat.sum(axis) > 0).sum() for axis in (0, 1)) < 2:
             return self.confmat.new_zeros((), dtype=torch.float)
         return super().compute()
 
 
-class MajorityShare(Metric):
-    """Share of the most frequent label: the accuracy of always answering it.
-
-    Args:
-        num_labels: Number of classes.
+class MajorityShare(classification.MulticlassConfusionMatrix):
+    """Share of the most frequent label: the accuracy of always predicting it.
 
     Example:
         >>> share = MajorityShare(3)
@@ -58,30 +48,12 @@ class MajorityShare(Metric):
         tensor(0.7500)
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    counts: Tensor
-
-    def __init__(self, num_labels: int) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(num_labels, dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Counts the labels of a batch.
-
-        Args:
-            preds: Ignored.
-            target: Class indices ``[B]``.
-        """
-        self.counts += torch.bincount(target, minlength=len(self.counts))
-
     def compute(self) -> Tensor:
-        """The share, between 0 and 1."""
-        return self.counts.max() / self.counts.sum()
+        """Returns the share, between 0 and 1."""
+        return self.confmat.sum(1).max() / self.confmat.sum()
 
 
-class LabelVariance(Metric):
+class LabelVariance(CatMetric):
     """Variance of the labels: the mean squared error of always predicting their mean.
 
     Example:
@@ -91,40 +63,13 @@ class LabelVariance(Metric):
         tensor(1.)
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-    moments: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Number, mean and sum of squared differences from it, which keep their digits where squares would not.
-        self.add_state("moments", torch.zeros(3), dist_reduce_fx=None)
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Adds the labels of a batch.
-
-        Args:
-            preds: Ignored.
-            target: Numbers ``[B]``.
-        """
-        labels = target.float()
-        mean = labels.mean()
-        batch = torch.stack([mean.new_tensor(len(labels)), mean, (labels - mean).square().sum()])
-        self.moments = _together(torch.stack([self.moments, batch]))
+    def update(self, preds: Tensor, target: Tensor) -> None:  # type: ignore[override]
+        """Adds the labels ``[B]`` of a batch."""
+        super().update(target)
 
     def compute(self) -> Tensor:
-        """The variance, of all processes' labels together."""
-        number, _, squares = _together(self.moments.view(-1, 3))
-        variance: Tensor = squares / number
-        return variance
-
-
-def _together(moments: Tensor) -> Tensor:
-    """Number, mean and sum of squared differences of several parts ``[P, 3]`` together (Chan et al. 1979)."""
-    numbers, means, squares = moments.unbind(-1)
-    mean = (numbers * means).sum() / numbers.sum()
-    return torch.stack([numbers.sum(), mean, (squares + numbers * (means - mean).square()).sum()])
+        """Returns the variance of all processes' labels together."""
+        return super().compute().var(correction=0)
 
 
 def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
@@ -150,10 +95,9 @@ def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
     if unknown := [name for name in names if name not in known]:
         kind = "classification" if num_labels else "regression"
         raise LoPAError(f"metrics of {kind} must be of {', '.join(known)}; got {', '.join(unknown)}")
-    wanted = dict.fromkeys([*names, "accuracy"] if num_labels else names)
-    metrics: dict[str, Metric | MetricCollection] = {name: known[name](num_labels) for name in wanted}
+    metrics: dict[str, Metric | MetricCollection] = {name: known[name](num_labels) for name in names}
     if num_labels:
-        metrics["majority_share"] = MajorityShare(num_labels)
+        metrics |= {"accuracy": known["accuracy"](num_labels), "majority_share": MajorityShare(num_labels)}
     else:
         metrics["label_variance"] = LabelVariance()
     # Without compute groups: their merging of equal states would need a first update on every process.

@@ -1,10 +1,9 @@
-"""The chance that one of k samples is right (Chen et al. 2021, https://arxiv.org/abs/2107.03374)."""
+"""Estimates the chance that one of k samples is right (Chen et al. 2021, https://arxiv.org/abs/2107.03374)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lopa_lightning.errors import LoPAError
 
 _SKIPPED = -1
+_QUANTILE = 1.959963984540054  # of the normal distribution, at 97.5 %
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Share of the sets of ``k`` among the samples of a problem that have a correct one.
+    """Returns the share of the sets of ``k`` among the samples of a problem that have a correct one.
 
     That is ``1 - C(n - c, k) / C(n, k)``, the unbiased estimate of Chen et al. (2021), equation 1.
 
@@ -44,7 +44,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 class PassAtK(Metric):
-    """Mean of :func:`pass_at_k` over the problems, with a confidence interval.
+    """Mean of :func:`pass_at_k` over the problems, with its 95 % confidence interval.
 
     The samples of a problem may come in any order, in several batches, and on several processes. The
     interval is Wilson's, for the problems as a sample of those that could have been asked. Each problem's value v
@@ -57,11 +57,9 @@ class PassAtK(Metric):
 
     Args:
         k: Which to report.
-        confidence: Coverage of the interval.
-        kwargs: torchmetrics' own.
 
     Raises:
-        LoPAError: If a ``k`` is less than 1, there is none, or ``confidence`` is not between 0 and 1.
+        LoPAError: If a ``k`` is less than 1, or there is none.
 
     Example:
         >>> metric = PassAtK(k=[1, 2])
@@ -77,13 +75,11 @@ class PassAtK(Metric):
     problems: list[Tensor]
     passed: list[Tensor]
 
-    def __init__(self, k: Sequence[int] = (1,), confidence: float = 0.95, **kwargs: Any) -> None:
-        super().__init__(**{"dist_sync_fn": _gather_integers, **kwargs})
+    def __init__(self, k: Sequence[int] = (1,)) -> None:
+        super().__init__(dist_sync_fn=_gather_integers)
         if not k or min(k) < 1:
             raise LoPAError(f"k must be numbers from 1 on, got {list(k)}")
-        if not 0 < confidence < 1:
-            raise LoPAError(f"confidence must be between 0 and 1, got {confidence}")
-        self.k, self.confidence = tuple(dict.fromkeys(k)), confidence
+        self.k = tuple(dict.fromkeys(k))
         self.add_state("problems", [], dist_reduce_fx="cat")
         self.add_state("passed", [], dist_reduce_fx="cat")
 
@@ -99,7 +95,7 @@ class PassAtK(Metric):
         self.passed.append(passed.long() if skipped is None else passed.long().masked_fill(skipped.bool(), _SKIPPED))
 
     def compute(self) -> dict[str, Tensor]:
-        """``pass@k``, ``pass@k_low`` and ``pass@k_high`` for each k; not a number before any sample.
+        """Returns ``pass@k``, ``pass@k_low`` and ``pass@k_high`` for each k; NaN before any sample.
 
         Raises:
             LoPAError: If a problem has fewer samples than a ``k``.
@@ -107,22 +103,19 @@ class PassAtK(Metric):
         # Lists of tensors here, one tensor where the processes' were put together.
         nothing = torch.zeros(0, dtype=torch.long, device=self.device)
         problems, passed = (dim_zero_cat(state) if len(state) else nothing for state in (self.problems, self.passed))
-        _, which = torch.unique(problems, return_inverse=True)
-        samples = torch.bincount(which).tolist()
-        correct, skipped = (
-            torch.bincount(which[passed == value], minlength=len(samples)).tolist() for value in (1, _SKIPPED)
-        )
-        values: dict[str, float] = {}
+        _, which, samples = torch.unique(problems, return_inverse=True, return_counts=True)
+        of = (torch.bincount(which[passed == value], minlength=len(samples)) for value in (1, _SKIPPED))
+        counts = torch.stack([samples, *of], 1).tolist()
+        values: dict[str, Tensor] = {}
         for k in self.k:
-            shares = [_share(n, c, s, k) for n, c, s in zip(samples, correct, skipped)]
-            mean = math.fsum(shares) / len(shares) if shares else math.nan
-            low, high = _interval(shares, sum(samples), self.confidence)
-            values |= {f"pass@{k}": mean, f"pass@{k}_low": low, f"pass@{k}_high": high}
-        return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
+            shares = torch.tensor([_share(n, c, s, k) for n, c, s in counts], dtype=torch.float64, device="cpu")
+            low, high = _interval(shares, len(problems))
+            values |= {f"pass@{k}": shares.mean(), f"pass@{k}_low": low, f"pass@{k}_high": high}
+        return {name: value.float().to(self.device) for name, value in values.items()}
 
 
 def _share(samples: int, correct: int, skipped: int, k: int) -> float:
-    """:func:`pass_at_k` by the rule of CRUXEval's harness for skipped samples."""
+    """Returns :func:`pass_at_k` by the rule of CRUXEval's harness for skipped samples."""
     left = samples - skipped
     if not correct or k > samples:
         return pass_at_k(samples, correct, k)
@@ -134,16 +127,12 @@ def _gather_integers(state: Tensor, group: Any = None) -> list[Tensor]:
     return gather_all_tensors(state.long(), group)
 
 
-def _interval(shares: Sequence[float], samples: int, confidence: float) -> tuple[float, float]:
-    if not shares:
-        return math.nan, math.nan
-    n, z = float(len(shares)), NormalDist().inv_cdf((1 + confidence) / 2)
-    mean = math.fsum(shares) / n
-    variance = math.fsum((share - mean) ** 2 for share in shares) / n
-    spread = mean * (1 - mean)
-    if spread > 0:
-        n = min(n * spread / variance, samples) if variance > 0 else samples
-    centre, weight = mean + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(spread / n + z * z / (4 * n * n))
+def _interval(shares: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    mean, z = shares.mean(), _QUANTILE
+    spread, variance = mean * (1 - mean), (shares - mean).square().mean()
+    # Without a spread that is 0 / 0, and the number of problems stays.
+    n = (len(shares) * spread / variance).nan_to_num(len(shares)).clamp(max=samples)
+    centre, half = mean + z * z / (2 * n), z * (spread / n + z * z / (4 * n * n)).sqrt()
     # At the ends rounding alone would leave the interval without the mean.
-    return min(max((centre - half) / weight, 0.0), mean), max(min((centre + half) / weight, 1.0), mean)
+    low, high = (((centre + side) / (1 + z * z / n)).clamp(0, 1) for side in (-half, half))
+    return torch.minimum(low, mean), torch.maximum(high, mean)

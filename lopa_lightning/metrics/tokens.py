@@ -1,4 +1,4 @@
-"""Metrics of predicted tokens, each token counted once over all batches and processes."""
+"""Defines metrics of predicted tokens, each token counted once over all batches and processes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,22 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class _OverTokens(Metric):
-    """A mean over tokens of one column of ``[B, 3]``: losses, tokens, tokens predicted right, in sum for each text."""
+class _TokenSums(Metric):
+    """Sums ``[B, 3]`` over all texts: losses of tokens, tokens, and tokens predicted right, each summed in its text."""
 
     full_state_update = False
-    column: int
-    total: Tensor
-    tokens: Tensor
+    sums: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("total", "tokens"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, labels: Tensor | None = None) -> None:
         """Adds a batch ``[B, 3]``; labels were counted where the losses were computed."""
-        self.total += predictions[:, self.column].double().sum()
-        self.tokens += predictions[:, 1].double().sum()
-
-    def compute(self) -> Tensor:
-        """The mean over all tokens."""
-        return (self.total / self.tokens).float()
+        self.sums += predictions.double().sum(0)
 
 
-class TokenAccuracy(_OverTokens):
+class TokenAccuracy(_TokenSums):
     """Share of tokens that were the likeliest one.
 
     Example:
@@ -40,10 +32,12 @@ class TokenAccuracy(_OverTokens):
         tensor(0.5000)
     """
 
-    column = 2
+    def compute(self) -> Tensor:
+        """Returns the share, between 0 and 1."""
+        return (self.sums[2] / self.sums[1]).float()
 
 
-class Perplexity(_OverTokens):
+class Perplexity(_TokenSums):
     """The exponential of the mean loss of a token.
 
     Example:
@@ -53,8 +47,6 @@ class Perplexity(_OverTokens):
         tensor(2.7183)
     """
 
-    column = 0
-
     def compute(self) -> Tensor:
-        """The exponential of the mean over all tokens."""
-        return super().compute().exp()
+        """Returns the exponential of the mean over all tokens."""
+        return (self.sums[0] / self.sums[1]).float().exp()

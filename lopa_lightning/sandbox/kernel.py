@@ -1,4 +1,4 @@
-"""The calls of Linux that Python has no names for."""
+"""Names the calls of Linux that Python has no names for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 import struct
 from collections.abc import Iterable
 
-NEW_NAMESPACES = {"mount": 0x00020000, "ipc": 0x08000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
+NEW_MOUNT, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_ENFORCE = 442, 444, 445, 446  # on every architecture
@@ -62,15 +62,15 @@ def adopt_orphans() -> None:
 
 
 def renounce_privileges() -> None:
-    """No program that this process becomes has or gains rights: by a set-user-id bit, as root, or otherwise."""
+    """Keeps programs that this process becomes from rights: by a set-user-id bit, as root, or otherwise."""
     if os.getuid() == 0:
         _prctl(28, 0b1111)  # root is a user like others, for good
     _prctl(38, 1)
 
 
-def unshare(names: Iterable[str]) -> None:
-    """Leaves the namespaces of the parent for new ones, named as in ``NEW_NAMESPACES``."""
-    _call("unshare", sum(NEW_NAMESPACES[name] for name in names))
+def unshare(namespaces: int) -> None:
+    """Leaves namespaces of the parent for new ones: ``NEW_MOUNT`` and the others, added up."""
+    _call("unshare", namespaces)
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
@@ -78,19 +78,10 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = 
     _call("mount", os.fsencode(source), os.fsencode(target), kind.encode(), flags, data.encode())
 
 
-def make_read_only(path: str) -> None:
-    """Makes the mount at ``path``, and all below it, read-only and free of set-user-id; Linux 5.12."""
-    _set_mount(path, 0x8000, 0x1 | 0x2, 0)
-
-
-def make_writable(path: str) -> None:
-    """Makes the mount at ``path`` alone writable."""
-    _set_mount(path, 0, 0, 0x1)
-
-
-def _set_mount(path: str, flags: int, set_bits: int, clear_bits: int) -> None:
-    wanted = struct.pack("4Q", set_bits, clear_bits, 0, 0)
-    _call("syscall", _MOUNT_SETATTR, -100, os.fsencode(path), flags, wanted, len(wanted))
+def set_read_only(path: str, read_only: bool) -> None:
+    """Makes the mount at ``path``, and all below it, read-only and free of set-user-id; or it alone writable."""
+    wanted = struct.pack("4Q", 0x1 | 0x2, 0, 0, 0) if read_only else struct.pack("4Q", 0, 0x1, 0, 0)
+    _call("syscall", _MOUNT_SETATTR, -100, os.fsencode(path), 0x8000 * read_only, wanted, len(wanted))
 
 
 def restrict_files(readable: Iterable[str], writable: Iterable[str]) -> None:
@@ -121,20 +112,14 @@ def filter_calls() -> None:
     if (machine := os.uname().machine) not in _CALLS:
         raise OSError(f"the system calls of {machine} are not known")
     architecture, clone, own = _CALLS[machine]
-    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, at_least, any_bit, give, refuse = 0x20, 0x15, 0x35, 0x45, 0x06, 0x00050000 | 38  # ENOSYS
+    # Another architecture ends the process.
+    rows = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
     # The number of a call of the x32 ABI is above all others.
-    tests = [(at_least, _NEWEST_CALL + 1), *((equal, number) for number in (*own, *_CALLS_OF_ALL))]
-    rows = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, architecture),
-        (give, 0, 0, 0x80000000),  # kill the process
-        (load, 0, 0, 0),
-        *((code, len(tests) + 3 - i, 0, number) for i, (code, number) in enumerate(tests)),
-        (equal, 0, 2, clone),
-        (load, 0, 0, 16),  # its flags
-        (any_bit, 1, 0, _CLONE_NAMESPACES),
-        (give, 0, 0, 0x7FFF0000),  # allow
-        (give, 0, 0, 0x00050000 | 38),  # ENOSYS
-    ]
+    for test, number in [(at_least, _NEWEST_CALL + 1), *((equal, number) for number in (*own, *_CALLS_OF_ALL))]:
+        rows += [(test, 0, 1, number), (give, 0, 0, refuse)]
+    # Of clone the flags.
+    rows += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 0, 1, _CLONE_NAMESPACES), (give, 0, 0, refuse)]
+    rows += [(give, 0, 0, 0x7FFF0000)]  # allows
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *row) for row in rows))
     _prctl(22, 2, struct.pack("@HP", len(rows), ctypes.addressof(code)))

@@ -1,4 +1,4 @@
-"""Runs programs that nobody has read.
+"""Runs programs that a model wrote and nobody has read.
 
 Each program runs in a process of its own: in a session and a temporary folder of its own, with a scrubbed
 environment, ``python -I -S`` (the standard library and nothing else), no input, no open files but its own standard
@@ -13,10 +13,10 @@ has, found out by trying; :func:`isolation` names them, each :class:`Outcome` re
   sockets, other processes' memory, memory that no limit counts, keys, and namespaces of their own;
 - unprivileged user: started by root, it runs as a user without files.
 
-The kernel is asked directly (``jail/kernel.py``); nothing needs to be installed.
+The kernel is asked directly (``kernel.py``); nothing needs to be installed.
 
 A program passes only if a random sentinel comes back that it cannot know: the sentinel is sent when the last line
-has been executed, see ``jail/runner.py``. Ending the process before that, by whatever exit code, is a failure.
+has been executed, see ``runner.py``. Ending the process before that, by whatever exit code, is a failure.
 
 Not covered, with all walls in force:
 
@@ -32,7 +32,7 @@ Not covered, with all walls in force:
 
 Where a program cannot have namespaces, it can also signal its user's processes (before Linux 6.12) and change their
 limits, end its supervisor and leave processes behind, change the mode and times of its user's files, and fill the
-disk. Sets of strings are ordered anew in each run, as Python does without a hash seed.
+disk. The order of sets of strings differs between runs, as in Python without a hash seed.
 """
 
 from __future__ import annotations
@@ -41,31 +41,43 @@ import contextlib
 import functools
 import json
 import os
-import queue
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.sandbox.plan import WALLS
-from lopa_lightning.sandbox.plan import Limits as Limits
+from lopa_lightning.sandbox.limits import Limits as Limits
 
 Status = Literal["passed", "failed", "timeout", "killed"]
 
 _ROOT = str(Path(__file__).resolve().parents[2])
-_START = "import sys; sys.path.append({!r}); from lopa_lightning.sandbox.supervisor import main; main()"
+_START = "import sys; sys.path.append({!r}); from lopa_lightning.sandbox.supervisor import *; main({!r}, {!r})"
 _GRACE = 30.0  # seconds over a program's own after which a supervisor counts as dead
+_LONGEST = 2e6  # seconds that the system waits
+
+_ALWAYS: tuple[str, ...] = ("process", "rlimits")
+# In the order in which they are tried, with what a program can do where one is missing.
+WALLS = {
+    "process and network namespaces": "signal this user's processes and change their limits, use what the system call "
+    "filter leaves of the network, and leave processes behind by killing its supervisor",
+    "own file system": "see which files there are, change the attributes of this user's, and fill the disk",
+    "Landlock": "where there is no own file system either, read and change all that this user can, and read its own "
+    "memory in /proc and so claim to have passed",
+    "system call filter": "read the memory of its parent and so claim to have passed, take memory that is not counted "
+    "(memfd, System V), open sockets between virtual machines, and leave keys in this user's keyring",
+    "unprivileged user": "act as this user: root",
+}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one program.
+    """Says how one program ended.
 
     Args:
         status: ``passed``: its last line was executed. ``failed``: an exception, or an end before the last
@@ -84,7 +96,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether the last line was reached."""
+        """Returns whether the last line was reached."""
         return self.status == "passed"
 
 
@@ -117,146 +129,114 @@ def run_programs(programs: Sequence[str], limits: Limits = Limits(), workers: in
     """
     if workers is not None and workers < 1:
         raise LoPAError(f"workers must be at least 1, got {workers}")
-    walls = _walls()
-    count = min(workers or len(os.sched_getaffinity(0)), max(len(programs), 1))
-    free: queue.SimpleQueue[_Supervisor] = queue.SimpleQueue()
-    supervisors = [_Supervisor(walls, limits) for _ in range(count)]
-    for supervisor in supervisors:
-        free.put(supervisor)
+    return _run(programs, limits, workers, isolation())
 
-    def run(program: str) -> Outcome:
-        supervisor = free.get()
-        try:
-            return supervisor.run(program)
-        finally:
-            free.put(supervisor)
 
-    pool = ThreadPoolExecutor(count, thread_name_prefix="sandbox")
+def _run(programs: Sequence[str], limits: Limits, workers: int | None, walls: tuple[str, ...]) -> list[Outcome]:
+    """Runs programs behind the given walls; see :func:`run_programs`."""
+    workers = workers or len(os.sched_getaffinity(0))
+    todo = list(enumerate(programs))[::-1]
+    free: list[_Supervisor] = []
+    running: dict[Any, _Supervisor] = {}  # by socket
+    outcomes: dict[int, Outcome] = {}
     try:
-        return list(pool.map(run, programs))
+        while todo or running:
+            while todo and len(running) < workers:
+                supervisor = free.pop() if free else _Supervisor(walls, limits)
+                running[supervisor.socket] = supervisor
+                supervisor.send(*todo.pop())
+            if not (ready := wait([*running], min(limits.wall_seconds + _GRACE, _LONGEST))):
+                for supervisor in running.values():
+                    supervisor.process.kill()  # which the next round sees
+            for key in ready:
+                outcomes[running[key].index] = running[key].receive()
+                if (supervisor := running.pop(key)).process.returncode is None:
+                    free.append(supervisor)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for supervisor in supervisors:
-            supervisor.end()
-        pool.shutdown()
+        for supervisor in [*free, *running.values()]:
+            supervisor.close()
+    return [outcomes[index] for index in range(len(programs))]
 
 
+class _Supervisor:
+    """The host's end of a supervisor process, which runs one program at a time."""
+
+    def __init__(self, walls: tuple[str, ...], limits: Limits) -> None:
+        self.walls = walls
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(_GRACE)
+        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START.format(_ROOT, walls, limits)]
+        env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": tempfile.gettempdir()}
+        with theirs:
+            self.process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=env, cwd="/", start_new_session=True
+            )
+
+    def send(self, index: int, program: str) -> None:
+        """Has a program run."""
+        self.index = index
+        with contextlib.suppress(OSError):  # a supervisor that is dead gives no answer
+            self.socket.sendall(json.dumps(program).encode() + b"\n")
+
+    def receive(self) -> Outcome:
+        """Returns what became of the program.
+
+        Raises:
+            LoPAError: If it could not be started.
+        """
+        try:
+            with self.socket.makefile("rb") as lines:
+                answer = json.loads(lines.readline())
+        except (OSError, ValueError):  # without a process namespace a program can kill its supervisor
+            self.close()
+            answer = {"status": "killed", "stderr": "sandbox: the supervisor was killed", "seconds": 0.0}
+        if "error" in answer:
+            raise LoPAError(f"the sandbox could not start a program: {answer['error']}")
+        return Outcome(isolation=self.walls, **answer)
+
+    def close(self) -> None:
+        """Ends the process, and the program that it may be running."""
+        self.socket.close()
+        try:
+            self.process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@functools.cache
 def isolation() -> tuple[str, ...]:
-    """What programs are isolated by on this machine; found out by trying, once.
+    """Returns what programs are isolated by on this machine; found out by trying, once.
 
     Raises:
         LoPAError: If not even a plain process can be started.
     """
-    return _named(_walls())
+    if sys.platform != "linux":
+        raise LoPAError(f"generated programs can be run on Linux only, not on {sys.platform}")
+    if not _problem(everything := (*_ALWAYS, *_possible())):
+        return everything
+    if problem := _problem(kept := _ALWAYS):
+        raise LoPAError(f"this machine cannot run programs in a sandbox: {problem}")
+    for wall in _possible():
+        if not _problem((*kept, wall)):
+            kept = (*kept, wall)
+    return kept
 
 
 def isolation_line() -> str:
-    """One line: what programs are isolated by on this machine, and what they can do for want of the rest."""
-    names = isolation()
-    missing = [f"without {wall} they can {WALLS[wall]}" for wall in _possible() if wall not in names]
-    return "; ".join([f"programs are isolated by: {', '.join(names)}", *missing])
+    """Says in one line what programs are isolated by on this machine, and what they can do for want of the rest."""
+    missing = [f"without {wall} they can {WALLS[wall]}" for wall in _possible() if wall not in isolation()]
+    return "; ".join([f"programs are isolated by: {', '.join(isolation())}", *missing])
 
 
 def _possible() -> tuple[str, ...]:
     return tuple(wall for wall in WALLS if wall != "unprivileged user" or os.getuid() == 0)
 
 
-def _named(walls: Sequence[str]) -> tuple[str, ...]:
-    return ("process", "rlimits", *walls)
-
-
-@functools.cache
-def _walls() -> tuple[str, ...]:
-    """The walls behind which a trivial program still runs."""
-    if sys.platform != "linux":
-        raise LoPAError(f"generated programs can be run on Linux only, not on {sys.platform}")
-    if not _problem(possible := _possible()):
-        return possible
-    if problem := _problem(()):
-        raise LoPAError(f"this machine cannot run programs in a sandbox: {problem}")
-    kept: tuple[str, ...] = ()
-    for wall in possible:
-        if not _problem((*kept, wall)):
-            kept = (*kept, wall)
-    return kept
-
-
-def _problem(walls: Sequence[str]) -> str:
-    """Why a trivial program does not run behind these walls; empty if it does."""
-    supervisor = _Supervisor(walls, Limits())
+def _problem(walls: tuple[str, ...]) -> str:
+    """Returns why a trivial program does not run behind these walls; empty if it does."""
     try:
-        outcome = supervisor.run("import json, math, re")
+        (outcome,) = _run(["import json, math, re"], Limits(), 1, walls)
     except LoPAError as error:
         return str(error)
-    finally:
-        supervisor.end()
     return "" if outcome.passed else outcome.stderr
-
-
-class _Supervisor:
-    """The host's side of a supervisor process: started when first needed, and again when it died."""
-
-    def __init__(self, walls: Sequence[str], limits: Limits) -> None:
-        self._walls, self._limits = walls, limits
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock, self._ended = threading.Lock(), False
-
-    def run(self, program: str) -> Outcome:
-        """Runs one program.
-
-        Raises:
-            LoPAError: If it could not be started, or :meth:`end` was called.
-        """
-        with self._lock:  # the thread of a program whose turn has just come must not start what nobody would end
-            if self._ended:
-                raise LoPAError("the sandbox has been closed")
-            process = self._process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        watch = threading.Timer(self._limits.wall_seconds + _GRACE, process.kill)
-        watch.start()
-        try:
-            process.stdin.write(json.dumps(program).encode() + b"\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-        except (OSError, ValueError):
-            # Without a process namespace a program can kill its supervisor; the next one gets a new one.
-            self._close()
-            answer = {"status": "killed", "stderr": "sandbox: the supervisor was killed", "seconds": 0.0}
-        finally:
-            watch.cancel()
-        if "error" in answer:
-            raise LoPAError(f"the sandbox could not start a program: {answer['error']}")
-        return Outcome(isolation=_named(self._walls), **answer)
-
-    def end(self) -> None:
-        """Ends the process for good, and the program that it may be running."""
-        with self._lock:
-            self._ended = True
-        self._close()
-
-    def _close(self) -> None:
-        if (process := self._process) is None:
-            return
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._process = None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        config = json.dumps({"walls": self._walls, "limits": asdict(self._limits)})
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START.format(_ROOT), config],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": tempfile.gettempdir()},
-            cwd="/",
-            start_new_session=True,
-        )

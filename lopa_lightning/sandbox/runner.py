@@ -28,26 +28,20 @@ SENTINEL_BYTES = 32
 # Tripwires: what would show or change the interpreter's own state, by setting a frame to another line, all objects
 # there are, hand-made bytecode, raw memory, an interpreter beside this one. No benchmark's program needs them. They
 # stop what is written in Python; nothing in one process stops what has reached its memory.
-_DENIED_EVENTS = frozenset(
-    {
-        *("sys.settrace", "sys.setprofile", "gc.get_objects", "gc.get_referrers", "gc.get_referents"),
-        *("cpython.PyInterpreterState_New", "sys.monitoring.register_callback"),
-    }
-)
-_DENIED_MODULES = ("_ctypes", "_test", "_xx", "xx", "_interp")
+_EVENTS = ("ctypes.", "gc.get_", "sys.settrace", "sys.setprofile", "sys.monitoring.", "cpython.PyInterpreterState_New")
+_MODULES = ("_ctypes", "_test", "_xx", "xx", "_interp")
 
 
-def _guard(events: frozenset[str], modules: tuple[str, ...], folder: str) -> Any:
-    """An audit hook. None can be removed, and this one uses no name that a program could change under it."""
+def _guard(events: tuple[str, ...], modules: tuple[str, ...], folder: str) -> Any:
+    """Makes an audit hook. None can be removed, and this one uses no name that a program could change under it."""
     size, text, kind, frame = len(folder), str, type, sys._getframe
     refusal, wrong = ImportError, RuntimeError
     # The standard library's own makers of code: imports, from files and frozen, and types.coroutine.
     load, thaw = sys.modules["_frozen_importlib_external"], sys.modules["_frozen_importlib"]
-    functions = load._compile_bytecode, thaw._call_with_frames_removed, types.coroutine
-    makers = tuple(function.__code__ for function in functions)
+    makers = tuple(f.__code__ for f in (load._compile_bytecode, thaw._call_with_frames_removed, types.coroutine))
 
     def hook(event: str, arguments: Any) -> None:
-        if event in events or event[:7] == "ctypes.":
+        if event.startswith(events):
             raise wrong(event + " is not allowed in the sandbox")
         if event in ("marshal.loads", "code.__new__") and frame(1).f_code not in makers:
             raise wrong("bytecode is not allowed in the sandbox")
@@ -63,13 +57,6 @@ def _guard(events: frozenset[str], modules: tuple[str, ...], folder: str) -> Any
     return hook
 
 
-def _read_all(descriptor: int) -> bytes:
-    parts = []
-    while part := posix.read(descriptor, 1 << 20):
-        parts.append(part)
-    return b"".join(parts)
-
-
 def main() -> None:
     """Runs the program that descriptor 3 holds after the sentinel; never returns."""
     # By names of its own: the program can change those of builtins.
@@ -80,7 +67,7 @@ def main() -> None:
                 partial(posix.write, 4),
                 compress(
                     iter([posix.read(3, SENTINEL_BYTES)].pop, None),
-                    map(is_, map(exec, *_program(_read_all(3))), repeat(None)),
+                    map(is_, map(exec, *_program()), repeat(None)),
                 ),
             )
         )
@@ -91,13 +78,14 @@ def main() -> None:
     end(0)
 
 
-def _program(source: bytes) -> tuple[Any, Any]:
-    """The arguments of ``exec``: iterators over the code and over the namespace of a fresh ``__main__``."""
-    posix.close(3)
+def _program() -> tuple[Any, Any]:
+    """Returns the arguments of ``exec``: iterators over the code and over the namespace of a fresh ``__main__``."""
+    with open(3, "rb", 0) as file:
+        source = file.read()
     module = type(sys)("__main__")
     code = compile(source.decode("utf-8"), "<program>", "exec", dont_inherit=True)
     sys.modules["__main__"] = module
-    sys.addaudithook(_guard(_DENIED_EVENTS, _DENIED_MODULES, sys.path[-1] + "/"))
+    sys.addaudithook(_guard(_EVENTS, _MODULES, sys.path[-1] + "/"))
     return iter([code].pop, None), iter([module.__dict__].pop, None)
 
 

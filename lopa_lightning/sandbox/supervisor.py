@@ -1,4 +1,4 @@
-"""A process that runs programs, one after the other, and leaves nothing of any of them.
+"""Runs programs in a process of its own, one after the other, and leaves nothing of any of them.
 
 It reads one JSON line for each program and answers with one; when its input ends, it ends, also in the
 middle of a program. It adopts what a program's processes leave behind, and kills all of it.
@@ -20,9 +20,9 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from lopa_lightning.sandbox import kernel
-from lopa_lightning.sandbox.cell import Cell
-from lopa_lightning.sandbox.plan import Limits
+from lopa_lightning.sandbox.limits import Limits
 from lopa_lightning.sandbox.runner import SENTINEL_BYTES
+from lopa_lightning.sandbox.walls import run_behind
 
 _TAIL = 4096  # bytes of standard error that are kept
 _LOST = b'{"code": -9, "cpu": 0}'  # the process that waited for the program was killed itself
@@ -47,7 +47,10 @@ class Supervisor:
         """Runs one program.
 
         Returns:
-            ``status``, ``stderr`` and ``seconds``; or ``error``, if it could not be started.
+            ``status``, ``stderr`` and ``seconds``.
+
+        Raises:
+            OSError: If it could not be started.
         """
         sentinel, started = os.urandom(SENTINEL_BYTES), time.monotonic()
         folder = tempfile.mkdtemp(prefix="lopa-sandbox-")
@@ -57,7 +60,7 @@ class Supervisor:
             file.seek(0)
             if os.fork() == 0:
                 given = (errors.fileno(), file.fileno(), answers[1], statuses[1])
-                Cell(self.walls, self.limits, self.user, folder, *given).keep()
+                run_behind(self.walls, self.limits, self.user, folder, given)
             os.close(answers[1])
             os.close(statuses[1])
             with open(answers[0], "rb", 0) as answer, open(statuses[0], "rb", 0) as status:
@@ -69,33 +72,33 @@ class Supervisor:
                 returned = answer.read(4 * SENTINEL_BYTES) == sentinel
             size = os.fstat(errors.fileno()).st_size
             stderr = os.pread(errors.fileno(), _TAIL, max(size - _TAIL, 0)).decode("utf-8", "replace")
-        if "error" in seen:
-            return seen
         if size > self.limits.output_kb << 10:
-            seen["stopped"] = f"wrote more than {self.limits.output_kb} kB"
+            seen = {"killed": f"wrote more than {self.limits.output_kb} kB"}
         outcome, note = self._judge(seen, returned, bool(stderr))
         if note:
             stderr = f"{stderr.rstrip()}\nsandbox: {note}".lstrip()
         return {"status": outcome, "stderr": stderr, "seconds": time.monotonic() - started}
 
     def _watch(self, status: int, errors: int, deadline: float) -> dict[str, Any]:
-        """How the program ended, or under ``stopped`` which limit it broke."""
+        """Returns how the program ended, or, under the status that follows, which limit it broke."""
         while True:
             ready, _, _ = select.select([status, sys.stdin.fileno()], [], [], _LOOK)
-            if sys.stdin.fileno() in ready:  # the host is gone
-                _clear()
-                os._exit(0)
+            if sys.stdin.fileno() in ready:
+                sys.exit()  # the host is gone
             if status in ready:
-                return dict(json.loads(os.read(status, 4096).split(b"\n")[0] or _LOST))
+                ended = dict(json.loads(os.read(status, 4096).split(b"\n")[0] or _LOST))
+                if "error" in ended:
+                    raise OSError(ended["error"])
+                return ended
             if time.monotonic() >= deadline:
-                return {"stopped": f"still running after {self.limits.wall_seconds:g} s"}
-            if os.fstat(errors).st_size > self.limits.output_kb << 10:
-                return dict(json.loads(_LOST))
+                return {"timeout": f"still running after {self.limits.wall_seconds:g} s"}
             if broken := self._broken_by_all():
-                return {"stopped": broken}
+                return {"killed": broken}
+            if os.fstat(errors).st_size > self.limits.output_kb << 10:
+                return {}  # the size says it all
 
     def _broken_by_all(self) -> str:
-        """Which limit all processes together have broken."""
+        """Returns which limit all processes together have broken."""
         tasks, pages = 0, 0
         for pid in _descendants():
             with contextlib.suppress(OSError), open(f"/proc/{pid}/statm") as file:
@@ -107,9 +110,10 @@ class Supervisor:
         return f"more than {self.limits.processes} processes" if tasks > self.limits.processes + 2 else ""
 
     def _judge(self, seen: dict[str, Any], returned: bool, spoke: bool) -> tuple[str, str]:
-        """The outcome's name, and what there is to say beside the program's own words."""
-        if stopped := seen.get("stopped"):
-            return ("timeout" if stopped.startswith("still") else "killed"), stopped
+        """Returns the outcome's status, and what there is to say beside the program's own words."""
+        if "code" not in seen:
+            ((status, note),) = seen.items()
+            return status, note
         code = seen["code"]
         if code < 0:
             if -code == signal.SIGXCPU or seen["cpu"] >= self.limits.cpu_seconds:
@@ -156,20 +160,15 @@ def _remove(folder: str) -> None:
         subprocess.run(["rm", "-rf", "--", folder], check=False, stderr=subprocess.DEVNULL)
 
 
-def main() -> None:
-    """Serves until the input ends. The first argument is the configuration, as JSON."""
-    config = json.loads(sys.argv[1])
+def main(walls: Collection[str], limits: Limits) -> None:
+    """Runs a program for each line of the input, until that ends; see :class:`Supervisor`."""
     kernel.adopt_orphans()
     kernel.hide_memory()  # the sentinel lies in it
-    supervisor = Supervisor(config["walls"], Limits(**config["limits"]))
+    supervisor = Supervisor(walls, limits)
     # The host waits for each answer, so nothing of a next line can lie in the buffer.
     for line in iter(sys.stdin.buffer.readline, b""):
         try:
             answer = supervisor.run(json.loads(line))
         except (OSError, RuntimeError) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

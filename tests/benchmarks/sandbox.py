@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 
-from lopa_lightning.data.code.programs import cruxeval_program, mbpp_program
+from lopa_lightning.data.code.programs import cruxeval_answer_program, mbpp_program
 from lopa_lightning.sandbox.run import isolation, run_programs
 
 
@@ -28,11 +28,11 @@ def references(folder: Path) -> dict[str, str]:
         for row in rows
     }
     lines = (folder / "cruxeval-org" / "cruxeval" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line) for line in lines]
-    return found | {f"CRUXEval {row['id']}": cruxeval_program(*(row[k] for k in _CRUXEVAL)) for row in answers}
-
-
-_CRUXEVAL = ("code", "input", "output")
+    for row in map(json.loads, lines):
+        call = f"f({row['input']})"
+        program = cruxeval_answer_program(row["code"], row["input"], row["output"], call, "input")
+        found[f"CRUXEval {row['id']}"] = program
+    return found
 
 
 def main() -> None:

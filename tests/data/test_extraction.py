@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopa_lightning.data.code.extraction import code_block, cruxeval_answer, first_function
+from lopa_lightning.data.code.programs import code_block, cruxeval_answer, first_function
 from lopa_lightning.errors import LoPAError
 
 SIGNATURE = 'def f(a, b):\n    """Adds.\n    """'

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lopa_lightning.data.code.programs import cruxeval_answer_program, cruxeval_program, is_skipped, mbpp_program
+from lopa_lightning.data.code.programs import cruxeval_answer_program, is_skipped, mbpp_program
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.sandbox.run import run_programs
 
@@ -65,42 +65,33 @@ def test_what_is_no_answer_to_cruxeval_is_skipped(answer: str, mode: str, skippe
     assert is_skipped("3", answer, mode) == skipped  # type: ignore[arg-type]
 
 
-def test_cruxeval_program_compares_the_value() -> None:
-    exec(cruxeval_program("def f(a, b):\n    return a + b", "1, 2", "3"), {})
-    with pytest.raises(AssertionError):
-        exec(cruxeval_program("def f(a, b):\n    return a + b", "1, 2", "4"), {})
-
-
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(LoPAError, match="mode must be one of input, output, got 'in'"):
         cruxeval_answer_program(SQUARE, "3", "9", "9", "in")  # type: ignore[arg-type]
 
 
 @pytest.mark.real
-def test_mbpps_own_solutions_pass_in_the_sandbox(real_data: Callable[[str], str]) -> None:
+def test_the_benchmarks_own_solutions_pass_in_the_sandbox_and_others_answers_fail(
+    real_data: Callable[[str], str],
+) -> None:
     import datasets
 
-    rows = datasets.concatenate_datasets(
-        list(datasets.load_dataset(real_data("google-research-datasets/mbpp"), "full").values())
-    )
-    some = [row for row in rows if row["task_id"] % 20 == 7 or row["test_setup_code"]]
-    programs = [
-        mbpp_program(row["code"], row["test_list"] + row["challenge_test_list"], row["test_setup_code"]) for row in some
-    ]
-    outcomes = run_programs(programs)
-    assert [(row["task_id"], outcome) for row, outcome in zip(some, outcomes) if not outcome.passed] == []
-    assert len(outcomes) > 45
-
-
-@pytest.mark.real
-def test_cruxevals_references_pass_and_others_answers_fail(real_data: Callable[[str], str]) -> None:
-    path = Path(real_data("cruxeval-org/cruxeval")) / "test.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()][::40]
-    right = [cruxeval_program(row["code"], row["input"], row["output"]) for row in rows]
+    splits = datasets.load_dataset(real_data("google-research-datasets/mbpp"), "full").values()
+    rows = [row for split in splits for row in split if row["task_id"] % 30 == 7 or row["test_setup_code"]]
+    lines = (Path(real_data("cruxeval-org/cruxeval")) / "test.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines[::80]]
+    right = [mbpp_program(r["code"], r["test_list"] + r["challenge_test_list"], r["test_setup_code"]) for r in rows]
+    right += [cruxeval_answer_program(**_fields(row), answer=row["output"], mode="output") for row in answers]
     wrong = [
-        cruxeval_program(row["code"], row["input"], other["output"])
-        for row, other in zip(rows, rows[1:] + rows[:1])
+        cruxeval_answer_program(**_fields(row), answer=other["output"], mode="output")
+        for row, other in zip(answers, answers[1:] + answers[:1])
         if row["output"] != other["output"]
     ]
-    assert all(outcome.passed for outcome in run_programs(right))
-    assert {outcome.status for outcome in run_programs(wrong)} == {"failed"}
+    statuses = [outcome.status for outcome in run_programs(right + wrong)]
+    assert statuses == ["passed"] * len(right) + ["failed"] * len(wrong)
+    assert len(rows) > 25
+    assert len(wrong) > 5
+
+
+def _fields(row: dict[str, str]) -> dict[str, str]:
+    return {name: row[name] for name in ("code", "input", "output")}

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.sandbox import cell
 from lopa_lightning.sandbox import run as sandbox
-from lopa_lightning.sandbox.plan import WALLS
+from lopa_lightning.sandbox import walls
 from lopa_lightning.sandbox.run import (
+    WALLS,
     Limits,
     Outcome,
     isolation,
@@ -32,7 +32,8 @@ from tests.sandbox.hostile import HOSTILE
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAIN = ("Landlock", "system call filter")
+PLAIN = ("process", "rlimits")
+LANDLOCKED = ("Landlock", "system call filter")
 NAMESPACES = "process and network namespaces"
 LIMITS = Limits(seconds=5, cpu_seconds=1, memory_mb=256, processes=24, file_mb=16, output_kb=256)
 
@@ -47,7 +48,7 @@ def survivors() -> list[int]:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
             except OSError:
                 continue
-            if b"sends the sentinel back" in command or b"jail.supervisor" in command:
+            if b"sends the sentinel back" in command or b"sandbox.supervisor" in command:
                 parents[int(entry.name)] = parent
     owners = dict(parents)
     for pid in owners:
@@ -145,7 +146,7 @@ def test_there_is_no_network() -> None:
 def test_the_network_namespace_alone_has_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     if NAMESPACES not in isolation():
         pytest.skip("this machine gives programs no network of their own")
-    monkeypatch.setattr(sandbox, "_walls", lambda: (NAMESPACES,))
+    monkeypatch.setattr(sandbox, "isolation", lambda: (NAMESPACES,))
     (outcome,) = run_programs(["import socket\nsocket.create_connection(('127.0.0.1', 9), 2)"])
     assert (outcome.status, "unreachable" in outcome.stderr) == ("failed", True)
 
@@ -168,7 +169,7 @@ def test_programs_are_not_root() -> None:
 def test_no_temporary_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill = "import os\nfor _ in range(50):\n    os.mkdir('d')\n    os.chdir('d')\nopen('f', 'w').close()\n"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sandbox, "_walls", lambda: ())
+    monkeypatch.setattr(sandbox, "isolation", lambda: PLAIN)
     outcomes = run_programs([fill, fill + "print(os.getcwd(), file=__import__('sys').stderr)"], LIMITS)
     assert [outcome.status for outcome in outcomes] == ["passed", "passed"]
     assert outcomes[1].stderr.startswith(f"{tmp_path}/lopa-sandbox-")
@@ -188,11 +189,11 @@ def test_what_lies_under_the_temporary_folder_is_seen_in_the_own_file_system(
         pytest.skip("this machine gives programs no file system of their own")
     python = Path(tempfile.mkdtemp(dir="/tmp"), "python")
     python.write_text("there")
-    monkeypatch.setattr(cell, "_READABLE", (str(python.parent),))
+    monkeypatch.setattr(walls, "_READABLE", (str(python.parent),))
     if (child := os.fork()) == 0:
         with contextlib.suppress(BaseException):
-            cell.Cell(["own file system"], LIMITS, None, "", -1, -1, -1, -1)._leave_host()
-            cell._enter_root(str(tmp_path), 1)
+            walls._leave_host(["own file system"], None)
+            walls._enter_root(str(tmp_path), 1)
             Path("/tmp/new").write_text("x")
             with pytest.raises(OSError, match="Read-only"):
                 python.write_text("x")
@@ -206,7 +207,7 @@ def test_threads_start_however_many_processes_the_user_has() -> None:
     others = [subprocess.Popen(["sleep", "60"]) for _ in range(LIMITS.processes)]
     try:
         program = "import threading\nthread = threading.Thread(target=int)\nthread.start()\nthread.join()"
-        outcomes = [run_programs([program], LIMITS)[0], _behind(PLAIN, program)]
+        outcomes = [run_programs([program], LIMITS)[0], _behind(LANDLOCKED, program)]
     finally:
         for other in others:
             other.kill()
@@ -217,16 +218,12 @@ def test_threads_start_however_many_processes_the_user_has() -> None:
 # Without namespaces
 
 
-def _behind(walls: tuple[str, ...], program: str) -> Outcome:
-    supervisor = sandbox._Supervisor(walls, LIMITS)
-    try:
-        return supervisor.run(program)
-    finally:
-        supervisor.end()
+def _behind(names: tuple[str, ...], program: str) -> Outcome:
+    return sandbox._run([program], LIMITS, 1, names)[0]
 
 
 def test_a_plain_process_still_keeps_the_sentinel_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_walls", lambda: ())
+    monkeypatch.setattr(sandbox, "isolation", lambda: PLAIN)
     names = ["sys_exit", "os_exit", "patched_builtins", "all_that_frames_reach", "daemon", "real_time_signal"]
     outcomes = run_programs([HOSTILE[name].source for name in names] + ["assert True"], LIMITS)
     assert [outcome.status for outcome in outcomes] == [HOSTILE[name].status for name in names] + ["passed"]
@@ -235,9 +232,9 @@ def test_a_plain_process_still_keeps_the_sentinel_and_leaves_nothing(monkeypatch
 
 
 def test_landlock_and_the_filter_do_without_namespaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not set(PLAIN) <= set(isolation()):
+    if not set(LANDLOCKED) <= set(isolation()):
         pytest.skip("this machine has no Landlock or no system call filter")
-    monkeypatch.setattr(sandbox, "_walls", lambda: PLAIN)
+    monkeypatch.setattr(sandbox, "isolation", lambda: LANDLOCKED)
     (tmp_path / "secret").write_text("secret")
     names = ["own_memory_as_a_file", "clean_python_reads_its_parent", "clean_python_reads_its_child"]
     names += ["calls_that_lead_out", "huge_files_in_memory", "socket_between_machines"]
@@ -258,7 +255,7 @@ def test_a_fork_bomb_is_ended_where_the_kernel_counts_others_too() -> None:
 
 
 def test_the_run_goes_on_when_a_supervisor_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_walls", lambda: ())
+    monkeypatch.setattr(sandbox, "isolation", lambda: PLAIN)
     # Above the program are two processes that wait for it, above them the supervisor.
     kill = (
         "import os, signal\nabove = os.getppid()\nfor _ in range(2):\n    with open(f'/proc/{above}/stat') as file:\n"
@@ -279,22 +276,16 @@ def test_outcomes_come_in_the_order_of_the_programs() -> None:
     assert [outcome.stderr for outcome in run_programs(programs, workers=3)] == [f"{i}\n" for i in range(5)]
 
 
-def test_an_interrupted_run_leaves_no_process() -> None:
+def test_an_interrupted_run_leaves_no_process_and_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = time.monotonic()
     interrupt = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT])
     interrupt.start()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        run_programs(["import time\ntime.sleep(60)"] * 3, workers=1)
+        run_programs(["import time\ntime.sleep(60)"] * 3, workers=2)
+    assert list(tmp_path.iterdir()) == []
     assert time.monotonic() - started < 30
     assert survivors() == []
-
-
-def test_a_program_whose_turn_comes_when_the_run_has_ended_is_not_started() -> None:
-    supervisor = sandbox._Supervisor((), LIMITS)
-    supervisor.end()
-    with pytest.raises(LoPAError, match="the sandbox has been closed"):
-        supervisor.run("import time\ntime.sleep(60)")
-    assert supervisor._process is None
 
 
 def test_a_large_program_arrives_whole() -> None:
@@ -321,10 +312,10 @@ def test_the_standard_library_and_main_are_as_in_a_script() -> None:
     assert outcome.passed, outcome.stderr
 
 
-@pytest.mark.parametrize("name", ["seconds", "memory_mb", "processes", "output_kb"])
-def test_limits_must_be_above_zero(name: str) -> None:
-    with pytest.raises(LoPAError, match=rf"limits\.{name} must be above 0, got 0"):
-        Limits(**{name: 0})
+@pytest.mark.parametrize(("name", "value"), [("seconds", 0), ("memory_mb", -1), ("seconds", float("inf"))])
+def test_limits_must_be_above_zero_and_finite(name: str, value: float) -> None:
+    with pytest.raises(LoPAError, match=rf"limits\.{name} must be above 0 and finite, got {value}"):
+        Limits(**{name: value})  # type: ignore[arg-type]
 
 
 def test_the_wall_clock_limit_is_far_above_that_of_cpu_time() -> None:
@@ -344,7 +335,7 @@ def test_code_runs_only_with_permission() -> None:
 
 
 def test_one_line_says_what_isolates_programs_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_walls", lambda: tuple(WALLS)[:4])
+    monkeypatch.setattr(sandbox, "isolation", lambda: (*PLAIN, *WALLS)[:6])
     monkeypatch.setattr(os, "getuid", lambda: 0)
     assert isolation_line() == (
         "programs are isolated by: process, rlimits, process and network namespaces, own file system, Landlock, "
@@ -353,7 +344,7 @@ def test_one_line_says_what_isolates_programs_and_what_is_missing(monkeypatch: p
 
 
 def test_elsewhere_than_on_linux_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_walls", sandbox._walls.__wrapped__)
+    sandbox.isolation.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
     for call in (isolation, isolation_line, lambda: run_programs(["assert True"])):
         with pytest.raises(LoPAError, match=r"generated programs can be run on Linux only, not on darwin$"):

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
-from lopa_lightning.data.code.extraction import cruxeval_answer
-from lopa_lightning.data.code.programs import cruxeval_answer_program, is_skipped
+from lopa_lightning.data.code.programs import cruxeval_answer, cruxeval_answer_program, is_skipped
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.data.splits import Role
 from lopa_lightning.errors import LoPAError

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
-from lopa_lightning.data.code.extraction import code_block, first_function
-from lopa_lightning.data.code.programs import mbpp_program
+from lopa_lightning.data.code.programs import code_block, first_function, mbpp_program
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.data.splits import Role
 from lopa_lightning.errors import LoPAError

@@ -1,27 +1,16 @@
-"""What a supervisor is told by the host: what programs are locked into, and what they may use."""
+"""Limits on the time, memory, processes and files of a program."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from lopa_lightning.errors import LoPAError
 
-# In the order in which they are tried, with what a program can do where one is missing.
-WALLS = {
-    "process and network namespaces": "signal this user's processes and change their limits, use what the system call "
-    "filter leaves of the network, and leave processes behind by killing its supervisor",
-    "own file system": "see which files there are, change the attributes of this user's, and fill the disk",
-    "Landlock": "where there is no own file system either, read and change all that this user can, and read its own "
-    "memory in /proc and so claim to have passed",
-    "system call filter": "read the memory of its parent and so claim to have passed, take memory that is not counted "
-    "(memfd, System V), open sockets between virtual machines, and leave keys in this user's keyring",
-    "unprivileged user": "act as this user: root",
-}
-
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Sets what one program may use.
 
     Args:
         cpu_seconds: CPU seconds of each process: what ends an endless loop.
@@ -35,7 +24,7 @@ class Limits:
         output_kb: Standard error until the program is killed, in KiB. Standard output goes nowhere.
 
     Raises:
-        LoPAError: If a limit is not above 0.
+        LoPAError: If a limit is not above 0 and finite.
     """
 
     cpu_seconds: int = 10
@@ -49,10 +38,10 @@ class Limits:
     def __post_init__(self) -> None:
         for limit in fields(self):
             value = getattr(self, limit.name)
-            if value is not None and not value > 0:
-                raise LoPAError(f"limits.{limit.name} must be above 0, got {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise LoPAError(f"limits.{limit.name} must be above 0 and finite, got {value!r}")
 
     @property
     def wall_seconds(self) -> float:
-        """``seconds``, or what it is by default."""
+        """Returns ``seconds``, or its default."""
         return 12.0 * self.cpu_seconds if self.seconds is None else self.seconds
