@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PromptEmbedding, PromptTuningConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lopa_lightning.backbones.pretrained import PretrainedSpec, load_model
@@ -37,6 +38,28 @@ def test_it_is_the_papers_formula() -> None:
     """Z = P_e, equation 2: the learned prompt itself."""
     tuning = randomized(PromptTuning(8, 4, num_virtual_tokens=5, init="normal"), seed=0)
     assert_follows(tuning, lambda parameters: parameters["shared_prompt.weight"][None], lambda: tuning(None))
+
+
+def test_prompt_and_gradient_are_those_of_pefts_module() -> None:
+    config = PromptTuningConfig(num_virtual_tokens=5, token_dim=8, num_transformer_submodules=1)
+    theirs = PromptEmbedding(config, None).double()
+    ours = randomized(PromptTuning(8, 0, num_virtual_tokens=5), seed=0)
+
+    def reference(p: dict[str, Tensor]) -> Tensor:
+        weights = {"embedding.weight": p["shared_prompt.weight"]}
+        return torch.func.functional_call(theirs, weights, torch.arange(5)[None])
+
+    assert_follows(ours, reference, lambda: ours(None))
+
+
+def test_normal_values_and_what_is_drawn_next_are_those_of_pefts_module() -> None:
+    torch.manual_seed(0)
+    config = PromptTuningConfig(num_virtual_tokens=10, token_dim=8, num_transformer_submodules=1)
+    theirs, after = PromptEmbedding(config, None), torch.randn(3)
+    torch.manual_seed(0)
+    ours = PromptTuning(8, 0, num_virtual_tokens=10, init="normal")
+    assert torch.equal(ours.shared_virtual_tokens(), theirs.embedding.weight)
+    assert torch.equal(torch.randn(3), after)
 
 
 def test_the_published_count() -> None:
