@@ -238,14 +238,14 @@ def test_starting_from_tokens_needs_a_vocabulary(case: Case, encoder: PromptEnco
     case[0](D, E, init="normal").initialize(None)
 
 
-def test_an_unknown_start_is_refused_with_the_choices(case: Case) -> None:
+def test_an_unknown_init_is_refused_with_the_choices(case: Case) -> None:
     if "init" not in arguments(method(case[0])):
         return
     with pytest.raises(LoPAError, match=r"^init must be one of vocabulary, .*normal, got 'zeros'$"):
         case[0](D, E, init="zeros")
 
 
-def test_a_text_start_is_the_texts_tokens(case: Case, table: torch.Tensor, vocabulary: Vocabulary) -> None:
+def test_text_values_are_the_texts_tokens(case: Case, table: torch.Tensor, vocabulary: Vocabulary) -> None:
     if "init_text" not in arguments(method(case[0])):
         return
     encoder = case[0](D, E, init="text", init_text="good film bad")

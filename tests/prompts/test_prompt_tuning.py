@@ -74,7 +74,7 @@ def test_the_prompt_is_all_that_is_trained() -> None:
     assert [(name, tuple(p.shape)) for name, p in tuning.named_parameters()] == [("shared_prompt.weight", (5, 8))]
 
 
-def test_vocabulary_start_is_embeddings_of_distinct_ordinary_tokens() -> None:
+def test_vocabulary_values_are_embeddings_of_distinct_ordinary_tokens() -> None:
     table = torch.randn(30, 8)
     vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [], str)
     tuning = PromptTuning(8, 4, num_virtual_tokens=10)
@@ -85,7 +85,7 @@ def test_vocabulary_start_is_embeddings_of_distinct_ordinary_tokens() -> None:
     assert same.sum(0).max() == 1
 
 
-def test_text_start_is_the_texts_embeddings() -> None:
+def test_text_values_are_the_texts_embeddings() -> None:
     table = torch.randn(30, 8)
     vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [int(word) for word in text.split()], str)
     tuning = PromptTuning(8, 4, num_virtual_tokens=3, init="text", init_text="7 9")
