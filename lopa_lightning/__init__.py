@@ -16,16 +16,7 @@ if TYPE_CHECKING:
     )
     from lopa_lightning.instances.encoder import InstanceEncoderSpec
     from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
-    from lopa_lightning.prompts import (
-        IDPG,
-        DePT,
-        LoPA,
-        NoPrompt,
-        PeftPromptTuning,
-        PromptEncoder,
-        PromptTuning,
-        PTuning,
-    )
+    from lopa_lightning.prompts import IDPG, DePT, LoPA, NoPrompt, PromptEncoder, PromptTuning, PTuning
     from lopa_lightning.task import TextTask
 
 __version__ = "0.1.0"
@@ -44,7 +35,6 @@ _HOMES = {
     "MBPPDataModule": "data",
     "NoPrompt": "prompts",
     "PTuning": "prompts",
-    "PeftPromptTuning": "prompts",
     "PretrainedSpec": "backbones.pretrained",
     "PromptEncoder": "prompts",
     "PromptTuning": "prompts",
@@ -66,7 +56,6 @@ __all__ = [
     "MBPPDataModule",
     "NoPrompt",
     "PTuning",
-    "PeftPromptTuning",
     "PretrainedSpec",
     "PromptEncoder",
     "PromptTuning",

@@ -34,6 +34,21 @@ def shown(value: Any, write: Any = repr) -> str:
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 60]} ... {line[-55:]}"
 
 
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuses a value that is none of the choices.
+
+    Args:
+        name: The argument.
+        value: What was given.
+        choices: What is allowed.
+
+    Raises:
+        LoPAError: If it is none of them; the message lists them.
+    """
+    if value not in (allowed := list(choices)):
+        raise LoPAError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 def listed(name: str, values: Iterable[Any]) -> list[Any]:
     """Returns the values of an argument that is a list.
 

@@ -56,7 +56,6 @@ SAVED: dict[str, set[str]] = {
     ),
     "lopa_instance_only": in_prompt_encoder(*HEADS),
     **dict.fromkeys(["prompt_tuning", "p_tuning_v2"], SOFT),
-    "peft_prompt_tuning": in_prompt_encoder("prompt.embedding.weight"),
     "idpg": SOFT | in_prompt_encoder(*layers("generator", 1), "generator.3.weight"),
     "idpg_phm": SOFT | in_prompt_encoder(*(f"generator.{part}" for part in ("1.a", "1.b", "1.bias", "3.a", "3.b"))),
     **dict.fromkeys(["p_tuning_mlp", "prefix_tuning"], in_prompt_encoder(*MLP)),

@@ -1,13 +1,15 @@
-"""Prompt encoders: plain torch modules that turn an instance vector into a soft prompt."""
+"""Prompt encoders: plain torch modules that turn an instance vector into a soft prompt, each in a file of its own."""
+
+import importlib
+import pkgutil
 
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory, Vocabulary
 from lopa_lightning.prompts.dept import DePT
 from lopa_lightning.prompts.idpg import IDPG
 from lopa_lightning.prompts.lopa import LoPA
 from lopa_lightning.prompts.none import NoPrompt
-from lopa_lightning.prompts.peft_prompt import PeftPromptTuning
-from lopa_lightning.prompts.ptuning import PTuning
-from lopa_lightning.prompts.soft import PromptTuning
+from lopa_lightning.prompts.p_tuning import PTuning
+from lopa_lightning.prompts.prompt_tuning import PromptTuning
 
 __all__ = [
     "IDPG",
@@ -15,9 +17,12 @@ __all__ = [
     "LoPA",
     "NoPrompt",
     "PTuning",
-    "PeftPromptTuning",
     "PromptEncoder",
     "PromptEncoderFactory",
     "PromptTuning",
     "Vocabulary",
 ]
+
+# A checkpoint's method is looked up among the classes that are imported: a new file in this folder is enough.
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -14,14 +14,14 @@ from lopa_lightning.errors import LoPAError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a backbone, as far as a soft prompt can start from them.
+    """The tokens of a backbone, from which a soft prompt can be initialised.
 
     Attributes:
-        embed: Token ids ``[n]`` to what stands for them where virtual tokens go, ``[n, d]``: input
-            embeddings, or with virtual tokens in every layer their keys and values.
-        ordinary_ids: Ids of tokens that stand for text: neither special nor reserved.
-        encode: Text to token ids, without special tokens.
-        decode: Token ids to text.
+        embed: Maps token ids ``[n]`` to virtual tokens ``[n, d]``: the input embeddings, or with virtual tokens in
+            every layer the tokens' keys and values.
+        ordinary_ids: Ids of tokens that are text: neither special nor reserved.
+        encode: Maps a text to token ids, without special tokens.
+        decode: Maps token ids to a text.
         table: The input embeddings ``[V, d]``; None where virtual tokens are keys and values.
     """
 
@@ -33,29 +33,25 @@ class Vocabulary:
 
 
 class PromptEncoder(nn.Module, ABC):
-    """Makes a soft prompt for every instance. The only part of the model that must be trained.
+    """Makes a soft prompt for every instance. It is the only part of the model that must be trained.
 
-    A subclass gives ``forward`` and ``parameter_groups``. It takes ``embedding_dim`` and
-    ``instance_dim`` as its first two arguments, and every other one with a default, so that a
-    config can name the class and its options while the module supplies the sizes.
-
-    A prompt encoder never sees the backbone and holds nothing of a batch. It knows neither text nor
-    images: all it is given is a vector for each instance.
+    A subclass gives ``forward`` and ``parameter_groups``. Its first two arguments are ``embedding_dim`` (d) and
+    ``instance_dim`` (e), which the backbone and the instance encoder decide; every other one has a default, so that a
+    config can name the class and the options to change. It never sees the backbone, and holds nothing of a batch.
 
     Args:
         num_virtual_tokens: Number m of virtual tokens that ``forward`` returns; 0 where there are none.
     """
 
     short_name: ClassVar[str | None] = None
-    """What checkpoints call the class, which may then be moved and renamed; None for the path that it is imported from.
-    Of the class itself: a subclass does not inherit it."""
+    """Name of the class in checkpoints, which stays if the class is moved or renamed; None for its import path.
+    It registers the class itself and is not inherited."""
 
     uses_instance: ClassVar[bool] = True
     """Whether ``forward`` reads the instance vector. If not, no instance encoder is loaded or run."""
 
     start_arguments: ClassVar[frozenset[str]] = frozenset({"init", "init_text", "init_std", "dropout"})
-    """Arguments that shape training alone. A trained prompt encoder computes the same without them,
-    so a checkpoint may be loaded into one that differs in these."""
+    """Arguments that matter in training alone: a checkpoint may be loaded where these differ."""
 
     def __init__(self, num_virtual_tokens: int) -> None:
         super().__init__()
@@ -74,10 +70,9 @@ class PromptEncoder(nn.Module, ABC):
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Names the trained parameters, so that each group can have a learning rate of its own.
+        """Returns the trained parameters by group; every group can have a learning rate of its own.
 
-        Returns:
-            Group name to parameters; every parameter stands in exactly one group.
+        Every parameter is in exactly one group.
         """
 
     def initialize(self, vocabulary: Vocabulary | None) -> None:
@@ -88,30 +83,27 @@ class PromptEncoder(nn.Module, ABC):
         """
 
     def token_offset(self) -> Tensor | None:
-        """What is added to the embeddings of a text's first s tokens, ``[s, d]``, or None if they stay as they are."""
+        """Returns what is added to the embeddings of a text's first s tokens, ``[s, d]``, or None for nothing."""
         return None
 
     def diagnostics(self, instance: Tensor | None) -> dict[str, Tensor]:
-        """What is worth watching during training, such as how open a gate is.
+        """Returns what is worth watching in training, such as a gate's values.
 
         Args:
             instance: Instance vectors ``[B, e]``, or None if ``uses_instance`` is False.
 
         Returns:
-            Name to values of any shape, shown as histograms.
+            Name to values of any shape, which are shown as histograms.
         """
         return {}
 
     def shared_virtual_tokens(self) -> Tensor | None:
-        """The learned virtual tokens that all instances share, ``[m, d]``, or None if there are none."""
+        """Returns the learned virtual tokens that all instances share, ``[m, d]``, or None if there are none."""
         return None
 
 
 PromptEncoderFactory = Callable[[int, int], PromptEncoder]
-"""A prompt encoder that still wants ``(embedding_dim, instance_dim)``.
-
-A class, or a ``functools.partial`` of one; a config names ``class_path`` and ``init_args``.
-"""
+"""Builds a prompt encoder from ``(embedding_dim, instance_dim)``: a class, or a ``functools.partial`` of one."""
 
 
 def positive(name: str, value: int, most: int = 10**6) -> int:

@@ -15,7 +15,7 @@ class NoPrompt(PromptEncoder):
 
     Args:
         embedding_dim: Width d of a virtual token.
-        instance_dim: Ignored; every prompt encoder is offered it.
+        instance_dim: Width e of the instance vector, which is not read.
 
     Example:
         >>> NoPrompt(8, 0)(None).shape
@@ -28,7 +28,7 @@ class NoPrompt(PromptEncoder):
 
     def __init__(self, embedding_dim: int, instance_dim: int) -> None:
         super().__init__(0)
-        # It knows the device and dtype that the module was moved to, as no parameter does here.
+        # A buffer follows the module's device and dtype, as no parameter does here.
         self.register_buffer("nothing", torch.empty(1, 0, positive("embedding_dim", embedding_dim)), persistent=False)
 
     def forward(self, instance: Tensor | None) -> Tensor:
@@ -36,5 +36,5 @@ class NoPrompt(PromptEncoder):
         return self.nothing
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """No group."""
+        """Returns no group."""
         return {}

@@ -14,7 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def randomized(module: M, seed: int) -> M:
-    """In float64, far from the start values, biases too."""
+    """In float64, far from the initial values, biases too."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval()
     for parameter in module.parameters():

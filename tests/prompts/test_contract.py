@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import multiprocessing
 import pickle
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from lopa_lightning import prompts
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.plain import arguments, class_name, find_class, subclasses
 from lopa_lightning.prompts import (
     IDPG,
     DePT,
     LoPA,
     NoPrompt,
-    PeftPromptTuning,
     PromptEncoder,
     PromptEncoderFactory,
     PromptTuning,
@@ -65,7 +67,6 @@ METHODS: dict[str, Case] = {
     ),
     "dept": (partial(DePT, **OPTIONS, max_length=9, rank=2), ["shared_prompt.weight", "offset_a", "offset_b"]),
     "none": (NoPrompt, []),
-    "peft": (partial(PeftPromptTuning, **OPTIONS), ["prompt.embedding.weight"]),
 }
 
 
@@ -80,14 +81,37 @@ def encoder(case: Case) -> PromptEncoder:
     return case[0](D, E)
 
 
+def method(factory: PromptEncoderFactory) -> type:
+    return getattr(factory, "func", factory)
+
+
 def instances(encoder: PromptEncoder, batch: int = 3) -> torch.Tensor | None:
     return torch.randn(batch, E) if encoder.uses_instance else None
 
 
 def test_every_method_is_tested_here() -> None:
-    public = {getattr(prompts, name) for name in prompts.__all__}
-    methods = {m for m in public if isinstance(m, type) and issubclass(m, PromptEncoder)} - {PromptEncoder}
-    assert methods == {getattr(factory, "func", factory) for factory, _ in METHODS.values()}
+    ours = [cls for cls in subclasses([PromptEncoder])[1:] if cls.__module__.startswith("lopa_lightning.")]
+    assert set(ours) == {method(factory) for factory, _ in METHODS.values()}
+    assert set(ours) <= {getattr(prompts, name) for name in prompts.__all__}
+    assert len({cls.__dict__["short_name"] for cls in ours}) == len(ours)
+
+
+def test_a_file_in_the_folder_is_all_that_a_new_method_takes(tmp_path: Path) -> None:
+    """In a process of its own, which leaves no class behind."""
+    (tmp_path / "new.py").write_text(
+        "from lopa_lightning.prompts import PromptTuning\n\n\nclass New(PromptTuning):\n    short_name = 'new'\n"
+    )
+
+    def name() -> None:
+        prompts.__path__.append(str(tmp_path))
+        exec(Path(prompts.__file__).read_text(), vars(prompts))  # as when it is imported, which would reset the path
+        found = find_class("new", PromptEncoder)
+        assert (found.__module__, class_name(found)) == ("lopa_lightning.prompts.new", "new")
+
+    child = multiprocessing.get_context("fork").Process(target=name)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 def test_saved_keys_are_exactly_these(case: Case, encoder: PromptEncoder) -> None:
@@ -143,8 +167,7 @@ def test_copies_compute_the_same(encoder: PromptEncoder, vocabulary: Vocabulary)
 
 
 def test_a_trained_state_loads_into_an_encoder_that_starts_otherwise(case: Case, encoder: PromptEncoder) -> None:
-    arguments = inspect.signature(case[0]).parameters
-    other = case[0](D, E, **{"init": "normal"} if "init" in arguments else {})
+    other = case[0](D, E, **{"init": "normal"} if "init" in arguments(method(case[0])) else {})
     randomized(encoder, 0).float()
     other.load_state_dict(encoder.state_dict())
     instance = instances(encoder)
@@ -152,11 +175,8 @@ def test_a_trained_state_loads_into_an_encoder_that_starts_otherwise(case: Case,
 
 
 def test_only_sizes_must_be_given(case: Case) -> None:
-    required = [
-        name
-        for name, parameter in inspect.signature(getattr(case[0], "func", case[0])).parameters.items()
-        if parameter.default is inspect.Parameter.empty
-    ]
+    found = arguments(method(case[0])).items()
+    required = [name for name, argument in found if argument.default is inspect.Parameter.empty]
     assert required == ["embedding_dim", "instance_dim"]
 
 
@@ -198,7 +218,7 @@ def test_diagnostics_are_numbers_without_gaps(encoder: PromptEncoder, vocabulary
 
 @pytest.mark.parametrize("m", [0, -1])
 def test_a_method_with_virtual_tokens_needs_some(case: Case, m: int) -> None:
-    if "num_virtual_tokens" not in inspect.signature(case[0]).parameters:
+    if "num_virtual_tokens" not in arguments(method(case[0])):
         return
     with pytest.raises(LoPAError, match=f"^num_virtual_tokens must be at least 1, got {m}$"):
         case[0](D, E, num_virtual_tokens=m)
@@ -210,7 +230,7 @@ def test_a_width_below_one_is_refused(case: Case) -> None:
 
 
 def test_starting_from_tokens_needs_a_vocabulary(case: Case, encoder: PromptEncoder) -> None:
-    if "init" not in inspect.signature(case[0]).parameters or encoder.shared_virtual_tokens() is None:
+    if "init" not in arguments(method(case[0])) or encoder.shared_virtual_tokens() is None:
         encoder.initialize(None)
         return
     with pytest.raises(LoPAError, match="init='vocabulary' needs a backbone with a vocabulary; use init='normal'"):
@@ -218,15 +238,15 @@ def test_starting_from_tokens_needs_a_vocabulary(case: Case, encoder: PromptEnco
     case[0](D, E, init="normal").initialize(None)
 
 
-def test_an_unknown_start_is_refused_with_the_choices(case: Case) -> None:
-    if "init" not in inspect.signature(case[0]).parameters:
+def test_an_unknown_init_is_refused_with_the_choices(case: Case) -> None:
+    if "init" not in arguments(method(case[0])):
         return
     with pytest.raises(LoPAError, match=r"^init must be one of vocabulary, .*normal, got 'zeros'$"):
         case[0](D, E, init="zeros")
 
 
-def test_a_text_start_is_the_texts_tokens(case: Case, table: torch.Tensor, vocabulary: Vocabulary) -> None:
-    if "init_text" not in inspect.signature(case[0]).parameters:
+def test_text_values_are_the_texts_tokens(case: Case, table: torch.Tensor, vocabulary: Vocabulary) -> None:
+    if "init_text" not in arguments(method(case[0])):
         return
     encoder = case[0](D, E, init="text", init_text="good film bad")
     encoder.initialize(vocabulary)

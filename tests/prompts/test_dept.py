@@ -31,7 +31,7 @@ def test_prompt_offset_and_their_gradients_are_the_equations(d: int, m: int, s: 
     assert_follows(dept, formula, lambda: torch.cat([dept(None)[0], dept.token_offset()]))
 
 
-def test_the_start_is_prompt_tunings(table: Tensor, vocabulary: Vocabulary) -> None:
+def test_initial_values_are_prompt_tunings(table: Tensor, vocabulary: Vocabulary) -> None:
     torch.manual_seed(0)
     dept = DePT(8, 0, num_virtual_tokens=10, max_length=256, rank=4)
     dept.initialize(vocabulary)

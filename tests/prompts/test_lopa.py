@@ -100,7 +100,7 @@ def test_logits_of_the_gate_have_the_rank(rank: int) -> None:
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
-def test_groups_are_what_is_shared_and_the_two_heads(combine: str) -> None:
+def test_groups_are_what_is_shared_and_the_two_mlps(combine: str) -> None:
     lopa = LoPA(6, 5, num_virtual_tokens=3, combine=combine)
     shapes = {name: [tuple(p.shape) for p in group] for name, group in lopa.parameter_groups().items()}
     heads = [(256, 5), (256,), (12, 256), (12,), (256, 5), (256,), (24, 256), (24,)]
@@ -189,7 +189,7 @@ def test_diagnostics_show_the_low_rank_part_where_it_is_no_gate() -> None:
 
 
 @pytest.mark.parametrize("m", [1, 10, 25])
-def test_vocabulary_start_is_twice_the_embeddings_of_distinct_ordinary_tokens(
+def test_vocabulary_values_are_twice_the_embeddings_of_distinct_ordinary_tokens(
     m: int, table: Tensor, vocabulary: Vocabulary
 ) -> None:
     lopa = LoPA(8, 4, num_virtual_tokens=m)
@@ -199,7 +199,7 @@ def test_vocabulary_start_is_twice_the_embeddings_of_distinct_ordinary_tokens(
     assert set(ids) <= set(ORDINARY)
 
 
-def test_vocabulary_start_repeats_tokens_only_when_all_are_used(table: Tensor, vocabulary: Vocabulary) -> None:
+def test_vocabulary_values_repeat_tokens_only_when_all_are_used(table: Tensor, vocabulary: Vocabulary) -> None:
     lopa = LoPA(8, 4, num_virtual_tokens=60)
     lopa.initialize(vocabulary)
     ids = tokens_at_scale(lopa.shared_virtual_tokens(), table, 2.0)
@@ -208,7 +208,7 @@ def test_vocabulary_start_repeats_tokens_only_when_all_are_used(table: Tensor, v
     assert set(counts) == {2, 3}
 
 
-def test_vocabulary_start_follows_the_seed(table: Tensor, vocabulary: Vocabulary) -> None:
+def test_vocabulary_values_follow_the_seed(table: Tensor, vocabulary: Vocabulary) -> None:
     starts = []
     for seed in (1, 1, 2):
         lopa = LoPA(8, 4)
@@ -219,7 +219,7 @@ def test_vocabulary_start_follows_the_seed(table: Tensor, vocabulary: Vocabulary
 
 
 @pytest.mark.parametrize(("m", "ids"), [(2, [7, 11]), (3, [7, 11, 9]), (5, [7, 11, 9, 7, 11])])
-def test_text_start_is_cut_or_repeated_to_m_tokens(
+def test_text_values_are_cut_or_repeated_to_m_tokens(
     m: int, ids: list[int], table: Tensor, vocabulary: Vocabulary
 ) -> None:
     lopa = LoPA(8, 4, num_virtual_tokens=m, init="text", init_text="good film bad")
@@ -228,7 +228,7 @@ def test_text_start_is_cut_or_repeated_to_m_tokens(
 
 
 @pytest.mark.parametrize("std", [0.1, 1.0])
-def test_normal_start_has_the_asked_spread_and_needs_no_vocabulary(std: float) -> None:
+def test_normal_values_have_the_asked_spread_and_needs_no_vocabulary(std: float) -> None:
     torch.manual_seed(0)
     lopa = LoPA(256, 4, num_virtual_tokens=100, init="normal", init_std=std)
     before = lopa.shared_virtual_tokens().clone()
@@ -238,7 +238,7 @@ def test_normal_start_has_the_asked_spread_and_needs_no_vocabulary(std: float) -
     assert before.mean().item() == pytest.approx(0, abs=0.03 * std)
 
 
-def test_normal_heads_have_the_released_codes_initial_values() -> None:
+def test_normal_mlps_have_the_released_codes_initial_values() -> None:
     torch.manual_seed(0)
     lopa = LoPA(512, 400, num_virtual_tokens=50, rank=4, hidden_dim=None, init="normal", heads_init="normal")
     for part in (lopa.row_head, lopa.column_head):
@@ -255,7 +255,7 @@ def test_normal_heads_have_the_released_codes_initial_values() -> None:
     assert 0 < (gate - 0.5).abs().max() < 0.2
 
 
-def test_start_values_are_trained_in_the_prompts_own_number_format(table: Tensor, vocabulary: Vocabulary) -> None:
+def test_initial_values_are_trained_in_the_prompts_own_dtype(table: Tensor, vocabulary: Vocabulary) -> None:
     half = Vocabulary(table.bfloat16().__getitem__, vocabulary.ordinary_ids, vocabulary.encode, str)
     lopa = LoPA(8, 4)
     lopa.initialize(half)

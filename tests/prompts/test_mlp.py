@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.prompts.heads import PHMLinear, head
+from lopa_lightning.prompts.mlp import PHMLinear, mlp
 from tests.prompts.checks import assert_follows, randomized
 
 
@@ -55,9 +55,9 @@ def test_phm_needs_a_number_that_divides_both_widths(n: int, i: int, o: int) -> 
 
 @pytest.mark.parametrize("phm", [0, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_head_starts_small(phm: int, bias: bool) -> None:
+def test_an_mlps_initial_values_are_small(phm: int, bias: bool) -> None:
     torch.manual_seed(0)
-    layers = head(256, 128, 256, dropout=0.25, bias=bias, phm=phm)
+    layers = mlp(256, 128, 256, dropout=0.25, bias=bias, phm=phm)
     assert [type(layer).__name__ for layer in layers[::2]] == ["Dropout", "Tanh"]
     assert layers[0].p == 0.25
     for layer in layers[1::2]:

@@ -150,14 +150,14 @@ def test_the_last_layer_starts_with_the_smallest_such_weights(vocabulary: Vocabu
     torch.testing.assert_close(prompt.mlp[4].bias, prompt.shared_virtual_tokens().mean(0), atol=1e-8, rtol=0)
 
 
-def test_normal_start_has_the_asked_spread() -> None:
+def test_normal_values_have_the_asked_spread() -> None:
     torch.manual_seed(0)
     prompt = PTuning(256, 0, num_virtual_tokens=100, init="normal", init_std=0.3)
     prompt.initialize(None)
     assert prompt.shared_virtual_tokens().std().item() == pytest.approx(0.3, rel=0.02)
 
 
-def test_start_values_follow_the_seed(vocabulary: Vocabulary) -> None:
+def test_initial_values_follow_the_seed(vocabulary: Vocabulary) -> None:
     starts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

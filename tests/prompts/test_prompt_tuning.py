@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PromptEmbedding, PromptTuningConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lopa_lightning.backbones.pretrained import PretrainedSpec, load_model
@@ -39,6 +40,28 @@ def test_it_is_the_papers_formula() -> None:
     assert_follows(tuning, lambda parameters: parameters["shared_prompt.weight"][None], lambda: tuning(None))
 
 
+def test_prompt_and_gradient_are_those_of_pefts_module() -> None:
+    config = PromptTuningConfig(num_virtual_tokens=5, token_dim=8, num_transformer_submodules=1)
+    theirs = PromptEmbedding(config, None).double()
+    ours = randomized(PromptTuning(8, 0, num_virtual_tokens=5), seed=0)
+
+    def reference(p: dict[str, Tensor]) -> Tensor:
+        weights = {"embedding.weight": p["shared_prompt.weight"]}
+        return torch.func.functional_call(theirs, weights, torch.arange(5)[None])
+
+    assert_follows(ours, reference, lambda: ours(None))
+
+
+def test_normal_values_and_what_is_drawn_next_are_those_of_pefts_module() -> None:
+    torch.manual_seed(0)
+    config = PromptTuningConfig(num_virtual_tokens=10, token_dim=8, num_transformer_submodules=1)
+    theirs, after = PromptEmbedding(config, None), torch.randn(3)
+    torch.manual_seed(0)
+    ours = PromptTuning(8, 0, num_virtual_tokens=10, init="normal")
+    assert torch.equal(ours.shared_virtual_tokens(), theirs.embedding.weight)
+    assert torch.equal(torch.randn(3), after)
+
+
 def test_the_published_count() -> None:
     assert sum(p.numel() for p in PromptTuning(1024, 1024, num_virtual_tokens=10).parameters()) == 10_240  # 0.01 M
 
@@ -51,7 +74,7 @@ def test_the_prompt_is_all_that_is_trained() -> None:
     assert [(name, tuple(p.shape)) for name, p in tuning.named_parameters()] == [("shared_prompt.weight", (5, 8))]
 
 
-def test_vocabulary_start_is_embeddings_of_distinct_ordinary_tokens() -> None:
+def test_vocabulary_values_are_embeddings_of_distinct_ordinary_tokens() -> None:
     table = torch.randn(30, 8)
     vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [], str)
     tuning = PromptTuning(8, 4, num_virtual_tokens=10)
@@ -62,7 +85,7 @@ def test_vocabulary_start_is_embeddings_of_distinct_ordinary_tokens() -> None:
     assert same.sum(0).max() == 1
 
 
-def test_text_start_is_the_texts_embeddings() -> None:
+def test_text_values_are_the_texts_embeddings() -> None:
     table = torch.randn(30, 8)
     vocabulary = Vocabulary(table.__getitem__, range(5, 30), lambda text: [int(word) for word in text.split()], str)
     tuning = PromptTuning(8, 4, num_virtual_tokens=3, init="text", init_text="7 9")

@@ -1,4 +1,4 @@
-"""Generators of prompts: two layers from an instance vector, dense or of hypercomplex multiplication."""
+"""The MLP from an instance vector to a part of a soft prompt, of dense or hypercomplex layers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lopa_lightning.prompts.base import positive
 _STD = 0.02
 
 
-def head(
+def mlp(
     instance_dim: int, hidden_dim: int, output_dim: int, dropout: float, bias: bool = True, phm: int = 0
 ) -> nn.Sequential:
-    """Dropout → Linear(e, h) → tanh → Linear(h, o). Weights start at N(0, 0.02²), biases at 0.
+    """Builds Dropout → Linear(e, h) → tanh → Linear(h, o), with initial weights N(0, 0.02²) and biases 0.
 
     Args:
         instance_dim: Width e of the instance vector.
@@ -51,7 +51,7 @@ class PHMLinear(nn.Module):
     W ``[out, in]``. Parameters, with ``W`` oriented as torch's: ``a [n, n, n]`` holds Aᵢ ``[n, n]``,
     ``b [n, out/n, in/n]`` holds Bᵢ, and ``bias [out]``: n³ + in·out/n + out numbers.
 
-    A starts at N(0, 1/n) and B at N(0, 0.02²): an entry of W is a sum of n products, so its standard
+    Initial values are N(0, 1/n) for A and N(0, 0.02²) for B: an entry of W is a sum of n products, so its standard
     deviation is √(n · 1/n) · 0.02 = 0.02, as of a dense layer here.
 
     Args:
@@ -73,14 +73,12 @@ class PHMLinear(nn.Module):
         super().__init__()
         if in_features % positive("phm", n) or out_features % n:
             raise LoPAError(f"phm must divide a layer's widths, got {n} for one from {in_features} to {out_features}")
-        self.a = nn.Parameter(torch.empty(n, n, n))
-        self.b = nn.Parameter(torch.empty(n, out_features // n, in_features // n))
+        self.a = nn.Parameter(torch.empty(n, n, n).normal_(std=n**-0.5))
+        self.b = nn.Parameter(torch.empty(n, out_features // n, in_features // n).normal_(std=_STD))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        nn.init.normal_(self.a, std=n**-0.5)
-        nn.init.normal_(self.b, std=_STD)
 
     def forward(self, x: Tensor) -> Tensor:
-        """W x + b, without W: Aᵢ mixes the n parts of x, then Bᵢ maps each.
+        """Computes W x + b, without W: Aᵢ mixes the n parts of x, then Bᵢ maps each.
 
         Args:
             x: ``[..., in]``.
