@@ -14,11 +14,11 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lopa_lightning.cli import LoPACLI, main
+from lopa_lightning.command_line.parser import UsageError
+from lopa_lightning.command_line.ranges import check_options
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import resolve
 from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
-from lopa_lightning.options import check_options
-from lopa_lightning.parsing import UsageError
 from tests.mini_glue import write_mini_glue
 
 Refused = Callable[..., str]
@@ -152,8 +152,8 @@ NOT_YAML: list[tuple[bytes, str]] = [
 ]
 
 COMMAND_LINES: list[tuple[list[str], str]] = [
-    ([], "the first argument must be one of fit, validate, test, predict, compare, sweep, plan, got nothing"),
-    (["fitt"], "predict, compare, sweep, plan, got fitt"),
+    ([], "must be one of fit, validate, test, predict, compare, sweep, plan, configs, got nothing"),
+    (["fitt"], "predict, compare, sweep, plan, configs, got fitt. Did you mean fit?"),
     (["--junk"], "unknown option junk"),
     (["fit"], "give a configuration: --config TASK.yaml, such as configs/own_csv.yaml (lopa fit --help)"),
     (["test"], "(lopa test --help)"),
