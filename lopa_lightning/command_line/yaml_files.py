@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import check_regular
 
 MODE = "lopa_yaml"
 """The mode of a jsonargparse parser that reads its files and values by :func:`load`."""
@@ -52,6 +53,7 @@ def read(path: str) -> dict[str, Any]:
         OSError: If it cannot be read.
         LoPAError: If it is not text, not YAML, or not options by name; the message names the file.
     """
+    check_regular(path, "--config")
     try:
         found = load(Path(path).expanduser().read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
