@@ -10,7 +10,7 @@ from lopa_lightning.errors import LoPAError
 _ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
 
-def check_limits(trainer: Any, stage: str) -> None:
+def check_batch_limits(trainer: Any, stage: str) -> None:
     """Refuses limits that leave no batch, or no validation where one is asked for.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lopa_lightning.data.limits import check_limits, used_batches
+from lopa_lightning.data.limits import check_batch_limits, used_batches
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.dry_run import on_shapes
 
@@ -24,7 +24,7 @@ class RunCheck(Callback):
         """
         if trainer.datamodule is None:
             return
-        check_limits(trainer, stage)
+        check_batch_limits(trainer, stage)
         scheduler = on_shapes(pl_module) if stage == "fit" and pl_module.make_lr_scheduler else None
         if isinstance(scheduler, OneCycleLR):
             steps = _steps(trainer)
