@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,10 @@ def answer(given: Sequence[str]) -> None:
         got = " ".join(command.split())[:60] or "nothing"
         sys.stderr.write(f"error: the first argument must be one of {', '.join(COMMANDS)}, got {got}{meant}\n")
         raise SystemExit(2)
-    print(said)
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # as of `lopa configs | head`; else Python would fail once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
 
