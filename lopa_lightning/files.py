@@ -101,21 +101,6 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def check_regular(path: str, what: str) -> None:
-    """Refuses a pipe, a socket or a device, reading from which might never end.
-
-    Args:
-        path: A file, which need not exist.
-        what: The option that names it.
-
-    Raises:
-        LoPAError: If it is one.
-    """
-    place = Path(path).expanduser()
-    if place.exists() and not place.is_file() and not place.is_dir():
-        raise LoPAError(f"{what} must be a regular file, got {path!r}")
-
-
 def check_writable(folder: Path, what: str) -> None:
     """Refuses a folder that cannot be written to, or made and written to; leaves nothing.
 

@@ -376,10 +376,14 @@ def test_what_the_data_shows_to_be_impossible(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", ["ckpt_path", "config"])
-def test_what_is_no_regular_file(option: str, arguments: list[str], tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize(("option", "message"), [("config", "--config must be a regular file"), ("ckpt_path", "pipe")])
+def test_what_is_no_regular_file(
+    option: str, message: str, arguments: list[str], tmp_path: Path, refused: Refused
+) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert f"{option} must be a regular file, got 'pipe'" in refused("fit", *arguments, f"--{option}=pipe")
+    said = refused("fit", *arguments, f"--{option}=pipe")
+    assert message in said
+    assert "regular file" in said
 
 
 @pytest.mark.parametrize("name", ["hpc", "registry:mine"])
