@@ -7,9 +7,12 @@ import signal
 import sys
 from types import FrameType
 
+from lopa_lightning.command_line.front import answer
+
 
 def main() -> None:
     """Runs ``lopa``."""
+    answer(sys.argv[1:])
     numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, _end) for number in numbers}
     from lopa_lightning.cli import main as run

@@ -1,9 +1,10 @@
-"""``lopa``: fit, validate, test, predict, compare, sweep and plan from YAML."""
+"""Runs ``lopa``: fit, validate, test, predict, compare, sweep and plan from YAML."""
 
 from __future__ import annotations
 
 import glob
 import importlib
+import logging
 import os
 import re
 import sys
@@ -15,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lopa_lightning import __version__, checkpoint
+from lopa_lightning import checkpoint
 from lopa_lightning.callbacks import (
     BestCheckpoint,
+    EpochBar,
     FitSummary,
     LastCheckpoint,
     PredictionWriter,
@@ -31,12 +33,13 @@ from lopa_lightning.callbacks import (
     RunConfig,
     RunRecord,
 )
+from lopa_lightning.command_line.front import EXPERIMENTS, answer
+from lopa_lightning.command_line.messages import folded
+from lopa_lightning.command_line.parser import Parser, UsageError
+from lopa_lightning.command_line.ranges import check_options, expand_home
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import is_full_disk
 from lopa_lightning.modules import LoPALightningModule
-from lopa_lightning.option_errors import folded
-from lopa_lightning.options import check_options, expand_home
-from lopa_lightning.parsing import Parser, UsageError
 from lopa_lightning.stopping import Stopped, stoppable
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
@@ -45,17 +48,11 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
         "init_args": {"save_dir": "runs", "name": "lopa", "default_hp_metric": False},
     },
     "log_every_n_steps": 10,
+    "enable_model_summary": False,  # FitSummary has a table
 }
 _BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best", "enable_version_counter": False}
 # A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
 _LAST: dict[str, Any] = {"filename": "last"}
-_LIGHTNINGS_OWN = ("hpc", "registry")  # names that Lightning resolves to a checkpoint
-_EXPERIMENTS = {name: f"lopa_lightning.experiments.{name}" for name in ("compare", "plan", "sweep")}
-_DESCRIPTION = (
-    "Customises a frozen foundation model with trained prompts. Beside the subcommands below, `lopa compare` trains "
-    "several methods on several tasks and seeds and tabulates them, `lopa sweep` searches hyperparameters, and "
-    "`lopa plan` says what a run will take: see `lopa compare --help`, `lopa sweep --help` and `lopa plan --help`."
-)
 
 _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen ones, as they should be
@@ -64,6 +61,10 @@ _EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's own use of torch
     r"FSDP2-wrapped module \(FSDPPromptedModel\) returned a view",  # nothing writes to outputs in place
 )
+
+
+class TaskParser(Parser, LightningArgumentParser):
+    """Parses the options of a task: those of a model, of data and of a Trainer."""
 
 
 class LoPACLI(LightningCLI):
@@ -90,10 +91,9 @@ class LoPACLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=42,
             trainer_defaults={**_TRAINER_DEFAULTS, "callbacks": list(callbacks)},
-            parser_class=Parser,
+            parser_class=TaskParser,
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"version": f"lopa-lightning {__version__}", "description": _DESCRIPTION},
             **kwargs,
         )
 
@@ -144,6 +144,17 @@ class LoPACLI(LightningCLI):
         self.model.will_load = self._saved
         self._saved = None
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the Trainer, with a progress bar that counts epochs from 1 where no other one is given."""
+        given = self._get(self.config_init, "trainer", default={})
+        callbacks = given.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if given.get("enable_progress_bar") is not False and not any(
+            isinstance(each, ProgressBar) for each in callbacks
+        ):
+            callbacks = [*callbacks, EpochBar()]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
     def _refused(self, error: Exception) -> str:
         """Says what a class of another library refuses, with the options of the Trainer that it names."""
         causes = [error]
@@ -167,7 +178,7 @@ class LoPACLI(LightningCLI):
         if config.get("ckpt_path") in kinds:
             config.ckpt_path = self._newest(config, kinds[config.ckpt_path])
         path = config.get("ckpt_path")
-        if path is not None and path not in _LIGHTNINGS_OWN:
+        if path is not None:
             self._saved = checkpoint.read(path)
 
     def before_test(self) -> None:
@@ -215,15 +226,18 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments; None for the command line's.
     """
-    ignore_expected_warnings()
     given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list) and given[:1] and given[0] in _EXPERIMENTS:
-            # Imported when asked for: the modules run this command line.
-            importlib.import_module(_EXPERIMENTS[given[0]]).main(given[1:])
-        else:
-            with stoppable(), _full_disk_told_once():
-                LoPACLI(args=args)
+        if isinstance(given, list):
+            answer(given)
+            args = given = ["--help" if each == "--help.all" else each for each in given]
+        with _said_shortly():
+            if isinstance(given, list) and given[:1] and given[0] in EXPERIMENTS:
+                # Imported when asked for: the modules run this command line.
+                importlib.import_module(f"lopa_lightning.experiments.{given[0]}").main(given[1:])
+            else:
+                with stoppable(), _full_disk_told_once():
+                    LoPACLI(args=args)
     except Stopped as stopped:
         rank_zero_only(sys.stderr.write)(f"{stopped}\n")
         raise
@@ -250,10 +264,28 @@ def _full_disk_told_once() -> Iterator[None]:
         threading.excepthook = before
 
 
+@contextmanager
+def _said_shortly() -> Iterator[None]:
+    """Shows a warning as its text alone, and neither what Lightning warns of in every run of ours nor what it sells."""
+    before, logger = warnings.formatwarning, logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    ignore_expected_warnings()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {folded(str(message))}\n"
+    logger.addFilter(_is_no_tip)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        logger.removeFilter(_is_no_tip)
+
+
 def ignore_expected_warnings() -> None:
     """Silences what Lightning says of every run of ours."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: " not in str(record.msg)
 
 
 def expected_cause(error: BaseException | None) -> BaseException | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lopa_lightning.cli import LoPACLI, main
+from lopa_lightning.command_line.parser import UsageError
+from lopa_lightning.command_line.ranges import check_options
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import resolve
 from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
-from lopa_lightning.options import check_options
-from lopa_lightning.parsing import UsageError
 from tests.mini_glue import write_mini_glue
 
 Refused = Callable[..., str]
@@ -110,6 +111,40 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "model.optimizer.weight_decay": [-1],
 }
 
+# Right by type, and nothing that a run can do: what ranges.py refuses.
+IMPOSSIBLE: list[tuple[str, Any, str]] = [
+    ("trainer.barebones", True, "must be false"),
+    *(("trainer.max_time", value, "must be longer than 0") for value in ("00:00:00:00", {"hours": 0})),
+    *(
+        (f"{place}.{name}", value, f"must be a name within its folder, got '{value}'")
+        for place, name in (
+            *(("trainer.logger", name) for name in ("name", "version", "sub_dir")),
+            *(("checkpoint", "filename"), ("last_checkpoint", "filename")),
+        )
+        for value in ("../../x", "/x", "a/../..")
+    ),
+]
+
+# What only the data, or the shapes of what is trained, show to be impossible: 12 rows of training data.
+ONE_CYCLE = f"lr_scheduler={{class_path: {SCHEDULERS}.OneCycleLR, init_args: {{max_lr: 0.1, total_steps: 3}}}}"
+REFUSED_WITH_DATA: list[tuple[list[str], str]] = [
+    (["trainer.val_check_interval=4"], "trainer.val_check_interval must be at most the 3 batches of an epoch, got 4"),
+    (["trainer.val_check_interval=3", "trainer.limit_train_batches=0.7"], "at most the 2 batches of an epoch, got 3"),
+    (["trainer.limit_train_batches=1e-9"], "trainer.limit_train_batches must leave a batch of the 3 there are"),
+    (["trainer.limit_val_batches=1e-9"], "trainer.limit_val_batches must leave a batch of the 2 there are, got 1e-09"),
+    (["trainer.overfit_batches=1e-9"], "trainer.overfit_batches must leave a batch of the 3 there are, got 1e-09"),
+    (["model.optimizer=torch.optim.SparseAdam"], "optimizer: SparseAdam does not support dense gradients"),
+    (["model.optimizer=torch.optim.LBFGS"], "optimizer: LBFGS doesn't support per-parameter options"),
+    (["model.optimizer=torch.optim.Muon"], "optimizer: Muon only supports 2D parameters"),
+    (
+        ["model.optimizer=torch.optim.LBFGS", "trainer.accumulate_grad_batches=2"],
+        "trainer.accumulate_grad_batches must be 1 with an optimizer that computes the loss of a step several times",
+    ),
+    ([f"model.{ONE_CYCLE}"], "lr_scheduler: total_steps must be at least the 6 steps of the run, got 3"),
+    ([f"model.{ONE_CYCLE}", "trainer.max_steps=4"], "at least the 4 steps of the run, got 3"),
+    ([f"model.{ONE_CYCLE}", "model.warmup=1"], "at least the 5 steps of the run after warmup 1, got 3"),
+]
+
 # Right by type and number: what Lightning refuses when a Trainer is built.
 REFUSED_BY_LIGHTNING: list[tuple[str, str]] = [
     ("trainer.accelerator", "junk"),
@@ -152,17 +187,17 @@ NOT_YAML: list[tuple[bytes, str]] = [
 ]
 
 COMMAND_LINES: list[tuple[list[str], str]] = [
-    ([], "the first argument must be one of fit, validate, test, predict, compare, sweep, plan, got nothing"),
-    (["fitt"], "predict, compare, sweep, plan, got fitt"),
+    ([], "must be one of fit, validate, test, predict, compare, sweep, plan, configs, got nothing"),
+    (["fitt"], "predict, compare, sweep, plan, configs, got fitt. Did you mean fit?"),
     (["--junk"], "unknown option junk"),
     (["fit"], "give a configuration: --config TASK.yaml, such as configs/own_csv.yaml (lopa fit --help)"),
     (["test"], "(lopa test --help)"),
     (["plan"], "give a configuration"),
-    (["compare"], "methods must be given"),
+    (["compare"], "methods, tasks must be given"),
     (["sweep"], "configs, space must be given"),
     (["compare", "--workers=abc"], "workers must be a whole number or null, got abc"),
     (["compare", "--seed=1"], "unknown option seed. Did you mean seeds"),
-    (["plan", "--devices=abc"], "argument --devices: invalid int value: 'abc'"),
+    (["plan", "--devices=abc"], "argument --devices: must be a whole number of at least 1, got abc"),
     (["fit", "--config"], "give a configuration: --config TASK.yaml"),
     (["fit", "--config="], "--config must be a YAML file with options by name, got nothing"),
     (["fit", "--config=nowhere.yaml"], "nowhere.yaml"),
@@ -172,6 +207,7 @@ COMMAND_LINES: list[tuple[list[str], str]] = [
         (["fit", "--config", str(CONFIGS / overlay)], f"{overlay} is an overlay, to be put over a task: --config TASK")
         for overlay in ("methods/lora.yaml", "methods/idpg.yaml", "trainer/ddp.yaml", "cpu_small.yaml")
     ),
+    (["fit", "--config", str(RTE), "--print_config=junk"], "--print_config must be alone or "),
     (["fit", "--config", str(CONFIGS / "methods" / "lora.yaml"), "--config", str(RTE)], "model must be given a class"),
 ]
 
@@ -312,6 +348,49 @@ def test_a_number_out_of_range(option: str, value: float, arguments: list[str]) 
         check_options(settings)
 
 
+@pytest.mark.parametrize(("option", "value", "message"), IMPOSSIBLE)
+def test_what_no_run_can_do(option: str, value: Any, message: str, arguments: list[str]) -> None:
+    settings = _parsed(arguments).clone()
+    settings[option.replace("logger.", "logger.init_args.")] = value
+    with pytest.raises(LoPAError, match=f"^{option} {message}"):
+        check_options(settings)
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED_WITH_DATA)
+def test_what_the_data_shows_to_be_impossible(
+    options: list[str],
+    message: str,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ["--data.batch_size=4", "--data.eval_batch_size=6", "--trainer.max_epochs=2", "--model.warmup=0"]
+    if "lr_scheduler" in options[0]:  # which is seen after instance vectors have been computed
+        common.append("--model.instance_encoder.cache=false")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, *common, "--model.learning_rates={}", *(f"--{option}" for option in options)])
+    assert stop.value.code == 1
+    last_line = capsys.readouterr().err.rstrip("\n").rpartition("\n")[2]
+    assert last_line.startswith("error: ")
+    assert message in last_line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "message"), [("config", "--config must be a regular file"), ("ckpt_path", "pipe")])
+def test_what_is_no_regular_file(
+    option: str, message: str, arguments: list[str], tmp_path: Path, refused: Refused
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    said = refused("fit", *arguments, f"--{option}=pipe")
+    assert message in said
+    assert "regular file" in said
+
+
+@pytest.mark.parametrize("name", ["hpc", "registry:mine"])
+def test_names_that_lightning_resolves_are_files_like_others(name: str, arguments: list[str], refused: Refused) -> None:
+    assert f"no checkpoint at '{name}'" in refused("fit", *arguments, f"--ckpt_path={name}")
+
+
 # Through the whole command line a part of them: it takes a third of a second, and the table is the same.
 @pytest.mark.parametrize("option", ["trainer.max_epochs", "trainer.val_check_interval", *list(OUT_OF_RANGE)[-6:]])
 def test_the_command_line_refuses_a_number_out_of_range(option: str, arguments: list[str], refused: Refused) -> None:
@@ -401,6 +480,7 @@ def test_a_program_of_ones_own_gets_the_line_too(arguments: list[str]) -> None:
         (functools.partial(AdamW, lr=-1.0), None, "optimizer: Invalid learning rate: -1.0"),
         (functools.partial(AdamW, betas=(1.5, 0.9)), None, "optimizer: Invalid beta parameter at index 0: 1.5"),
         (functools.partial(AdamW, eps=-1.0), None, "optimizer: Invalid epsilon value: -1.0"),
+        (torch.optim.SparseAdam, None, "optimizer: SparseAdam does not support dense gradients"),
         (functools.partial(SGD, momentum=-1), None, "optimizer: Invalid momentum value: -1"),
         (AdamW, functools.partial(StepLR, step_size=0), "lr_scheduler: ZeroDivisionError"),
         (

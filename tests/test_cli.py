@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_info
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lopa_lightning import __version__
 from lopa_lightning.cli import main
+from lopa_lightning.command_line.front import EXPERIMENTS, TASKS
+from lopa_lightning.command_line.parser import with_shipped_files
 from lopa_lightning.data.glue import GLUE_TASKS
+from lopa_lightning.experiments.resolve import resolve
 from tests.mini_glue import write_mini_glue
 from tests.modules.helpers import write_reviews
 
@@ -116,6 +123,12 @@ def test_fit_validate_test_predict_and_resume(
         assert message in capsys.readouterr().err
     main(["fit", *arguments, "--trainer.max_epochs=2"])
     fitted = capsys.readouterr().out
+    parts = re.findall(
+        r"^(prompt encoder|read-out|instance encoder|backbone) +\w+ +[\d,]+ +[\d,]+$", fitted, re.MULTILINE
+    )
+    assert parts == ["prompt encoder", "read-out", "instance encoder", "backbone"]
+    assert "Epoch 1/2" in fitted
+    assert "Tip" not in caplog.text
     run = Path("runs/lopa/version_0")
     assert f"lopa test --config {run}/config.yaml --ckpt_path {run}/checkpoints/best.ckpt" in fitted
 
@@ -139,6 +152,24 @@ def test_fit_validate_test_predict_and_resume(
     resumed = torch.load("runs/lopa/version_3/checkpoints/last.ckpt", weights_only=True)
     steps = torch.load(last, weights_only=True)["global_step"]
     assert resumed["global_step"] == steps * 3 // 2
+
+
+def test_a_warning_is_its_text_alone_and_packages_are_not_advertised(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+
+    def warns(*_: Any, **__: Any) -> None:
+        lines.append(warnings.formatwarning("two\nlines", UserWarning, "/a/file.py", 3))
+        rank_zero_info("Tip: For seamless cloud logging, try installing a package.")
+        rank_zero_info("Seed set to 42")
+
+    monkeypatch.setattr("lopa_lightning.cli.LoPACLI", warns)
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    main(["fit"])
+    assert lines == ["warning: two; lines\n"]
+    assert [record.message for record in caplog.records] == ["Seed set to 42"]
+    assert warnings.formatwarning("x", UserWarning, "/a/file.py", 3).startswith("/a/file.py:3:")
 
 
 def test_predictions_as_csv(tiny: Tiny, mini_glue: str) -> None:
@@ -218,12 +249,6 @@ def test_wrong_input_ends_in_a_short_message(
     assert not Path("runs").exists()
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert "lopa-lightning 0." in capsys.readouterr().out
-
-
 def test_a_checkpoint_of_another_rank_is_refused(
     tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,14 +260,109 @@ def test_a_checkpoint_of_another_rank_is_refused(
     assert "rank: the checkpoint has 4, this run 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["fit", "--help"], ["fit", "--model.help", "lopa_lightning.ClassificationModule"]]
-)
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+FIRST_SCREENS = {
+    "lopa": ["--help"],
+    "version": ["--version"],
+    **{name: [name, "--help"] for name in (*TASKS, *EXPERIMENTS)},
+    "configs": ["configs"],
+    "misspelt": ["fitt"],
+}
+
+
+@pytest.fixture(scope="module")
+def first_screens() -> dict[str, tuple[int, str]]:
+    """Status and text of each command that needs no torch, from one process that imports none."""
+    script = """
+import contextlib, io, json, sys
+from lopa_lightning.command_line.front import answer
+said = {}
+for name, arguments in json.loads(sys.argv[1]).items():
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            answer(arguments)
+        except SystemExit as stop:
+            said[name] = (stop.code, text.getvalue())
+import lopa_lightning.__main__
+print(json.dumps([said, sorted({"torch", "lightning", "jsonargparse", "yaml"} & set(sys.modules))]))
+"""
+    command = [sys.executable, "-c", script, json.dumps(FIRST_SCREENS)]
+    said, imported = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert imported == []
+    return {name: tuple(each) for name, each in said.items()}
+
+
+def test_what_needs_no_torch_is_answered_without(first_screens: dict[str, tuple[int, str]]) -> None:
+    assert {name: status for name, (status, _) in first_screens.items()} == {
+        name: 2 if name == "misspelt" else 0 for name in FIRST_SCREENS
+    }
+    listed = re.findall(r"^  (\w+) +\w", first_screens["lopa"][1], re.MULTILINE)
+    assert listed[:8] == [*TASKS, *EXPERIMENTS, "configs"]
+    assert first_screens["version"][1] == f"lopa-lightning {__version__}\n"
+    assert first_screens["misspelt"][1].endswith("plan, configs, got fitt. Did you mean fit?\n")
+
+
+def test_every_shipped_config_is_listed_by_its_first_line(first_screens: dict[str, tuple[int, str]]) -> None:
+    listed = dict(line.split(maxsplit=1) for line in first_screens["configs"][1].splitlines())
+    assert set(listed) == {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert listed["configs/glue_rte.yaml"] == "GLUE rte: does a text entail a sentence."
+    assert all(line.rstrip()[-1] in ".?" or "--config" in line for line in listed.values())
+
+
+def test_a_shipped_config_is_found_from_elsewhere_and_ones_own_comes_first(tmp_path: Path) -> None:
+    given = ["fit", "--config", "configs/glue_rte.yaml", "--config=configs/methods/lora.yaml", "-c", "configs/no.yaml"]
+    shipped = ["fit", "--config", str(ROOT / given[2]), f"--config={ROOT}/configs/methods/lora.yaml", *given[4:]]
+    assert with_shipped_files(given) == shipped
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "glue_rte.yaml").touch()
+    assert with_shipped_files(given) == [*given[:3], *shipped[3:]]
+
+
+def shown_options(page: str) -> dict[str, str | None]:
+    """Options on a first screen, with the defaults that it names."""
+    lines = re.findall(r"^  --([\w.]+)(.*)$", page, re.MULTILINE)
+    return {name: found[1] if (found := re.search(r"\(default: (.*)\)$", rest)) else None for name, rest in lines}
+
+
+def test_the_first_screen_of_a_task_names_options_that_are_there_with_their_defaults(
+    first_screens: dict[str, tuple[int, str]],
+) -> None:
+    options = shown_options(first_screens["fit"][1])
+    classes = ["--model=lopa_lightning.ClassificationModule", "--data=lopa_lightning.TextClassificationDataModule"]
+    required = ["--model.backbone.name=tiny", "--data.path=here", "--data.labels=[a, b]", "--data.text_columns=[text]"]
+    config = resolve([], [*classes, *required, "--model.prompt_encoder=lopa_lightning.LoPA"])
+    for name, default in options.items():
+        found: Any = config
+        for part in name.split(".") if name not in ("config", "print_config") else []:
+            found = found.get("init_args", found) if part not in found else found
+            assert part in found, name
+            found = found[part]
+        if default is not None:
+            found = found.get("class_path", found) if isinstance(found, dict) else found
+            assert yaml.safe_load(default) == found, name
+    for task in TASKS:
+        assert first_screens[task][1] == first_screens["fit"][1].replace("lopa fit", f"lopa {task}")
+
+
+@pytest.mark.parametrize("command", [*EXPERIMENTS, "fit"])
+def test_all_options_are_shown_when_asked_for(
+    command: str, first_screens: dict[str, tuple[int, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main([command, "--help.all"])
     assert stop.value.code == 0
-    assert len(capsys.readouterr().out) > 200
+    told = " ".join(capsys.readouterr().out.split())
+    for name, default in shown_options(first_screens[command][1]).items():
+        of_class = command == "fit" and name.startswith(("model.", "data.", "trainer.logger."))
+        assert of_class or f"--{name}" in told
+        assert of_class or default is None or f"default: {default}" in told, name
+
+
+def test_options_of_a_class_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--model.help", "lopa_lightning.ClassificationModule"])
+    assert stop.value.code == 0
+    assert "--model.init_args.objective" in capsys.readouterr().out
 
 
 def test_what_reads_no_data_and_no_weights_imports_none_of_what_does() -> None:

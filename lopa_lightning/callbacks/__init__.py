@@ -4,12 +4,14 @@ from lopa_lightning.callbacks.best import BestCheckpoint
 from lopa_lightning.callbacks.last_checkpoint import LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
+from lopa_lightning.callbacks.progress import EpochBar
 from lopa_lightning.callbacks.run_folder import RunConfig, RunLogger
 from lopa_lightning.callbacks.run_record import RunRecord
 from lopa_lightning.callbacks.summary import FitSummary
 
 __all__ = [
     "BestCheckpoint",
+    "EpochBar",
     "FitSummary",
     "LastCheckpoint",
     "PredictionWriter",

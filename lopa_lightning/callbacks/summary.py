@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lopa_lightning.plain import built
 
@@ -41,11 +42,36 @@ def warn_if_blind(metrics: Mapping[str, float]) -> None:
         )
 
 
+def parts_table(net: nn.Module) -> str:
+    """Returns a table of a model's parts: class, parameters, and how many of them are trained.
+
+    Args:
+        net: The model, whose children are the parts. Parameters that two of them share count in both.
+
+    Example:
+        >>> print(parts_table(nn.ModuleDict({"readout": nn.Linear(2, 3)})))
+        part                class                     parameters         trained
+        read-out            Linear                             9               9
+    """
+    lines = [f"{'part':<20}{'class':<20}{'parameters':>16}{'trained':>16}"]
+    for name, part in net.named_children():
+        counted = [(p.numel(), p.numel() * p.requires_grad) for p in part.parameters()]
+        shown = name.replace("_", " ").replace("readout", "read-out")
+        total, trained = (sum(counts) for counts in zip(*counted, (0, 0)))
+        lines.append(f"{shown:<20}{type(part).__name__:<20}{total:>16,}{trained:>16,}")
+    return "\n".join(lines)
+
+
 class FitSummary(Callback):
-    """Prints the validation metrics beside what a blind guess would get, sizes, and what to run next."""
+    """Prints the parts of the model before a fit, and after it the best validation and what to run next."""
 
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Prints a table of the model's parts."""
+        if trainer.is_global_zero:
+            print(parts_table(pl_module.net))
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Keeps the metrics of the validation with the best score."""

@@ -20,6 +20,7 @@ from lopa_lightning.backbones.padding import Side
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Rows
 from lopa_lightning.data.instance_vectors import StoredVectors, agrees_with, reads_all, stored_vectors
+from lopa_lightning.data.limits import check_batch_limits
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.stored import read_rows
@@ -268,6 +269,9 @@ class SplitsDataModule(LightningDataModule, ABC):
                 self.datasets[role] = [self._encoded(data, split, role) for split, data in loaded.items()]
                 for data in self.datasets[role]:
                     self._sampler(data, role)  # refuses sizes of batches that cannot be, before weights are read
+        if self.trainer is not None:
+            check_batch_limits(self.trainer, stage)
+        for role in _ROLES[stage]:
             for data in self.datasets[role]:
                 self._keep_vectors(data, role)
 

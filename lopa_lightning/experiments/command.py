@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from jsonargparse import auto_cli
 
+from lopa_lightning.command_line.parser import Parser
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import Claim
-from lopa_lightning.parsing import Parser
 from lopa_lightning.stopping import Stopped, stoppable
 
 T = TypeVar("T")

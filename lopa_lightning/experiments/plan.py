@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lopa_lightning.command_line.parser import UsageError
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Sizes, Step, sizes
-from lopa_lightning.parsing import UsageError
 
 _TOKENS = 128  # of a text, where the configuration sets no limit
 _OPTIONS = {

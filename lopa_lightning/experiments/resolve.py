@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lopa_lightning.cli import LoPACLI, expected_cause
+from lopa_lightning.command_line.messages import folded
+from lopa_lightning.command_line.parser import UsageError
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.option_errors import folded
-from lopa_lightning.parsing import UsageError
 
 Config = dict[str, Any]
 """What ``lopa fit`` takes, every option filled in."""

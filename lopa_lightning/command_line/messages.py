@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import textwrap
 
+from lopa_lightning.command_line.front import TASKS
+
 _LONGEST = 400  # characters of a line
-_SUBCOMMANDS = "fit, validate, test, predict, compare, sweep, plan"
 _KEY = re.compile(r"Parser key \"([^\"]+)\":\s*(.*)", re.DOTALL)
 _UNION_GOT = re.compile(r"(.*)\n\s*Given value: (.*)", re.DOTALL)  # the last: unions may lie within unions
 _GOT = re.compile(r"(.*?)\. Got value: (.*)", re.DOTALL)
@@ -48,9 +49,10 @@ def condensed(message: str) -> str:
         return f"{', '.join(sorted(required))} must be given"
     if found := re.search(r"Unexpected config: (.*)", message, re.DOTALL):
         return f"--config must be a YAML file with options by name, got {shortened(found[1])}"
+    if found := re.search(r'Invalid option "(.*)" for --print_config', message):
+        return f"--print_config must be alone or followed by =skip_default or =skip_unset, got {shortened(found[1])}"
     if "subcommand" in message:
-        got = re.search(r"invalid choice: '([^']*)'", message)
-        return f"the first argument must be one of {_SUBCOMMANDS}, got {shortened(got[1] if got else '')}"
+        return f"a command must be given, one of {', '.join(TASKS)}"
     return shortened(message)
 
 

@@ -52,8 +52,11 @@ def read(path: str) -> dict[str, Any]:
         OSError: If it cannot be read.
         LoPAError: If it is not text, not YAML, or not options by name; the message names the file.
     """
+    file = Path(path).expanduser()
+    if file.exists() and not (file.is_file() or file.is_dir()):  # reading from a pipe might never end
+        raise LoPAError(f"--config must be a regular file, got {path!r}")
     try:
-        found = load(Path(path).expanduser().read_text(encoding="utf-8"))
+        found = load(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         got = f"{error.object[error.start]:#04x} at byte {error.start}"
         raise LoPAError(f"{path} must be text in UTF-8, got {got}") from None

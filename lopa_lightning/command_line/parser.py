@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from lopa_lightning import yaml_files
-from lopa_lightning.option_errors import condensed
+from lopa_lightning.command_line import yaml_files
+from lopa_lightning.command_line.front import TASKS
+from lopa_lightning.command_line.messages import condensed
+from lopa_lightning.command_line.shipped import located
 
 _UNKNOWN = re.compile(
     r"(?:Option|Key) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|[Uu]nrecognized arguments: (.*)", re.DOTALL
@@ -30,15 +31,14 @@ _PLACES = {
     "data": "lopa_lightning.TextClassificationDataModule",
     "model": "lopa_lightning.ClassificationModule",
 }
-_TASKS = ("fit", "validate", "test", "predict")
 
 
 class UsageError(SystemExit):
     """A command line, or what a configuration file says, is wrong; its one line says how."""
 
 
-class Parser(LightningArgumentParser):
-    """Raises what is wrong as a :class:`UsageError`, and reads YAML by :mod:`~lopa_lightning.yaml_files`."""
+class Parser(ArgumentParser):
+    """Raises what is wrong as a :class:`UsageError`, and reads YAML by ``yaml_files``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"parser_mode": yaml_files.MODE, **kwargs})
@@ -51,11 +51,11 @@ class Parser(LightningArgumentParser):
             LoPAError: If a file that it names is no configuration.
             UsageError: If it is wrong in another way.
         """
-        given = sys.argv[1:] if args is None else list(args)
+        given = with_shipped_files(sys.argv[1:] if args is None else args)
         try:
             return super().parse_args(given, *rest, **kwargs)
         except UsageError as error:
-            if given[:1] and given[0] in _TASKS and (missing := _missing_classes(given)):
+            if given[:1] and given[0] in TASKS and (missing := _missing_classes(given)):
                 raise UsageError(missing) from error
             raise
 
@@ -108,6 +108,21 @@ class Parser(LightningArgumentParser):
         meant = names.get(parts[-1]) if parts else None
         is_there = meant in (None, misspelt) or (not is_whole and meant == f"model.{misspelt}")
         return None if is_there else f"Did you mean {meant}?"
+
+
+def with_shipped_files(args: Sequence[str]) -> list[str]:
+    """Returns a command line in which each configuration that the package brings is found.
+
+    Args:
+        args: As given by the user.
+    """
+    given = list(args)
+    for place, arg in enumerate(given):
+        if arg.startswith("--config="):
+            given[place] = f"--config={located(arg.removeprefix('--config='))}"
+        elif given[place - 1 : place] in (["--config"], ["-c"]):
+            given[place] = located(arg)
+    return given
 
 
 def _parameters(class_path: str) -> list[str]:

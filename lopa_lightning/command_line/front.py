@@ -1,0 +1,53 @@
+"""Answers in milliseconds what needs no torch: help, version, the shipped configurations, a misspelt command."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lopa_lightning import __version__
+from lopa_lightning.command_line.shipped import descriptions
+
+TASKS = ("fit", "validate", "test", "predict")
+EXPERIMENTS = ("compare", "sweep", "plan")
+COMMANDS = (*TASKS, *EXPERIMENTS, "configs")
+
+
+def answer(given: Sequence[str]) -> None:
+    """Answers what needs no task to be built; returns where something does.
+
+    Args:
+        given: The command line.
+
+    Raises:
+        SystemExit: With status 0 after an answer, 2 where the command is none.
+    """
+    command, rest = (given[0], list(given[1:])) if given else ("", [])
+    if command in ("-h", "--help"):
+        said = _page("lopa")
+    elif command == "--version":
+        said = f"lopa-lightning {__version__}"
+    elif command == "configs":
+        said = "\n".join(f"{name:<42}{description}" for name, description in descriptions().items())
+    elif command in COMMANDS and {"-h", "--help"} & set(rest[: rest.index("--")] if "--" in rest else rest):
+        said = _page("task" if command in TASKS else command).replace("{command}", command)
+    elif command in COMMANDS or command.startswith("-"):
+        return
+    else:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f". Did you mean {close[0]}?" if close else ""
+        got = " ".join(command.split())[:60] or "nothing"
+        sys.stderr.write(f"error: the first argument must be one of {', '.join(COMMANDS)}, got {got}{meant}\n")
+        raise SystemExit(2)
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # as of `lopa configs | head`; else Python would fail once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
+def _page(name: str) -> str:
+    return Path(__file__).with_name("help").joinpath(f"{name}.txt").read_text(encoding="utf-8").rstrip()
