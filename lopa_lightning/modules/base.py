@@ -29,13 +29,13 @@ from lopa_lightning.instances.encoder import InstanceEncoderSpec
 from lopa_lightning.migrations import migrate
 from lopa_lightning.modules.builder import Builder
 from lopa_lightning.modules.checkpoint_loading import check_restored, check_resume, check_trained, rebuild
-from lopa_lightning.modules.dry_run import check_optimization, check_with_shapes, warn_of_warmup
+from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
 from lopa_lightning.modules.monitors import check_monitors
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
 from lopa_lightning.modules.prompted_model import PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
 from lopa_lightning.modules.run_check import RunCheck
-from lopa_lightning.modules.schedule import Scheduling, check_warmup, schedule, with_rates
+from lopa_lightning.modules.schedule import Scheduling, check_warmup, monitored, schedule, with_rates
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.modules.start import check_before_weights, check_with_weights
 from lopa_lightning.modules.task_hooks import TaskHooks
@@ -176,8 +176,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         write_whole_checkpoints(self.trainer.strategy)
         metrics = [str(name) for name in self.configure_metrics() or ()]
         if stage == "fit":
-            plateau = check_optimization(self.make_optimizer, self.make_lr_scheduler)
-            check_with_shapes(self)
+            plateau = monitored(check_optimization(self))
             keys = ["loss", "score", *metrics, *self.more_logged()]
             logged = ["train/loss", *(f"val{suffix}/{key}" for suffix in self.eval_suffixes for key in keys)]
             check_monitors(self, plateau, logged)

@@ -3,58 +3,125 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lopa_lightning.errors import LoPAError
-from lopa_lightning.modules.schedule import monitored
-
-_MOST_GROUPS = 8  # a module has fewer
+from lopa_lightning.errors import LoPAError, one_line
+from lopa_lightning.modules.schedule import WarmUp, schedule, with_rates
 
 
-def check_optimization(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None) -> str | None:
-    """Builds optimizer and scheduler for parameters that are thrown away, so that they refuse what they would later.
+@dataclass(frozen=True)
+class DryRun:
+    """An optimizer and a scheduler that have taken a step with small parameters, which are thrown away.
+
+    Attributes:
+        parameters: One for each that is trained, by group; their sizes differ, so that state of their shape is known.
+        optimizer: Over these.
+        scheduler: Of the optimizer.
+        evaluations: How often the optimizer computed the loss of its step.
+    """
+
+    parameters: dict[str, list[nn.Parameter]]
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    evaluations: int
+
+
+def dry_run(
+    groups: Mapping[str, list[nn.Parameter]],
+    make_optimizer: OptimizerCallable,
+    make_scheduler: LRSchedulerCallable | None = None,
+    rates: Mapping[str, float] | None = None,
+    warmup: float = 0.0,
+) -> DryRun:
+    """Builds optimizer and scheduler and takes a step, so that they refuse now what they would later.
 
     Args:
+        groups: Parameters by group. Their number, dimensions and dtypes count.
         make_optimizer: Still wants parameters.
         make_scheduler: Still wants an optimizer; None for none.
-
-    Returns:
-        What the scheduler monitors; None for nothing.
+        rates: Learning rates by group.
+        warmup: Steps, or below 1 a share of the run.
 
     Raises:
-        LoPAError: If either refuses its options.
+        LoPAError: If either refuses its options, or what is trained.
 
     Example:
         >>> import functools
-        >>> check_optimization(functools.partial(torch.optim.SGD, lr=-1), None)
+        >>> dry_run({"head": [nn.Parameter(torch.ones(3))]}, functools.partial(torch.optim.SGD, lr=-1))
         Traceback (most recent call last):
         ...
         lopa_lightning.errors.LoPAError: optimizer: Invalid learning rate: -1
     """
-    evaluations(make_optimizer)
-    if make_scheduler is None:
-        return None
-    refused: list[Exception] = []
-    # A scheduler may have a list with a value for each group, whose number is not known yet.
-    for count in range(1, _MOST_GROUPS):
-        try:
-            scheduler = make_scheduler(make_optimizer(_groups(count)))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the optimizer has not stepped
-                scheduler.step(1.0) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
-        except Exception as error:
-            refused.append(error)
-        else:
-            return monitored(scheduler)
-    raise LoPAError(f"lr_scheduler: {type(refused[0]).__name__}: {refused[0]}") from refused[0]
+    small = {
+        name: [nn.Parameter(torch.zeros([*range(2, 2 + p.ndim)], dtype=p.dtype)) for p in parameters]
+        for name, parameters in groups.items()
+    }
+    count = 0
+
+    def closure() -> float:
+        nonlocal count
+        count += 1
+        for parameter in (each for group in small.values() for each in group):
+            parameter.grad = parameter.detach() - 1
+        return 1.0 / count
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says them
+        with _named("optimizer"):
+            optimizer = make_optimizer(with_rates(small, rates or {}))
+        with _named("lr_scheduler"):
+            scheduler = schedule(optimizer, make_scheduler, warmup)["scheduler"]
+        with _named("optimizer"):
+            optimizer.step(closure=closure)
+        with _named("lr_scheduler"):
+            then = scheduler.then if isinstance(scheduler, WarmUp) else scheduler
+            if then is not None:
+                then.step(1.0) if isinstance(then, ReduceLROnPlateau) else then.step()
+    return DryRun(small, optimizer, scheduler, count)
+
+
+def dry_run_of(module: Any) -> DryRun:
+    """Takes a dry run for what a module trains.
+
+    Args:
+        module: No weights are needed.
+
+    Raises:
+        LoPAError: If its optimizer or scheduler refuses.
+    """
+    groups = (module.net or module.meta_net()).parameter_groups()
+    return dry_run(groups, module.make_optimizer, module.make_lr_scheduler, module.learning_rates, module.warmup)
+
+
+def check_optimization(module: Any) -> LRScheduler:
+    """Refuses an optimizer or scheduler that does not take what a module trains, or its batches for a step.
+
+    Args:
+        module: With its Trainer; no weights are needed.
+
+    Returns:
+        The scheduler, of an optimizer that is thrown away.
+
+    Raises:
+        LoPAError: If it does not.
+    """
+    accumulated, found = module.trainer.accumulate_grad_batches, dry_run_of(module)
+    if accumulated > 1 and found.evaluations > 1:
+        raise LoPAError(
+            "trainer.accumulate_grad_batches must be 1 with an optimizer that computes the loss of a step several "
+            f"times, of its last batch alone; got {accumulated}"
+        )
+    return found.scheduler
 
 
 def warn_of_warmup(warmup: float, trainer: Any) -> None:
@@ -71,78 +138,12 @@ def warn_of_warmup(warmup: float, trainer: Any) -> None:
         )
 
 
-def evaluations(make_optimizer: OptimizerCallable) -> int:
-    """Takes a step with a small parameter that is thrown away, and returns how often the loss was computed for it.
-
-    Args:
-        make_optimizer: Still wants parameters.
-
-    Raises:
-        LoPAError: If it refuses its options, or the dense gradient that all parameters of ours have.
-
-    Example:
-        >>> evaluations(torch.optim.AdamW)
-        1
-    """
-    groups, count = _groups(1), 0
-
-    def closure() -> float:
-        nonlocal count
-        count += 1
-        for parameter in groups[0]["params"]:
-            parameter.grad = parameter.detach() - 1
-        return 1.0 / count
-
-    with named("optimizer"):
-        make_optimizer(groups).step(closure=closure)
-    return count
-
-
-def check_with_shapes(module: Any) -> None:
-    """Refuses an optimizer or scheduler that does not take what a module trains, or its batches for a step.
-
-    Args:
-        module: With its Trainer; no weights are needed.
-
-    Raises:
-        LoPAError: If it does not.
-    """
-    accumulated = module.trainer.accumulate_grad_batches
-    if accumulated > 1 and evaluations(module.make_optimizer) > 1:
-        raise LoPAError(
-            "trainer.accumulate_grad_batches must be 1 with an optimizer that computes the loss of a step several "
-            f"times, of its last batch alone; got {accumulated}"
-        )
-    on_shapes(module)
-
-
-def on_shapes(module: Any) -> LRScheduler | None:
-    """Returns a module's scheduler, over its optimizer of parameters that have shapes and no memory; None for none.
-
-    Raises:
-        LoPAError: If either refuses them.
-    """
-    groups = [
-        {"name": name, "params": [nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for p in group]}
-        for name, group in module.meta_net().parameter_groups().items()
-    ]
-    with named("optimizer"):
-        optimizer = module.make_optimizer(groups)
-    if module.make_lr_scheduler is None:
-        return None
-    with named("lr_scheduler"):
-        scheduler: LRScheduler = module.make_lr_scheduler(optimizer)
-    return scheduler
-
-
 @contextmanager
-def named(option: str) -> Iterator[None]:
+def _named(option: str) -> Iterator[None]:
     """Names the option whose class, of torch or another library, raises an error in the block."""
     try:
         yield
+    except LoPAError:
+        raise
     except Exception as error:
-        raise LoPAError(f"{option}: {str(error) or type(error).__name__}") from error
-
-
-def _groups(count: int) -> list[dict[str, list[nn.Parameter]]]:
-    return [{"params": [nn.Parameter(torch.zeros(2, 2))]} for _ in range(count)]
+        raise LoPAError(f"{option}: {one_line(error)}") from error

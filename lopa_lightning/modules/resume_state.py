@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from lopa_lightning.errors import LoPAError, one_line, shown
-from lopa_lightning.modules.schedule import WarmUp, schedule, with_rates
+from lopa_lightning.modules.dry_run import dry_run_of
+from lopa_lightning.modules.schedule import WarmUp
 from lopa_lightning.plain import built
 
 if TYPE_CHECKING:
@@ -80,21 +81,14 @@ def _names_own(state: Mapping[str, Any], callback: ModelCheckpoint, resumed: Any
 
 
 def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_schedule: bool) -> None:
-    """Tries the state on an optimizer and a scheduler of tiny parameters, one for each trained parameter."""
-    groups = (module.net or module.meta_net()).parameter_groups()
-    # Of dimensions that differ, which tell the state that has a parameter's shape from other state.
-    tiny = {
-        name: [nn.Parameter(torch.zeros([*range(2, 2 + p.ndim)], dtype=p.dtype)) for p in parameters]
-        for name, parameters in groups.items()
-    }
-    optimizer = module.make_optimizer(with_rates(tiny, module.learning_rates))
+    """Tries the state on the optimizer and the scheduler of a dry run."""
+    trained = [p for group in (module.net or module.meta_net()).parameter_groups().values() for p in group]
+    tried = dry_run_of(module)
+    optimizer, scheduler = tried.optimizer, tried.scheduler
     fresh: Any = [{"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}]
-    scheduler = schedule(optimizer, module.make_lr_scheduler, module.warmup)["scheduler"]
     (state,) = fitted(saved.get("optimizer_states"), fresh, "optimizer_states")
     optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
-    pairs = [*zip(chain(*tiny.values()), chain(*groups.values()), strict=True)]
-    for small, _ in pairs:
-        small.grad = torch.zeros_like(small)
+    pairs = [*zip(chain(*tried.parameters.values()), trained, strict=True)]
     optimizer.step(lambda: 0.0)
     ids = [index for group in state["param_groups"] for index in group["params"]]
     entries = {

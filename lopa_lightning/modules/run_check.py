@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lopa_lightning.data.limits import check_batch_limits, used_batches
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.modules.dry_run import on_shapes
+from lopa_lightning.modules.dry_run import dry_run_of
 
 
 class RunCheck(Callback):
@@ -25,7 +25,8 @@ class RunCheck(Callback):
         if trainer.datamodule is None:
             return
         check_batch_limits(trainer, stage)
-        scheduler = on_shapes(pl_module) if stage == "fit" and pl_module.make_lr_scheduler else None
+        scheduler = dry_run_of(pl_module).scheduler if stage == "fit" and pl_module.make_lr_scheduler else None
+        scheduler = getattr(scheduler, "then", None)
         if isinstance(scheduler, OneCycleLR):
             steps = _steps(trainer)
             warmup = round(pl_module.warmup * steps if 0 < pl_module.warmup < 1 else pl_module.warmup)
