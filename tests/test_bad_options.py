@@ -133,11 +133,17 @@ REFUSED_WITH_DATA: list[tuple[list[str], str]] = [
     (["trainer.limit_train_batches=1e-9"], "trainer.limit_train_batches must leave a batch of the 3 there are"),
     (["trainer.limit_val_batches=1e-9"], "trainer.limit_val_batches must leave a batch of the 2 there are, got 1e-09"),
     (["trainer.overfit_batches=1e-9"], "trainer.overfit_batches must leave a batch of the 3 there are, got 1e-09"),
-    (["model.optimizer=torch.optim.SparseAdam"], "optimizer: SparseAdam does not support dense gradients"),
+    (
+        ["model.optimizer=torch.optim.SparseAdam"],
+        "optimizer: RuntimeError: SparseAdam does not support dense gradients",
+    ),
     (["model.optimizer=torch.optim.LBFGS"], "optimizer: LBFGS doesn't support per-parameter options"),
     (["model.optimizer=torch.optim.Muon"], "optimizer: Muon only supports 2D parameters"),
     (
-        ["model.optimizer=torch.optim.LBFGS", "trainer.accumulate_grad_batches=2"],
+        [
+            *("model.optimizer=torch.optim.LBFGS", "trainer.accumulate_grad_batches=2", "model.objective=masked_lm"),
+            "model.prompt_encoder=PromptTuning",
+        ],
         "trainer.accumulate_grad_batches must be 1 with an optimizer that computes the loss of a step several times",
     ),
     ([f"model.{ONE_CYCLE}"], "lr_scheduler: total_steps must be at least the 6 steps of the run, got 3"),
@@ -484,7 +490,7 @@ def groups(count: int) -> dict[str, list[torch.nn.Parameter]]:
         (functools.partial(AdamW, lr=-1.0), None, "optimizer: Invalid learning rate: -1.0"),
         (functools.partial(AdamW, betas=(1.5, 0.9)), None, "optimizer: Invalid beta parameter at index 0: 1.5"),
         (functools.partial(AdamW, eps=-1.0), None, "optimizer: Invalid epsilon value: -1.0"),
-        (torch.optim.SparseAdam, None, "optimizer: SparseAdam does not support dense gradients"),
+        (torch.optim.SparseAdam, None, "optimizer: RuntimeError: SparseAdam does not support dense gradients"),
         (functools.partial(SGD, momentum=-1), None, "optimizer: Invalid momentum value: -1"),
         (AdamW, functools.partial(StepLR, step_size=0), "lr_scheduler: ZeroDivisionError"),
         (

@@ -362,7 +362,7 @@ def test_options_of_a_class_are_shown(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--model.help", "lopa_lightning.ClassificationModule"])
     assert stop.value.code == 0
-    assert "--model.init_args.objective" in capsys.readouterr().out
+    assert "--model.objective" in capsys.readouterr().out
 
 
 def test_what_reads_no_data_and_no_weights_imports_none_of_what_does() -> None:

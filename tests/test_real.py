@@ -20,6 +20,7 @@ from lopa_lightning import (
     LoPA,
     PretrainedSpec,
 )
+from lopa_lightning.backbones.text_spec import instance_inputs
 from lopa_lightning.cli import main
 
 Find = Callable[[str], str]
@@ -140,7 +141,7 @@ def test_smollm2_writes_with_its_soft_prompt_what_plain_generate_writes(real_mod
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), module.net.instance_encoder
     reads = module.input_spec.instance_tokenizer(texts[1], return_tensors="pt")
     with torch.no_grad():
-        soft = module.net.prompt_encoder(encoder(reads["input_ids"], reads["attention_mask"]))
+        soft = module.net.prompt_encoder(encoder(instance_inputs(reads["input_ids"], reads["attention_mask"])))
         plain = module.net.backbone.model
         ids = tokenizer(texts[1], return_tensors="pt")["input_ids"]
         embedded = torch.cat([soft, plain.get_input_embeddings()(ids)], 1)

@@ -123,6 +123,7 @@ def test_a_signal_while_modules_are_imported_ends_in_a_line(
         def __getattr__(self, name: str) -> Any:
             os.kill(os.getpid(), number)
 
+    monkeypatch.setattr(sys, "argv", ["lopa", "fit"])
     monkeypatch.setitem(sys.modules, "lopa_lightning.cli", Importing("lopa_lightning.cli"))
     with process(lopa_lightning.__main__.main) as command:
         command.join()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from lopa_lightning.cli import main as lopa
 from tests.benchmarks.cases import CASES, MINILM, SMOLLM2, Places
 from tests.benchmarks.floor import FIXED, rectangle
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
@@ -78,7 +79,10 @@ def run(roots: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def in_this_process(arguments: list[str], additions: Mapping[str, str]) -> None:
     """What the benchmarks start in a process of its own."""
-    importlib.import_module(arguments[0]).main(arguments[1:])
+    if arguments[0] == "lopa_lightning":
+        lopa(arguments[1:])
+    else:
+        importlib.import_module(arguments[0]).main(arguments[1:])
 
 
 def check_summary(found: Mapping[str, float], values: list[float]) -> None:
