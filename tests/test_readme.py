@@ -1,11 +1,14 @@
-"""The README's own code, commands and figures."""
+"""What the documents say: their code, commands, links and figures."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,26 +20,45 @@ from lopa_lightning.cli import LoPACLI
 from lopa_lightning.experiments import compare, sweep
 from lopa_lightning.experiments.command import parsed
 from lopa_lightning.experiments.plan import own_options
-from tests.modules.helpers import LoPATiny, trainer, write_reviews
+from tests.modules.helpers import LoPATiny, module, reviews, trainer, write_reviews
 
 Tiny = Callable[[str], str]
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+FOLDERS = (".github", "configs", "lopa_lightning", "tests")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+README = TEXTS["README.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, document: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS[document], re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """A document without its blocks and spans of code."""
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def example(document: str, class_name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a document's class from a module of its own."""
+    (code,) = (block for block in blocks("python", document) if f"class {class_name}" in block)
+    (folder / f"readme_{class_name.lower()}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    return getattr(importlib.import_module(f"readme_{class_name.lower()}"), class_name)
 
 
 def test_a_new_task_in_one_class_trains_and_is_rebuilt(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = (block for block in blocks("python") if "class MultiLabelModule" in block)
-    assert len(code.split("class MultiLabelModule")[1].strip().splitlines()) <= 20
-    (tmp_path / "readme_task.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    from readme_task import MultiLabelModule  # type: ignore[import-not-found]
+    MultiLabelModule = example("lopa_lightning/modules/README.md", "MultiLabelModule", tmp_path, monkeypatch)
+    assert len(inspect.getsource(MultiLabelModule).splitlines()) <= 20
 
     torch.manual_seed(0)
     ids = torch.randint(5, 60, (64, 6))
@@ -65,7 +87,7 @@ def test_a_new_task_in_one_class_trains_and_is_rebuilt(
 
 
 def test_the_python_example_runs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = (block for block in blocks("python") if "Trainer(" in block)
+    (code,) = (block for block in blocks("python", "lopa_lightning/modules/README.md") if "Trainer(" in block)
     code = code.replace("sentence-transformers/all-MiniLM-L6-v2", tiny("bert_base"))
     code = code.replace("max_epochs=10", "max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False")
     code = code.replace('"best.ckpt"', "next(__import__('pathlib').Path('checkpoints').glob('*.ckpt'))")
@@ -76,31 +98,110 @@ def test_the_python_example_runs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_its_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_method_trains_and_is_rebuilt(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Shift = example("lopa_lightning/prompts/README.md", "Shift", tmp_path, monkeypatch)
+    torch.manual_seed(0)
+    method, instance = Shift(8, 6, num_virtual_tokens=4, init="normal"), torch.randn(3, 6)
+    prompt = method.shared_prompt.weight + torch.einsum("de,be->bd", method.shift.weight, instance)[:, None]
+    torch.testing.assert_close(method(instance), prompt)
+    options = {"prompt_encoder": Shift, "learning_rates": {"shared_prompt": 1e-2, "shift": 1e-3}}
+    trained = module(tiny("bert"), **options)
+    run = trainer(tmp_path, callbacks=[], max_steps=2, enable_checkpointing=False, num_sanity_val_steps=0)
+    run.fit(trained, reviews(tmp_path))
+    run.save_checkpoint(tmp_path / "shift.ckpt")
+    again = LoPALightningModule.load_from_checkpoint(tmp_path / "shift.ckpt")
+    assert again.hparams["prompt_encoder"]["class_path"] == "shift"
+    for key, value in trained.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
+
+
+def test_a_new_data_set_trains(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = example("lopa_lightning/data/README.md", "ParityDataModule", tmp_path, monkeypatch)()
+    run = trainer(tmp_path, callbacks=[], max_steps=1, enable_checkpointing=False, num_sanity_val_steps=0)
+    run.fit(module(tiny("bert_base"), objective="head"), data)
+    assert {role: sum(map(len, sets)) for role, sets in data.datasets.items()} == {"train": 72, "val": 8}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Has what the documents' commands name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "my.yaml").write_text((ROOT / "configs" / "own_csv.yaml").read_text())
-    commands = [line.split("  #")[0] for block in blocks("bash") for line in block.splitlines() if "lopa " in line]
-    assert len(commands) >= 7
-    for command in commands:
+    (tmp_path / "my.yaml").write_text(*blocks("yaml", "README.md"))
+    run = tmp_path / "runs" / "lopa" / "version_0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text((ROOT / "configs" / "own_csv.yaml").read_text())
+    return tmp_path
+
+
+def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    """The configuration that a command line makes."""
+    with pytest.raises(SystemExit) as stop:
+        LoPACLI(args=[*arguments, "--print_config"])
+    assert stop.value.code == 0, arguments
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("document", [name for name, text in TEXTS.items() if "```bash" in text])
+def test_commands_parse(document: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("bash", document) for line in block.splitlines()]
+    for command in [line.split("  #")[0] for line in lines if re.search(r"(^|&& )lopa ", line)]:
         arguments = shlex.split(command.split("lopa ", 1)[1])
         if arguments[0] == "compare":
             compare.check(parsed(compare.Comparison, "lopa compare", arguments[1:])[0])
-            continue
-        if arguments[0] == "sweep":
+        elif arguments[0] == "sweep":
             sweep.check(parsed(sweep.Sweep, "lopa sweep", arguments[1:])[0])
-            continue
-        if arguments[0] == "plan":
-            arguments = ["fit", *own_options(arguments[1:])[1]]
-        with pytest.raises(SystemExit) as stop:
-            LoPACLI(args=[*arguments, "--print_config"])
-        assert stop.value.code == 0, command
+        else:
+            printed(["fit", *own_options(arguments[1:])[1]] if arguments[0] == "plan" else arguments, capsys)
+
+
+def test_five_lines_are_enough_for_own_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine,) = blocks("yaml", "README.md")
+    config = printed(["fit", "--config", "configs/own_csv.yaml", "--config", "my.yaml"], capsys)
+    assert config["data"]["class_path"] == "lopa_lightning.TextClassificationDataModule"
+    said = yaml.safe_load(mine)["data"]["init_args"]
+    assert {key: config["data"]["init_args"][key] for key in said} == said
 
 
 def test_ci_finds_the_test_command() -> None:
     assert re.search(r"^The tests:\n\n```bash\npip install .*pytest\n```", README, re.MULTILINE)
 
 
-def test_every_config_that_it_names_is_there() -> None:
-    for name in set(re.findall(r"configs/[\w./]+\.yaml", README)):
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[document]).replace("[]", "[x]")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_document_is_linked() -> None:
+    """From the README, in one step or several; GitHub shows its own templates."""
+    found, new = set(), {"README.md"}
+    while new:
+        found |= new
+        links = {(ROOT / name).parent / link for name in new for link in re.findall(r"\]\(([^)#\s]+\.md)", TEXTS[name])}
+        new = {path.resolve().relative_to(ROOT.resolve()).as_posix() for path in links} - found
+    assert {name for name in TEXTS if "TEMPLATE" not in name.upper()} == found
+
+
+@pytest.mark.parametrize("document", sorted({*TEXTS} - {"CHANGELOG.md"}))  # which may name what is gone
+def test_every_config_that_is_named_is_there(document: str) -> None:
+    for name in set(re.findall(r"configs/[a-z\d_./]+\.yaml", TEXTS[document])):
         assert yaml.safe_load((ROOT / name).read_text())
+
+
+def test_every_shipped_config_is_described() -> None:
+    text = "".join(TEXTS.values())
+    paths = [path for path in (ROOT / "configs").rglob("*.yaml") if not path.stem.startswith("glue_")]
+    assert not [
+        path for path in paths if path.name not in text and f"| `{path.stem}`" not in README.replace(", `", "| `")
+    ]

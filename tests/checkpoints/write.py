@@ -139,7 +139,8 @@ def loss(model: LoPALightningModule, name: str, folder: Path, path: Path | None 
 
 def known_defaults() -> dict[str, dict[str, Any]]:
     """Returns the defaults of our arguments that a checkpoint may leave out, by class."""
-    ours = [cls for cls in subclasses((PromptEncoder, LoPALightningModule)) if cls.__dict__.get("short_name")]
+    named = [cls for cls in subclasses((PromptEncoder, LoPALightningModule)) if cls.__dict__.get("short_name")]
+    ours = [cls for cls in named if cls.__module__.startswith("lopa_lightning.")]
     classes = [*ours, PretrainedSpec, InstanceEncoderSpec, TextTask]
     return {cls.__name__: {key: value for key, value in defaults(cls).items() if key != "optimizer"} for cls in classes}
 
