@@ -22,12 +22,17 @@ class Scores(nn.Module):
         >>> scores.update(torch.tensor(2.0), 1, torch.tensor([1]), None)
         >>> scores.compute()
         {'loss': tensor(1.), 'score': tensor(-1.)}
+        >>> scores.update(torch.tensor(float("nan")), 2, torch.tensor([1, 0]), None)
+        >>> scores.update(torch.tensor(2.0), 1, torch.tensor([1]), None)
+        >>> scores.compute()["loss"]
+        tensor(nan)
     """
 
     def __init__(self, metrics: MetricCollection | None, official: Sequence[str]) -> None:
         super().__init__()
         # A metric of its own: Lightning's mean over processes rounds the number of examples.
-        self.loss = MeanMetric()
+        # By itself torchmetrics leaves a batch out whose loss is NaN.
+        self.loss = MeanMetric(nan_strategy=float("nan"))
         self.metrics = metrics
         self.official = official
 
