@@ -19,6 +19,7 @@ import torch
 from lopa_lightning.cli import main as lopa
 from tests.benchmarks.cases import CASES, MINILM, SMOLLM2, Places
 from tests.benchmarks.floor import FIXED, rectangle
+from tests.benchmarks.padding import share
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 from tests.mini_glue import write_mini_glue
 from tests.tiny import POSITIONS, save_tiny
@@ -165,6 +166,14 @@ def test_shares(run: Run) -> None:
     attention = by_name["aten::_scaled_dot_product_flash_attention_for_cpu"]
     assert attention["ours_calls"] >= attention["floor_calls"] == 2
     assert by_name["aten::_log_softmax"]["ours_calls"] >= 1 > by_name["aten::_log_softmax"]["floor_calls"]
+
+
+def test_padding(run: Run) -> None:
+    rows = run("padding")["rows"]
+    assert [row["case"] for row in rows] == list(CASES)
+    assert share(np.array([3, 1, 4]), [[0, 1], [2]]) == pytest.approx(2 / 10)
+    for row in rows:
+        assert all(0 <= row[name] < 100 for name in ("plain", "train", "budget", "val"))
 
 
 def test_generate(run: Run) -> None:
