@@ -26,12 +26,14 @@ class DryRun:
     Attributes:
         parameters: One for each that is trained, by group; their sizes differ, so that state of their shape is known.
         optimizer: Over these.
+        settings: The optimizer's groups, as they are without a scheduler.
         scheduler: Of the optimizer.
         evaluations: How often the optimizer computed the loss of its step.
     """
 
     parameters: dict[str, list[nn.Parameter]]
     optimizer: Optimizer
+    settings: list[dict[str, Any]]
     scheduler: LRScheduler
     evaluations: int
 
@@ -79,6 +81,7 @@ def dry_run(
         warnings.simplefilter("ignore")  # the run itself says them
         with _named("optimizer"):
             optimizer = make_optimizer(with_rates(small, rates or {}))
+            settings = optimizer.state_dict()["param_groups"]
         with _named("lr_scheduler"):
             scheduler = schedule(optimizer, make_scheduler, warmup)["scheduler"]
         with _named("optimizer"):
@@ -87,7 +90,7 @@ def dry_run(
             then = scheduler.then if isinstance(scheduler, WarmUp) else scheduler
             if then is not None:
                 then.step(1.0) if isinstance(then, ReduceLROnPlateau) else then.step()
-    return DryRun(small, optimizer, scheduler, count)
+    return DryRun(small, optimizer, settings, scheduler, count)
 
 
 def dry_run_of(module: Any) -> DryRun:

@@ -85,7 +85,7 @@ def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_
     trained = [p for group in (module.net or module.meta_net()).parameter_groups().values() for p in group]
     tried = dry_run_of(module)
     optimizer, scheduler = tried.optimizer, tried.scheduler
-    fresh: Any = [{"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}]
+    fresh: Any = [{"state": {}, "param_groups": tried.settings}]
     (state,) = fitted(saved.get("optimizer_states"), fresh, "optimizer_states")
     optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
     pairs = [*zip(chain(*tried.parameters.values()), trained, strict=True)]
@@ -117,7 +117,7 @@ def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
 
     Args:
         saved: Nested data and tensors, of a checkpoint.
-        fresh: The same of this run. An empty mapping is for any content. Of a tensor on the meta device the shape
+        fresh: The same of this run. An empty mapping or list is for any content. Of a tensor on the meta device the shape
             counts, of another the number of its dimensions.
         name: Of the state, for messages.
         is_strict: Whether entries may be missing that are no flags, which releases of torch add, and whether numbers
@@ -127,6 +127,8 @@ def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
         LoPAError: If it is not built alike.
 
     Example:
+        >>> fitted({"history": [0.5]}, {"history": []}, "callback")
+        {'history': [0.5]}
         >>> fitted({"lr": 0.1, "get_lr": "x"}, {"lr": 0.3, "fused": None}, "group")
         {'lr': 0.1}
         >>> fitted({"lr": -0.1}, {"lr": 0.3}, "group")
@@ -134,7 +136,7 @@ def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
         ...
         lopa_lightning.errors.LoPAError: group.lr is -0.1, where this run has 0.3
     """
-    if fresh == {} and isinstance(saved, Mapping):
+    if (fresh == {} and isinstance(saved, Mapping)) or (fresh == [] and isinstance(saved, list)):
         return saved
     if isinstance(fresh, Mapping) and isinstance(saved, Mapping) and saved:
         needed = [key for key, value in fresh.items() if isinstance(key, str) and not isinstance(value, bool | None)]

@@ -283,9 +283,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Share of the training split that runs validate on where something is chosen by them." in " ".join(
         shown.split()
     )
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "lopa compare --help" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_interruption_says_how_to_go_on(
