@@ -117,8 +117,8 @@ def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
 
     Args:
         saved: Nested data and tensors, of a checkpoint.
-        fresh: The same of this run. An empty mapping or list is for any content. Of a tensor on the meta device the shape
-            counts, of another the number of its dimensions.
+        fresh: The same of this run. An empty mapping or list is for any content. Of a tensor on the meta device the
+            shape counts, of another the number of its dimensions.
         name: Of the state, for messages.
         is_strict: Whether entries may be missing that are no flags, which releases of torch add, and whether numbers
             must be finite, and not negative where the fresh ones are not.
