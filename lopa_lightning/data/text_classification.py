@@ -66,6 +66,8 @@ class TextClassificationDataModule(TextDataModule):
         self.label_column = label_column
         pieces = None if template is None else tuple(listed("template", template))
         self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
+        if label_column in self.template.columns:
+            raise LoPAError(f"label_column {label_column!r} must not be among the columns of text, which a model reads")
         self.causal_template = Template((causal_template,)) if causal_template is not None else None
         self.task = TextTask(
             labels=names,
