@@ -76,12 +76,7 @@ class Collate:
                 [1, 0]]))
     """
 
-    def __init__(
-        self,
-        pad_id: int,
-        instance_pad_id: int = 0,
-        side: Literal["left", "right"] = "right",
-    ) -> None:
+    def __init__(self, pad_id: int, instance_pad_id: int = 0, side: Literal["left", "right"] = "right") -> None:
         self.side = side
         self._padding = {"input_ids": pad_id, "instance_input_ids": instance_pad_id, "labels": IGNORED}
         self._masks = {"input_ids": "attention_mask", "instance_input_ids": "instance_attention_mask"}
