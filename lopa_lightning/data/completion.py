@@ -97,7 +97,7 @@ class Messages:
         return [self.column]
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
-        """Makes an example of a chat. What the instance encoder reads is the last question."""
+        """Makes an example of a chat. The instance encoder reads the last question."""
         messages = row[self.column]
         if not messages:
             raise TextError(self.column, "is empty")
@@ -183,7 +183,7 @@ class EncodeCompletions:
         return {**columns, "index": indices, "length": [len(ids) for ids in columns["input_ids"]]}
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Adds the end token; what a chat's template writes after it is no part of the answer."""
+        """Adds the end token; what a chat's template adds after it is no part of the answer."""
         end = self.spec.tokenizer.eos_token_id
         if self.is_chat and end in ids:
             ids = ids[: len(ids) - 1 - ids[::-1].index(end)]
@@ -285,12 +285,12 @@ class CompletionDataModule(TextDataModule):
             role: What the row serves.
             index: Its position in the split.
         """
-        return self._examples(role, [index])[0]
+        return self.layout(role)(self.rows(role)[index])
 
-    def _examples(self, role: Role, indices: Sequence[int]) -> list[Example]:
+    def rows(self, role: Role) -> Dataset:
+        """Returns the rows that serve a role."""
         (split,) = self.splits_of(role)
-        rows, layout = self.load_split(split, role), self.layout(role)
-        return [layout(rows[index]) for index in indices]
+        return self.load_split(split, role)
 
     # Scoring what was generated
 
@@ -306,7 +306,8 @@ class CompletionDataModule(TextDataModule):
             indices: The rows.
             completions: One of each.
         """
-        wanted = [example.completion for example in self._examples(role, indices)]
+        rows, layout = self.rows(role), self.layout(role)
+        wanted = [layout(rows[index]).completion for index in indices]
         return [own is not None and self.answer(text) == self.answer(own) for own, text in zip(wanted, completions)]
 
     def check_scoring(self) -> None:

@@ -45,7 +45,7 @@ class SplitsDataModule(LightningDataModule, ABC):
     """Rows from files or the hub, with splits, subsets and batches.
 
     A kind of input is a subclass with :meth:`encode` and :meth:`collate`; a data set is a subclass of that, which may
-    have its own :meth:`load` and :meth:`splits_of`. How inputs are encoded the module says by its ``input_spec``.
+    have its own :meth:`load` and :meth:`splits_of`. A module's ``input_spec`` says how inputs are encoded.
 
     Args:
         path: Hub id, or a folder in the layout of a hub data set; None if ``data_files`` says all.
@@ -114,7 +114,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         self.datasets: dict[Role, list[Dataset]] = {}
         self.vectors: dict[str, StoredVectors] = {}
 
-    # What a kind of input defines
+    # For a kind of input to define
 
     @abstractmethod
     def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
@@ -137,7 +137,7 @@ class SplitsDataModule(LightningDataModule, ABC):
     def collate(self) -> Callable[[Any], dict[str, Tensor]]:
         """Returns the function that makes a batch of encoded rows."""
 
-    # What a data set may define
+    # For a data set to define
 
     def load(self) -> DatasetDict:
         """Reads all splits, as they are stored.
@@ -149,7 +149,7 @@ class SplitsDataModule(LightningDataModule, ABC):
 
     @property
     def string_columns(self) -> Sequence[str]:
-        """Columns of text, which are read from CSV as they are written there: ``007`` is no number."""
+        """Columns of text, which are read from CSV as they stand there: ``007`` is no number."""
         return []
 
     def splits_of(self, role: Role) -> list[str]:

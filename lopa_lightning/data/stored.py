@@ -35,7 +35,7 @@ def read_rows(
         name: Config of the data set.
         revision: Branch, tag or commit on the hub.
         data_files: Split name to file or files; None to read ``path``.
-        string_columns: Columns that are read from CSV as they are written there: ``007`` is no number.
+        string_columns: Columns that are read from CSV as they stand there: ``007`` is no number.
 
     Raises:
         LoPAError: If the data is not found or cannot be read.

@@ -151,7 +151,7 @@ def _label_names(argument: str, values: Sequence[Any]) -> list[str]:
     for value in listed(argument, values):
         if not isinstance(value, (str, int, float)):
             raise LoPAError(f"{argument} must be names or numbers, got {value!r}")
-    return [_written(value) for value in values]
+    return [_spelled(value) for value in values]
 
 
 def _unique(data: Dataset, column: str, what: str) -> list[Any]:
@@ -172,10 +172,10 @@ def _class_name(feature: Any, value: Any) -> str:
 
     if isinstance(feature, ClassLabel) and value is not None and 0 <= value < len(feature.names):
         return str(feature.names[value])
-    return _written(value)
+    return _spelled(value)
 
 
-def _written(value: Any) -> str:
+def _spelled(value: Any) -> str:
     """Returns a label as a config and a column both spell it: 1 and 1.0 are the same, true and True too."""
     if isinstance(value, bool):
         return str(value).lower()

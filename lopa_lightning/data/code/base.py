@@ -79,8 +79,7 @@ class CodeDataModule(CompletionDataModule):
     def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Runs every completion's program in the sandbox."""
         require_permission(self.allow_code_execution)
-        (split,) = self.splits_of("test")
-        rows = self.load_split(split, "test")
+        rows = self.rows("test")
         records = samples(indices, completions)
         for record in records:
             row, text = rows[record["index"]], record["completion"]

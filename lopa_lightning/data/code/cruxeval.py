@@ -34,10 +34,7 @@ _TASK: dict[str, str] = {
     ),
 }
 _SHOTS: dict[str, list[tuple[str, str, str]]] = {
-    "output": [
-        ("def f(n):\n    return n", "17", "17"),
-        ('def f(s):\n    return s + "a"', '"x9j"', '"x9ja"'),
-    ],
+    "output": [("def f(n):\n    return n", "17", "17"), ('def f(s):\n    return s + "a"', '"x9j"', '"x9ja"')],
     "input": [
         (
             "def f(my_list):\n    count = 0\n    for i in my_list:\n        if len(i) % 2 == 0:\n"
