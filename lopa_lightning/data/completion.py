@@ -242,6 +242,8 @@ class CompletionDataModule(TextDataModule):
             raise LoPAError(
                 f"a chat's instance is its last question; leave out messages_column or instance_column, {got}"
             )
+        if messages_column is None and completion_column in (prompt_column, instance_column):
+            raise LoPAError(f"completion_column {completion_column!r} must not be that of the prompt or the instance")
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.messages_column, self.instance_column = messages_column, instance_column
         self.learn_end = learn_end

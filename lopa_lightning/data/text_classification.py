@@ -73,6 +73,9 @@ class TextClassificationDataModule(TextDataModule):
         if label_column in self.template.columns:
             raise LoPAError(f"label_column {label_column!r} must not be among the columns of text, which a model reads")
         self.causal_template = Template((causal_template,)) if causal_template is not None else None
+        columns = self.template.columns
+        if self.causal_template is not None and not set(self.causal_template.columns) <= set(columns):
+            raise LoPAError(f"causal_template must have no columns but {', '.join(columns)}, got {causal_template!r}")
         self.task = TextTask(
             labels=names,
             words=None if words is None else listed("words", words),

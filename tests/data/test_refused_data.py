@@ -167,6 +167,12 @@ def test_a_chats_instance_is_its_question(refused: Refused) -> None:
         CompletionDataModule(data_files={"train": "x.csv"}, messages_column="chat", instance_column="title")
 
 
+@pytest.mark.parametrize("option", ["prompt_column", "instance_column"])
+def test_a_completion_is_not_what_is_read(option: str, refused: Refused) -> None:
+    with refused("completion_column 'completion' must not be that of the prompt or the instance"):
+        CompletionDataModule(data_files={"train": "x.csv"}, **{option: "completion"})
+
+
 # Labels
 
 
@@ -458,6 +464,8 @@ def test_a_path_of_no_data(path: str, message: str, spec: TextSpec, refused: Ref
         ({"text_columns": "text"}, "text_columns must be a list, got 'text'"),
         ({"text_columns": ["label"]}, "label_column 'label' must not be among the columns of text"),
         ({"template": ["{text} {label} {mask}"]}, "label_column 'label' must not be among the columns of text"),
+        ({"causal_template": "{label} {mask}"}, "causal_template must have no columns but text, got '{label} {mask}'"),
+        ({"causal_template": "{body} {mask}"}, "causal_template must have no columns but text, got '{body} {mask}'"),
         ({"text_columns": []}, "a template must be one or two pieces of text"),
     ],
     ids=lambda value: str(value),
