@@ -49,6 +49,17 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
         raise LoPAError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def at_least(bound: int, **values: int | None) -> None:
+    """Refuses arguments, by their names, that are less than a bound; None is none.
+
+    Raises:
+        LoPAError: If one is; the message names it.
+    """
+    for name, value in values.items():
+        if value is not None and value < bound:
+            raise LoPAError(f"{name} must be at least {bound}, got {value}")
+
+
 def listed(name: str, values: Iterable[Any]) -> list[Any]:
     """Returns the values of an argument that is a list.
 

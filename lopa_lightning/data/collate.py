@@ -1,4 +1,4 @@
-"""From rows to a batch: a plain dict of padded tensors."""
+"""Batches from rows: a plain dict of padded tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 10_000  # are copied to be summed up
 
 
 class Rows:
-    """Tokenised rows as a batch's columns, without a Python object for each token.
+    """Gives tokenised rows as a batch's columns, without a Python object for each token.
 
     Args:
         data: The rows.
@@ -48,7 +48,7 @@ class Rows:
 
     @functools.cached_property
     def checksum(self) -> int:
-        """CRC-32 of what the backbone reads and is to answer, in the rows' order."""
+        """CRC-32 of all that the backbone reads and is to answer, in the rows' order."""
         total = 0
         for table in self.data.iter(_ROWS_AT_ONCE):
             for name in sorted(table.column_names):
@@ -76,12 +76,7 @@ class Collate:
                 [1, 0]]))
     """
 
-    def __init__(
-        self,
-        pad_id: int,
-        instance_pad_id: int = 0,
-        side: Literal["left", "right"] = "right",
-    ) -> None:
+    def __init__(self, pad_id: int, instance_pad_id: int = 0, side: Literal["left", "right"] = "right") -> None:
         self.side = side
         self._padding = {"input_ids": pad_id, "instance_input_ids": instance_pad_id, "labels": IGNORED}
         self._masks = {"input_ids": "attention_mask", "instance_input_ids": "instance_attention_mask"}
@@ -115,9 +110,9 @@ class Collate:
     def _padded(self, key: str, values: pa.ListArray) -> dict[str, Tensor]:
         lengths = np.diff(values.offsets.to_numpy())[:, None]
         width = int(lengths.max())
-        place = np.arange(width)
+        position = np.arange(width)
         at_left = self.side == "left" and not key.startswith("instance_")
-        is_token = place >= width - lengths if at_left else place < lengths
+        is_token = position >= width - lengths if at_left else position < lengths
         padded = np.full(is_token.shape, self._padding.get(key, 0), dtype=np.int64)
         padded[is_token] = values.flatten().to_numpy()
         batch = {key: torch.from_numpy(padded)}
@@ -127,5 +122,5 @@ class Collate:
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:
-    """Numbers as torch makes them of Python's: integers in 64 bits, others in 32."""
+    """Returns numbers as torch makes them of Python's: integers in 64 bits, others in 32."""
     return torch.from_numpy(values.astype(np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import end_of, running_ids
 from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
 from lopa_lightning.data.splits import Role
@@ -25,7 +26,7 @@ class Example:
 
     Attributes:
         prompt: What the backbone reads.
-        completion: What it is to write; None where that is not known.
+        completion: What it is to generate; None where that is not known.
         instance: What the instance encoder reads.
     """
 
@@ -35,10 +36,10 @@ class Example:
 
 
 class Layout(Protocol):
-    """How a row becomes an example. Its ``repr`` must say all that it depends on."""
+    """Makes an example of a row. Its ``repr`` must say all that it depends on."""
 
     @property
-    def columns(self) -> list[str]:
+    def columns(self) -> Sequence[str]:
         """The columns that it reads."""
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
@@ -47,7 +48,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """Prompt and completion as they stand in two columns.
+    """Reads prompt and completion from two columns.
 
     Attributes:
         prompt: Column of the prompt.
@@ -63,7 +64,7 @@ class Columns:
 
     @property
     def columns(self) -> list[str]:
-        """Without the completion where it may be missing."""
+        """The columns that must be there."""
         return [self.prompt, *([self.completion] if self.answered else []), *([self.instance] if self.instance else [])]
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
@@ -77,7 +78,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Messages:
-    """A chat in a column, written by the tokenizer's template; its last answer is the completion.
+    """Formats a chat by the tokenizer's template; its last answer is the completion.
 
     Attributes:
         column: Column of the chat: a list of ``{"role": ..., "content": ...}``.
@@ -92,91 +93,73 @@ class Messages:
 
     @property
     def columns(self) -> list[str]:
-        """The chat's."""
+        """The column of the chat."""
         return [self.column]
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
-        """Makes an example of a chat. What the instance encoder reads is the last question."""
+        """Makes an example of a chat. The instance encoder reads the last question."""
         messages = row[self.column]
         if not messages:
             raise TextError(self.column, "is empty")
+        what = f"column {self.column!r}: a chat must"
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise LoPAError(
-                f"column {self.column!r}: a chat must be a list of {{role, content}}, both texts; got {shown(messages)}"
-            )
+            raise LoPAError(f"{what} be a list of {{role, content}}, both texts; got {shown(messages)}")
         answered = messages[-1]["role"] == "assistant"
         asked = messages[:-1] if answered else messages
         if not asked or asked[-1]["role"] == "assistant":
-            raise LoPAError(
-                f"column {self.column!r}: a chat must have a question before its last answer, got {shown(messages)}"
-            )
-        prompt = self._written(asked, asks=True)
-        if not answered:
-            return Example(prompt, None, asked[-1]["content"])
-        whole = self._written(messages)
+            raise LoPAError(f"{what} have a question before its last answer, got {shown(messages)}")
+        prompt = self._formatted(asked, asks=True)
+        whole = self._formatted(messages) if answered else prompt
         if not whole.startswith(prompt):
-            raise LoPAError("the tokenizer's chat template writes a question otherwise once it is answered")
-        return Example(prompt, whole[len(prompt) :], asked[-1]["content"])
+            raise LoPAError("the tokenizer's chat template formats a question otherwise once it is answered")
+        return Example(prompt, whole[len(prompt) :] if answered else None, asked[-1]["content"])
 
-    def _written(self, messages: list[Any], asks: bool = False) -> str:
+    def _formatted(self, messages: list[Any], asks: bool = False) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
         except Exception as error:  # a template raises what it likes, as where roles do not alternate
-            raise LoPAError(
-                f"column {self.column!r}: the tokenizer's chat template does not take {shown(messages)}: "
-                f"{one_line(error)}"
-            ) from error
+            what = f"column {self.column!r}: the tokenizer's chat template"
+            raise LoPAError(f"{what} does not take {shown(messages)}: {one_line(error)}") from error
 
 
 def _is_message(message: Any) -> bool:
-    """Whether something is a message of a chat; one that calls tools need not have a text."""
+    """Returns whether something is a message of a chat; one that calls tools need not have a text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         return False
     return isinstance(message.get("content"), str) or bool(message["role"] == "assistant" and message.get("tool_calls"))
 
 
+@dataclass
 class EncodeCompletions:
-    """What ``datasets.map`` applies to rows: ids of prompt, completion and end, and which of them are labels.
+    """Encodes rows for ``datasets.map``: ids of prompt, completion and end, and which of them are labels.
 
     Args:
         layout: Makes examples of rows.
-        tokenizer: The backbone's.
+        spec: The tokenizers, the instance encoder's length, and the ids before a prompt that is no chat.
         max_tokens: Tokens of prompt and completion at most; None for no limit. Prompts are cut from the left.
-        instance: The instance encoder's tokenizer and length; None if no instance is read.
-        start: Ids before a prompt that is no chat.
-        learn_end: Whether a completion ends with an end token.
         role: What the rows serve. To train and to validate, what has no room for its completion is left
             out; to test, it is kept without one, and for ``predict`` completions are not read.
+        learn_end: Whether a completion ends with an end token.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int | None,
-        instance: tuple[PreTrainedTokenizerBase, int | None] | None,
-        role: Role,
-        start: list[int],
-        learn_end: bool = True,
-    ) -> None:
-        self.layout = layout
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.instance = instance
-        self.role = role
-        self.columns: Sequence[str] = layout.columns
-        self.is_chat = isinstance(layout, Messages)
-        self.start = [] if self.is_chat else start
-        self.learn_end = learn_end
-        if learn_end and tokenizer.eos_token_id is None:
+    layout: Layout
+    spec: TextSpec
+    max_tokens: int | None
+    role: Role
+    learn_end: bool
+
+    def __post_init__(self) -> None:
+        self.columns = self.layout.columns
+        self.is_chat = isinstance(self.layout, Messages)
+        self.start = [] if self.is_chat else self.spec.start_ids
+        if self.learn_end and self.spec.tokenizer.eos_token_id is None:
             raise LoPAError("the backbone's tokenizer has no end token, which a completion must learn to end with")
 
     def key(self) -> list[Any]:
-        """All that the ids depend on."""
-        readers = [self.tokenizer, *(self.instance[:1] if self.instance is not None else ())]
-        limits = [self.max_tokens, self.instance[1] if self.instance is not None else None]
-        ends = [self.start, self.learn_end]
-        return ["completions", repr(self.layout), self.role, limits, ends, *map(tokenizer_key, readers)]
+        """Returns all that the ids depend on."""
+        tokenizers = [each for each in (self.spec.tokenizer, self.spec.instance_tokenizer) if each is not None]
+        options = [self.max_tokens, self.spec.instance_max_tokens, self.start, self.learn_end]
+        return ["completions", repr(self.layout), self.role, options, *map(tokenizer_key, tokenizers)]
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows."""
@@ -184,33 +167,33 @@ class EncodeCompletions:
         unanswered = [index for index, example in zip(indices, examples) if example.completion is None]
         if unanswered and self.role in ("train", "val"):
             raise LoPAError(f"{self.role}: row {unanswered[0]} (counted from 0) has no completion to learn")
-        prompts = running_ids(self.tokenizer, [example.prompt for example in examples], self.is_chat)
-        answers = running_ids(self.tokenizer, [example.completion or "" for example in examples], self.is_chat)
+        prompts = running_ids(self.spec.tokenizer, [example.prompt for example in examples], self.is_chat)
+        answers = running_ids(self.spec.tokenizer, [example.completion or "" for example in examples], self.is_chat)
         encoded = [
-            self._fitted(prompt, None if example.completion is None or self.role == "predict" else self._ended(answer))
+            self._fitted(prompt, [] if example.completion is None or self.role == "predict" else self._ended(answer))
             for prompt, answer, example in zip(prompts, answers, examples)
         ]
         columns: dict[str, list[Any]] = {key: [row[key] for row in encoded] for key in encoded[0]}
         if self.role == "predict":
             del columns["labels"]
-        if self.instance is not None:
-            read = end_of(self.instance[0], [example.instance for example in examples], self.instance[1])
+        if self.spec.instance_tokenizer is not None:
+            instances = [example.instance for example in examples]
+            read = end_of(self.spec.instance_tokenizer, instances, self.spec.instance_max_tokens)
             columns |= {f"instance_{key}": values for key, values in read.items()}
         return {**columns, "index": indices, "length": [len(ids) for ids in columns["input_ids"]]}
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """A completion with its end token; what a chat's template writes after it is no part of the answer."""
-        end = self.tokenizer.eos_token_id
+        """Adds the end token; what a chat's template adds after it is no part of the answer."""
+        end = self.spec.tokenizer.eos_token_id
         if self.is_chat and end in ids:
             ids = ids[: len(ids) - 1 - ids[::-1].index(end)]
         return [*ids, end] if self.learn_end else ids
 
-    def _fitted(self, prompt: list[int], completion: list[int] | None) -> dict[str, Any]:
-        whole, answer = [*self.start, *prompt], completion or []
+    def _fitted(self, prompt: list[int], answer: list[int]) -> dict[str, Any]:
+        whole = [*self.start, *prompt]
         limit = self.max_tokens if self.max_tokens is not None else len(whole) + len(answer)
         least = len(self.start) + 1  # a completion's first token is predicted at the prompt's last
-        has_room = limit - len(answer) >= least
-        if not has_room:
+        if not (has_room := limit - len(answer) >= least):
             answer = []
         room = max(limit - len(answer), least)
         kept = whole if len(whole) <= room else [*self.start, *prompt[len(self.start) - room :]]
@@ -255,10 +238,12 @@ class CompletionDataModule(TextDataModule):
     ) -> None:
         super().__init__(truncation_side="left", **kwargs)
         if messages_column is not None and instance_column is not None:
+            got = f"got {messages_column!r} and {instance_column!r}"
             raise LoPAError(
-                f"of a chat the last question is the instance; leave out messages_column or instance_column, got "
-                f"{messages_column!r} and {instance_column!r}"
+                f"a chat's instance is its last question; leave out messages_column or instance_column, {got}"
             )
+        if messages_column is None and completion_column in (prompt_column, instance_column):
+            raise LoPAError(f"completion_column {completion_column!r} must not be that of the prompt or the instance")
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.messages_column, self.instance_column = messages_column, instance_column
         self.learn_end = learn_end
@@ -269,7 +254,7 @@ class CompletionDataModule(TextDataModule):
         return [self.prompt_column, self.completion_column, *([self.instance_column] if self.instance_column else [])]
 
     def layout(self, role: Role) -> Layout:
-        """How a row becomes an example.
+        """Returns what makes examples of rows.
 
         Args:
             role: What the rows serve.
@@ -282,17 +267,11 @@ class CompletionDataModule(TextDataModule):
         return Columns(self.prompt_column, self.completion_column, self.instance_column, role in ("train", "val"))
 
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
-        """Ids and labels of prompt and completion."""
-        spec = self.text_spec
-        instance = None
-        if spec.instance_tokenizer is not None:
-            instance = spec.instance_tokenizer, spec.instance_max_tokens
-        return EncodeCompletions(
-            self.layout(role), spec.tokenizer, self._max_tokens(), instance, role, spec.start_ids, self.learn_end
-        )
+        """Builds what makes ids and labels of prompt and completion."""
+        return EncodeCompletions(self.layout(role), self.text_spec, self._max_tokens(), role, self.learn_end)
 
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
-        """What was cut, and what was left out."""
+        """Returns what is said of rows that were cut or left out."""
         limit = encoder.max_tokens
         return {
             **super().warnings_of(encoder),
@@ -302,45 +281,46 @@ class CompletionDataModule(TextDataModule):
         }
 
     def example(self, role: Role, index: int) -> Example:
-        """The example of a row, by the ``index`` that its batch has.
+        """Returns the example of a row, by the ``index`` that its batch has.
 
         Args:
             role: What the row serves.
-            index: Its place in the split.
+            index: Its position in the split.
         """
-        return self._examples(role, [index])[0]
+        return self.layout(role)(self.rows(role)[index])
 
-    def _examples(self, role: Role, indices: Sequence[int]) -> list[Example]:
+    def rows(self, role: Role) -> Dataset:
+        """Returns the rows that serve a role."""
         (split,) = self.splits_of(role)
-        rows, layout = self.load_split(split, role), self.layout(role)
-        return [layout(rows[index]) for index in indices]
+        return self.load_split(split, role)
 
-    # Scoring what was written
+    # Scoring what was generated
 
     def answer(self, completion: str) -> str:
-        """What of a completion is compared with the row's own: here all but the white space around it."""
+        """Returns the part of a completion that is compared: here all but the white space around it."""
         return completion.strip()
 
     def exact_matches(self, role: Role, indices: Sequence[int], completions: Sequence[str]) -> list[bool]:
-        """Says of each completion whether its answer is, letter for letter, that of the row's own.
+        """Returns of each completion whether its answer is, letter for letter, that of the row's own.
 
         Args:
             role: What the rows serve.
             indices: The rows.
             completions: One of each.
         """
-        wanted = [example.completion for example in self._examples(role, indices)]
+        rows, layout = self.rows(role), self.layout(role)
+        wanted = [layout(rows[index]).completion for index in indices]
         return [own is not None and self.answer(text) == self.answer(own) for own, text in zip(wanted, completions)]
 
     def check_scoring(self) -> None:
         """Refuses what could not be scored, before anything is generated."""
 
     def scoring_identity(self) -> dict[str, Any]:
-        """What, beside the rows, decides whether a completion is right, as plain data."""
+        """Returns what decides, beside the rows, whether a completion is right, as plain data."""
         return {"scored_by": type(self).__name__}
 
     def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        """Says of every completion whether it is right: here, whether it is the row's own.
+        """Judges every completion: here, it is right if it is the row's own.
 
         Args:
             indices: Rows of the test split.
@@ -349,11 +329,16 @@ class CompletionDataModule(TextDataModule):
         Returns:
             One record for each completion, with ``index``, ``sample``, ``completion`` and ``passed`` at least.
         """
-        written = [
-            (index, sample, text) for index, texts in zip(indices, completions) for sample, text in enumerate(texts)
-        ]
-        matches = self.exact_matches("test", [row[0] for row in written], [row[2] for row in written])
-        return [
-            {"index": index, "sample": sample, "completion": text, "passed": passed}
-            for (index, sample, text), passed in zip(written, matches)
-        ]
+        records = samples(indices, completions)
+        texts = [record["completion"] for record in records]
+        matches = self.exact_matches("test", [record["index"] for record in records], texts)
+        return [{**record, "passed": passed} for record, passed in zip(records, matches)]
+
+
+def samples(indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Returns a record of each completion: ``index`` of its row, ``sample``, its number there, and ``completion``."""
+    return [
+        {"index": index, "sample": sample, "completion": text}
+        for index, texts in zip(indices, completions)
+        for sample, text in enumerate(texts)
+    ]

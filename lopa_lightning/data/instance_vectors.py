@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _COLUMNS = ("instance_input_ids", "instance_token_type_ids")
-_ROWS = 1024  # looked at, and written, together
+_ROWS = 1024  # read, and written, together
 _TOKENS = 8192  # of a batch, padding included
 
 
@@ -154,7 +154,7 @@ def _made(cache: VectorCache, tokens: Dataset, path: Path, what: str, device: to
 
 
 def agrees_with(cache: VectorCache, trainer: Trainer | None) -> bool:
-    """Whether vectors may be read in a run: not those of a backbone that is sharded.
+    """Returns whether vectors may be read in a run: not those of a backbone that is sharded.
 
     One process could not hold it to make them, and a process that lacks them would wait for the others to run it.
 
@@ -167,7 +167,7 @@ def agrees_with(cache: VectorCache, trainer: Trainer | None) -> bool:
 
 
 def reads_all(trainer: Trainer, role: str, batch_size: int, rows: int) -> bool:
-    """Whether a run reads as many rows as a set has, in all its epochs.
+    """Returns whether a run reads as many rows as a set has, in all its epochs.
 
     If not, as with ``fast_dev_run`` or ``limit_train_batches``, vectors of all cost more than they save.
 

@@ -1,4 +1,4 @@
-"""What a Trainer's limits leave of the batches."""
+"""A Trainer's limits on batches, checked."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from lopa_lightning.data.sampler import LengthGroupedSampler
 
 
 class ResumableLoader(DataLoader[dict[str, Any]]):
-    """A ``DataLoader`` over a :class:`~lopa_lightning.data.sampler.LengthGroupedSampler`, with a place to go on from.
+    """Loads batches of a :class:`~lopa_lightning.data.sampler.LengthGroupedSampler`, and can go on within an epoch.
 
     The order of an epoch depends on seed and epoch alone, so the number of batches handed out says all.
     Lightning asks for the state when it saves and hands it back before the first batch. Where training batches have
@@ -56,45 +56,37 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         super().__init__(dataset, sampler=sampler, batch_size=None if ours else batch_size, **kwargs)
         self._used = min(len(self), share) if isinstance(share, int) else int(len(self) * share)
         self._virtual_tokens = virtual_tokens
-        self._passed_over = 0
-        self._handed_out = 0
-        self._tokens = self._places = 0
+        self._passed_over = self._handed_out = self._tokens = self._positions = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """Yields the batches of an epoch, at first from the place of the state that was loaded."""
-        start, self._passed_over = self._passed_over, 0
-        self._handed_out = start
-        self._tokens = self._places = 0
-        mean = self._mean_batch_size()
-        if isinstance(self.sampler, LengthGroupedSampler):
-            self.sampler.start_at, start = start, 0
+        """Yields the batches of an epoch, at first from the state that was loaded."""
+        start = self._handed_out = self._passed_over
+        self._passed_over = self._tokens = self._positions = 0
+        mean = None
+        if isinstance(sampler := self.sampler, LengthGroupedSampler):
+            sampler.start_at, start = start, 0
+            if sampler.shuffle and sampler.batch_tokens is not None:  # batches differ in size
+                mean = sampler.mean_batch_size
         for batch in itertools.islice(super().__iter__(), start, None):
             self._handed_out += 1
             if isinstance(batch, dict) and "attention_mask" in batch:
-                self._look_at(batch["attention_mask"])
+                self._count_tokens(batch["attention_mask"])
                 if mean is not None:
                     batch["weight"] = torch.tensor(len(batch["index"]) / mean)
             yield batch
 
-    def _mean_batch_size(self) -> float | None:
-        """Examples of a batch on average, where training batches differ in size: each then weighs by its examples."""
-        sampler = self.sampler
-        if isinstance(sampler, LengthGroupedSampler) and sampler.shuffle and sampler.batch_tokens is not None:
-            return sampler.mean_batch_size
-        return None
-
-    def _look_at(self, mask: Tensor) -> None:
+    def _count_tokens(self, mask: Tensor) -> None:
         """Counts tokens while the batch is still in the host's memory: nothing waits for a device."""
         virtual = len(mask) * self._virtual_tokens
         self._tokens += int(mask.sum()) + virtual
-        self._places += mask.numel() + virtual
+        self._positions += mask.numel() + virtual
 
     def padding_share(self) -> float:
-        """Share of padding in what was handed out of the last epoch, of all that the backbone reads."""
-        return 1 - self._tokens / self._places if self._places else 0.0
+        """Returns the share of padding in the last epoch's batches, of all that the backbone reads."""
+        return 1 - self._tokens / self._positions if self._positions else 0.0
 
     def state_dict(self) -> dict[str, int | None]:
-        """How many batches of the epoch were handed out, and what decides which these are."""
+        """Returns the number of batches handed out of the epoch, and what decides which these are."""
         sampler = self.sampler
         batches = self._handed_out % max(1, self._used)  # after the last one comes another epoch's first
         if not isinstance(sampler, LengthGroupedSampler):
@@ -111,7 +103,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         }
 
     def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
-        """Goes on from a place, in the next iteration."""
+        """Goes on from a state, in the next iteration."""
         mine = self.state_dict()
         batches = state_dict["batches"] or 0
         checksum = mine.pop("checksum", None)

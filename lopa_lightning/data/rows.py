@@ -1,8 +1,9 @@
-"""What turns rows into token ids."""
+"""Encoders of rows into token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lopa_lightning.data.template import Tokenize
@@ -12,7 +13,7 @@ LabelLookup = tuple[str, dict[Any, int | float]]
 
 
 class RowEncoder(Protocol):
-    """What ``datasets.map`` applies to a batch of rows."""
+    """Encodes a batch of rows, for ``datasets.map``."""
 
     columns: Sequence[str]
     """The columns that it reads."""
@@ -20,7 +21,7 @@ class RowEncoder(Protocol):
     """Tokens of a row at most."""
 
     def key(self) -> list[Any]:
-        """All that its result depends on beside the rows."""
+        """Returns all that its result depends on beside the rows."""
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows: ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
@@ -40,10 +41,10 @@ class TextError(Exception):
 
 
 def fault_of(text: Any, allow_empty: bool = False) -> str | None:
-    """Says why something in a column of texts cannot be read as one; None where it can.
+    """Returns why something in a column of texts cannot be read as one; None where it can.
 
     Args:
-        text: What a row has. A number, list or mapping is no text: its ``str`` is nothing that anyone wrote.
+        text: A row's value. A number, list or mapping is no text: nobody wrote its ``str``.
         allow_empty: Whether it may be missing or blank.
     """
     if text is not None and text != [] and not isinstance(text, str):
@@ -68,8 +69,9 @@ def check_texts(texts: Mapping[str, Sequence[Any]], allow_empty: bool = False) -
             raise TextError(column, fault)
 
 
+@dataclass
 class EncodeRows:
-    """Rows of text, with a label where there is one.
+    """Encodes rows of text, with a label where there is one.
 
     Args:
         to_backbone: What the backbone reads.
@@ -79,23 +81,17 @@ class EncodeRows:
         allow_empty_text: Whether a text may be empty.
     """
 
-    def __init__(
-        self,
-        to_backbone: Tokenize,
-        to_instance: Tokenize | None,
-        columns: Sequence[str],
-        labels: LabelLookup | None,
-        allow_empty_text: bool,
-    ) -> None:
-        self.to_backbone = to_backbone
-        self.to_instance = to_instance
-        self.columns = columns
-        self.labels = labels
-        self.allow_empty_text = allow_empty_text
-        self.max_tokens = to_backbone.max_tokens
+    to_backbone: Tokenize
+    to_instance: Tokenize | None
+    columns: Sequence[str]
+    labels: LabelLookup | None
+    allow_empty_text: bool
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.to_backbone.max_tokens
 
     def key(self) -> list[Any]:
-        """All that the ids depend on."""
+        """Returns all that the ids depend on."""
         parts = [tokenize_key(part) for part in (self.to_backbone, self.to_instance) if part is not None]
         return [self.allow_empty_text, self.labels, *parts]
 
@@ -117,10 +113,10 @@ class EncodeRows:
 
 
 def tokenize_key(tokenize: Tokenize) -> list[Any]:
-    """All that a tokenisation depends on."""
+    """Returns all that a tokenisation depends on."""
     return [*tokenizer_key(tokenize.tokenizer), tokenize.template.pieces, tokenize.max_tokens, tokenize.side]
 
 
 def tokenizer_key(tokenizer: Any) -> list[Any]:
-    """What a tokenizer is, whatever it was used for before."""
+    """Returns what a tokenizer is, whatever it was used for before."""
     return [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]

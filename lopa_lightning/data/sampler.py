@@ -1,4 +1,4 @@
-"""Which examples make a batch, and in which order: texts of like length together, so that there is little padding."""
+"""Batches and their order: texts of like length together, so that there is little padding."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
                 "ones included; raise batch_tokens, or cut texts with max_length"
             )
         self.start_at = 0
-        """How many of this process's batches the next iteration passes over."""
+        """Number of this process's batches that the next iteration passes over."""
         # Twice are the same ones in every epoch, or a budget might not always be kept by as many batches.
         twice = np.random.default_rng(seed).permutation(len(self.lengths))
         self._rows = np.append(np.arange(len(self.lengths)), np.resize(twice, self.total_size - len(self.lengths)))
@@ -76,7 +76,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         self._count = self._number_of_steps()
 
     def __len__(self) -> int:
-        """This process's batches in an epoch."""
+        """Returns the number of this process's batches in an epoch."""
         return self._count
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -94,7 +94,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
 
     @property
     def mean_batch_size(self) -> float:
-        """Examples of a training batch in the mean."""
+        """Number of examples of a training batch on average."""
         return self.num_samples / self._count
 
     def _number_of_steps(self) -> int:
@@ -125,7 +125,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         return steps
 
     def _sorted(self, random: np.random.Generator, noise: float) -> Rows:
-        """The longest first; those of the same length in any order."""
+        """Sorts the longest first; those of the same length in any order."""
         rows = self._rows[random.permutation(self.total_size)]
         seeming = self.lengths[rows] * (1 + noise * random.random(self.total_size))
         order: Rows = rows[np.argsort(-seeming, kind="stable")]
@@ -138,11 +138,11 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
             most = self.batch_size if self.batch_tokens is None else self.batch_tokens // max(1, lengths[start])
             part = lengths[start : start + max(1, most) * world]
             ends = np.append(np.arange(world, len(part), world), len(part))  # each process with one example more
-            places = np.maximum.accumulate(part)[ends - 1] * np.arange(1, len(ends) + 1)
-            fits = places <= (places if self.batch_tokens is None else self.batch_tokens)
+            padded = np.maximum.accumulate(part)[ends - 1] * np.arange(1, len(ends) + 1)
+            fits = padded <= (padded if self.batch_tokens is None else self.batch_tokens)
             if not self.shuffle:
-                padding = places - np.cumsum(part)[ends - 1] / world
-                fits &= padding <= np.maximum(self._PADDING * places, self._LITTLE)
+                padding = padded - np.cumsum(part)[ends - 1] / world
+                fits &= padding <= np.maximum(self._PADDING * padded, self._LITTLE)
             size = world * max(1, int(np.argmin(np.append(fits, False))))
             steps.append(order[start : start + size])
             start += size

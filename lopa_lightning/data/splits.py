@@ -24,7 +24,7 @@ from lopa_lightning.data.limits import check_batch_limits
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.stored import read_rows
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.task import TextTask
 
 if TYPE_CHECKING:  # takes a second to import, and a command that reads no data does without
@@ -45,7 +45,7 @@ class SplitsDataModule(LightningDataModule, ABC):
     """Rows from files or the hub, with splits, subsets and batches.
 
     A kind of input is a subclass with :meth:`encode` and :meth:`collate`; a data set is a subclass of that, which may
-    have its own :meth:`load` and :meth:`splits_of`. How inputs are encoded the module says by its ``input_spec``.
+    have its own :meth:`load` and :meth:`splits_of`. A module's ``input_spec`` says how inputs are encoded.
 
     Args:
         path: Hub id, or a folder in the layout of a hub data set; None if ``data_files`` says all.
@@ -89,13 +89,8 @@ class SplitsDataModule(LightningDataModule, ABC):
         num_workers: int | None = None,
     ) -> None:
         super().__init__()
-        least: dict[str, tuple[int | None, int]] = {
-            **{"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "num_workers": (num_workers, 0)},
-            **{"max_train_examples": (max_train_examples, 1), "subset_seed": (subset_seed, 0)},
-        }
-        for argument, (value, bound) in least.items():
-            if value is not None and value < bound:
-                raise LoPAError(f"{argument} must be at least {bound}, got {value}")
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_train_examples=max_train_examples)
+        at_least(0, num_workers=num_workers, subset_seed=subset_seed)
         reads_files = type(self).load is SplitsDataModule.load
         if (path is not None and data_files is not None) or (path is None and data_files is None and reads_files):
             raise LoPAError(f"give either path or data_files, got path={path!r} and data_files={data_files!r}")
@@ -104,13 +99,12 @@ class SplitsDataModule(LightningDataModule, ABC):
         if not 0 <= validation_from_train < 1:
             raise LoPAError(f"validation_from_train must be a share below 1, got {validation_from_train}")
         roles = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
-        if unknown := set(splits or {}) - set(roles):
+        self.named_splits = splits or {}
+        if unknown := set(self.named_splits) - set(roles):
             raise LoPAError(f"splits names {', '.join(sorted(unknown))}; the roles are {', '.join(roles)}")
         self.path, self.config_name, self.revision, self.data_files = path, name, revision, data_files
-        self.splits = {**roles, **(splits or {})}
-        self.named_splits = set(splits or {})
-        self.validation_fraction = validation_fraction
-        self.validation_from_train = validation_from_train
+        self.splits = {**roles, **self.named_splits}
+        self.validation_fraction, self.validation_from_train = validation_fraction, validation_from_train
         self.max_train_examples, self.subset_seed = max_train_examples, subset_seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.num_workers = num_workers
@@ -120,11 +114,11 @@ class SplitsDataModule(LightningDataModule, ABC):
         self.datasets: dict[Role, list[Dataset]] = {}
         self.vectors: dict[str, StoredVectors] = {}
 
-    # What a kind of input defines
+    # For a kind of input to define
 
     @abstractmethod
     def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
-        """Turns the rows of a split into what batches are made of.
+        """Encodes the rows of a split, for batches to be made of.
 
         Args:
             data: The rows.
@@ -141,9 +135,9 @@ class SplitsDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def collate(self) -> Callable[[Any], dict[str, Tensor]]:
-        """Returns what makes a batch of encoded rows."""
+        """Returns the function that makes a batch of encoded rows."""
 
-    # What a data set may define
+    # For a data set to define
 
     def load(self) -> DatasetDict:
         """Reads all splits, as they are stored.
@@ -155,7 +149,7 @@ class SplitsDataModule(LightningDataModule, ABC):
 
     @property
     def string_columns(self) -> Sequence[str]:
-        """Columns that are read from CSV as they are written there: ``007`` is no number."""
+        """Columns of text, which are read from CSV as they stand there: ``007`` is no number."""
         return []
 
     def splits_of(self, role: Role) -> list[str]:
@@ -238,7 +232,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         """
         if input_spec is not self.input_spec:
             self.input_spec = input_spec
-            self.datasets, self.vectors = {}, {}  # what was made for another module
+            self.datasets, self.vectors = {}, {}  # made for another module
 
     def prepare_data(self) -> None:
         """Encodes into the data sets' cache, once on each node, after the module's settings are checked."""
@@ -258,8 +252,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         Raises:
             LoPAError: If the data is not what the configuration says.
         """
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if isinstance(module, ReadsInputs):
+        if self.trainer is not None and isinstance(module := self.trainer.lightning_module, ReadsInputs):
             self.connect(module.input_spec)
         if self.input_spec is None:
             raise LoPAError("a data module needs a module's input_spec: use a Trainer, or connect(module.input_spec)")
@@ -289,25 +282,25 @@ class SplitsDataModule(LightningDataModule, ABC):
         batch_size = self.batch_size if role == "train" else self.eval_batch_size
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
         make = trainer is None or reads_all(trainer, role, batch_size, len(data))
-        if (vectors := stored_vectors(cache, data, f"the {role} set", device, make)) is not None:
+        if vectors := stored_vectors(cache, data, f"the {role} set", device, make):
             self.vectors[data._fingerprint] = vectors
 
     # Loading
 
     def train_dataloader(self) -> Loader:
-        """Shuffled batches of like lengths."""
+        """Returns a loader of shuffled batches of like lengths."""
         return self._loader(self.datasets["train"][0], "train")
 
     def val_dataloader(self) -> list[Loader]:
-        """One loader for each evaluation set."""
+        """Returns a loader for each evaluation set."""
         return [self._loader(data, "val") for data in self.datasets["val"]]
 
     def test_dataloader(self) -> list[Loader]:
-        """One loader for each evaluation set."""
+        """Returns a loader for each evaluation set."""
         return [self._loader(data, "test") for data in self.datasets["test"]]
 
     def predict_dataloader(self) -> list[Loader]:
-        """One loader for each set to predict."""
+        """Returns a loader for each set to predict."""
         return [self._loader(data, "predict") for data in self.datasets["predict"]]
 
     def _sampler(self, data: Dataset, role: Role) -> LengthGroupedSampler:

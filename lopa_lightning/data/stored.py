@@ -35,7 +35,7 @@ def read_rows(
         name: Config of the data set.
         revision: Branch, tag or commit on the hub.
         data_files: Split name to file or files; None to read ``path``.
-        string_columns: Columns that are read from CSV as they are written there: ``007`` is no number.
+        string_columns: Columns that are read from CSV as they stand there: ``007`` is no number.
 
     Raises:
         LoPAError: If the data is not found or cannot be read.
@@ -60,10 +60,8 @@ def read_rows(
     except LoPAError:
         raise
     except Exception as error:  # pandas, pyarrow and datasets raise whatever a foreign file makes them stumble over
-        cause = error.__cause__ or error
-        reason = "it has no rows" if isinstance(cause, StopIteration) else one_line(cause)
         problem = f"the data in {what} cannot be read" if is_there else f"no data found for {what}"
-        raise LoPAError(f"{problem}: {reason}") from error
+        raise LoPAError(f"{problem}: {_reason(error)}") from error
     assert isinstance(loaded, DatasetDict)
     if any("__index_level_0__" in names for names in loaded.column_names.values()):
         raise LoPAError(f"the data in {what} cannot be read: a row has more cells than the header")
@@ -97,8 +95,15 @@ def _escaped(folder: str, name: str | None) -> dict[str, Any]:
     return {"data_files": files, "features": info.features if info is not None else None}
 
 
-def _named(data_files: Mapping[str, str | list[str]]) -> list[str]:
-    return [file for entry in data_files.values() for file in ([entry] if isinstance(entry, str) else entry)]
+def _reason(error: Exception) -> str:
+    from datasets.table import CastError
+
+    cause = error.__cause__ or error
+    if isinstance(cause, CastError):  # only the outer error's words name the file
+        file = "".join(str(error).partition("generating data using\n\n")[2].splitlines()[:1]) or "one"
+        got, wanted = (", ".join(names) for names in (cause.table_column_names, cause.requested_column_names))
+        return f"its files must have the same columns; {file} has {got} in place of {wanted}"
+    return "it has no rows" if isinstance(cause, StopIteration) else one_line(cause)
 
 
 def _pattern(file: str) -> str:
@@ -118,12 +123,13 @@ def _reader_of(data_files: Mapping[str, str | list[str]], text_columns: Sequence
     """Returns arguments of ``load_dataset`` for files, by their endings.
 
     Raises:
-        LoPAError: If a file is not there, or endings are unknown or mixed.
+        LoPAError: If a file is not there or is a pipe or a device, or endings are unknown or mixed.
     """
-    files = _named(data_files)
-    if missing := [file for file in files if not _is_found(file)]:
-        raise LoPAError(f"no such file: {', '.join(missing)}")
-    endings = {Path(file).suffix or file for file in files}
+    files = {split: [entry] if isinstance(entry, str) else entry for split, entry in data_files.items()}
+    named = list(itertools.chain(*files.values()))
+    if missing := [file for file in named if not _is_found(file)]:
+        raise LoPAError(f"no such regular file: {', '.join(missing)}")
+    endings = {Path(file).suffix or file for file in named}
     readers = {_READERS.get(ending) for ending in endings}
     if len(readers) != 1 or None in readers or {".csv", ".tsv"} <= endings:
         got = ", ".join(sorted(endings)) or "none"
@@ -131,13 +137,9 @@ def _reader_of(data_files: Mapping[str, str | list[str]], text_columns: Sequence
     options: dict[str, Any] = {}
     if readers == {"csv"}:
         # A text may well be "None", "NA" or "007"; only an empty cell is missing.
-        converters = dict.fromkeys(text_columns, _cell)
-        separator = "\t" if endings == {".tsv"} else ","
-        options = {"sep": separator, "keep_default_na": False, "na_values": [""], "converters": converters}
-    patterns = {
-        split: [_pattern(file) for file in ([entry] if isinstance(entry, str) else entry)]
-        for split, entry in data_files.items()
-    }
+        options = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(text_columns, _cell)}
+        options["sep"] = "\t" if endings == {".tsv"} else ","
+    patterns = {split: list(map(_pattern, parts)) for split, parts in files.items()}
     return {"path": readers.pop(), "data_files": patterns, **options}
 
 
@@ -146,7 +148,7 @@ def _cell(written: str) -> str | None:
 
 
 def _check_texts(config: Any) -> None:
-    """Refuses files of CSV or JSON that would be read as something else than was written.
+    """Refuses files of CSV or JSON that are not text, or whose columns have one name.
 
     Args:
         config: Of their reader: which files it reads, and how.
@@ -157,26 +159,29 @@ def _check_texts(config: Any) -> None:
     if not isinstance(config, CsvConfig | JsonConfig):
         return
     # A folder's README may say that there is no header.
-    has_header = isinstance(config, CsvConfig) and config.header == "infer" and not (config.names or config.skiprows)
+    other = config.names or config.skiprows or config.usecols if isinstance(config, CsvConfig) else True
+    has_header = not other and config.header == "infer"
+    columns: list[str] = []
     # What of the hub lies in the cache alone names no files.
     for path in itertools.chain(*(config.data_files or {}).values()):
         if "://" not in path and Path(path.removesuffix(".gz")).suffix in _READERS:
-            _check_text(path, config.encoding or "utf-8-sig", config.sep if has_header else None)
-
-
-def _check_text(path: str, encoding: str, separator: str | None) -> None:
-    """Refuses a file that is not text, or a CSV of that separator whose columns cannot be told apart."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding=encoding, newline="") as text:
-            while chunk := text.read(_CHUNK):
-                if "\0" in chunk:
-                    raise LoPAError(f"the data in {path!r} cannot be read: it has NUL characters; save it in UTF-8")
-            text.seek(0)
-            names = next(csv.reader(text, delimiter=separator), []) if separator is not None else []
-    except UnicodeDecodeError as error:
-        fault = f"it has a byte {error.object[error.start]:#x} that is not {error.encoding.upper()}"
-        raise LoPAError(f"the data in {path!r} cannot be read: {fault}") from error
-    except (OSError, EOFError, LookupError, zlib.error, csv.Error) as error:
-        raise LoPAError(f"the data in {path!r} cannot be read: {one_line(error)}") from error
-    if repeated := sorted({name for name in names if names.count(name) > 1 and name}):
-        raise LoPAError(f"the data in {path!r} has two columns of one name: {', '.join(repeated)}")
+            problem = f"the data in {path!r} cannot be read"
+            try:
+                opened = gzip.open if path.endswith(".gz") else open
+                with opened(path, "rt", encoding=config.encoding or "utf-8-sig", newline="") as text:
+                    while chunk := text.read(_CHUNK):
+                        if "\0" in chunk:
+                            raise LoPAError(f"{problem}: it has NUL characters; save it in UTF-8")
+                    text.seek(0)
+                    names = next(csv.reader(text, delimiter=config.sep), []) if has_header else []
+            except UnicodeDecodeError as error:
+                fault = f"it has a byte {error.object[error.start]:#x} that is not {error.encoding.upper()}"
+                raise LoPAError(f"{problem}: {fault}") from error
+            except (OSError, EOFError, LookupError, zlib.error, csv.Error) as error:
+                raise LoPAError(f"{problem}: {one_line(error)}") from error
+            columns = columns or names
+            if names and config.features is None and set(names) != set(columns):
+                got = f"{', '.join(names)} in place of {', '.join(columns)}"
+                raise LoPAError(f"{problem} with the others, which must have the same columns: it has {got}")
+            if repeated := sorted({name for name in names if names.count(name) > 1 and name}):
+                raise LoPAError(f"the data in {path!r} has two columns of one name: {', '.join(repeated)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ class Template:
         return _MASK in self._fields()
 
     def until_mask(self) -> Template:
-        """The part before the answer, as one text: what a causal LM is to continue."""
+        """Returns the part before the answer, as one text: what a causal LM is to continue."""
         before = ""
         for literal, field, _, _ in string.Formatter().parse("\n".join(self.pieces)):
             before += literal.replace("{", "{{").replace("}", "}}")
@@ -81,14 +82,9 @@ class Template:
             texts: Text of each column.
             mask: The tokenizer's mask token.
         """
-        values = {**texts, _MASK: mask}
-        return [
-            "".join(
-                literal + ("" if field is None else values[field])
-                for literal, field, _, _ in string.Formatter().parse(piece)
-            )
-            for piece in self.pieces
-        ]
+        values: dict[Any, str] = {**texts, _MASK: mask, None: ""}
+        parsed = map(string.Formatter().parse, self.pieces)
+        return ["".join(literal + values[field] for literal, field, _, _ in parts) for parts in parsed]
 
 
 class Tokenize:
@@ -110,9 +106,7 @@ class Tokenize:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: Template, max_tokens: int | None, side: Side = "right"
     ) -> None:
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.side = side
+        self.tokenizer, self.max_tokens, self.side = tokenizer, max_tokens, side
         # Without a separator of its own, a tokenizer would glue the two pieces together.
         glued = len(template.pieces) == 2 and tokenizer.sep_token is None
         self.template = Template(("\n".join(template.pieces),)) if glued else template
@@ -137,13 +131,11 @@ class Tokenize:
         """
         names = self.template.columns
         rows = [dict(zip(names, map(self._plain_text, texts))) for texts in zip(*(columns[name] for name in names))]
-        encoded = self._encode(rows)
-        limit = self.max_tokens
+        encoded, limit = self._encode(rows), self.max_tokens
         too_long = [limit is not None and len(ids) > limit for ids in encoded["input_ids"]]
-        for i, is_long in enumerate(too_long):
-            if is_long:
-                for key, values in self._encode_cut(rows[i]).items():
-                    encoded[key][i] = values
+        for i in itertools.compress(range(len(rows)), too_long):
+            for key, values in self._encode_cut(rows[i]).items():
+                encoded[key][i] = values
         return {**encoded, "truncated": too_long}
 
     def _plain_text(self, text: str) -> str:
@@ -186,7 +178,7 @@ class Tokenize:
 
 
 def backbone_template(template: Template, causal: Template | None, spec: TextSpec) -> Template:
-    """What the backbone reads, for the way in which its answer is read.
+    """Returns what the backbone reads, for the way in which its answer is read.
 
     Args:
         template: The task's template.
@@ -208,6 +200,6 @@ def backbone_template(template: Template, causal: Template | None, spec: TextSpe
 
 
 def plain_template(columns: Sequence[str]) -> Template:
-    """The columns' texts alone, two as a pair; further ones go with the first."""
-    first, second = (columns[:-1], columns[-1:]) if len(columns) > 1 else (columns, [])
-    return Template(tuple("\n".join(f"{{{name}}}" for name in part) for part in (first, second) if part))
+    """Returns the template of the columns' texts alone, two as a pair; further ones go with the first."""
+    parts = [columns[:-1], columns[-1:]] if len(columns) > 1 else [columns]
+    return Template(tuple("\n".join(f"{{{name}}}" for name in part) for part in parts))

@@ -15,7 +15,7 @@ from lopa_lightning.data.collate import Collate
 from lopa_lightning.data.rows import RowEncoder, TextError, fault_of
 from lopa_lightning.data.splits import Role, SplitsDataModule
 from lopa_lightning.data.template import Side
-from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.errors import LoPAError, at_least, one_of, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,17 +51,12 @@ class TextDataModule(SplitsDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in {"batch_tokens": batch_tokens, "max_length": max_length}.items():
-            if value is not None and value < 1:
-                raise LoPAError(f"{name} must be at least 1, got {value}")
-        for name, side in {"truncation_side": truncation_side, "padding_side": padding_side}.items():
-            if side not in get_args(Side):
-                raise LoPAError(f"{name} must be one of {', '.join(get_args(Side))}, got {side!r}")
-        self.batch_tokens = batch_tokens
+        at_least(1, batch_tokens=batch_tokens, max_length=max_length)
+        one_of("truncation_side", truncation_side, get_args(Side))
+        one_of("padding_side", padding_side, get_args(Side))
+        self.batch_tokens, self.max_length = batch_tokens, max_length
         self.eval_batch_tokens = None if kwargs.get("eval_batch_size") is not None else batch_tokens
-        self.max_length = max_length
-        self.truncation_side = truncation_side
-        self.padding_side = padding_side
+        self.truncation_side, self.padding_side = truncation_side, padding_side
 
     @property
     def text_spec(self) -> TextSpec:
@@ -71,14 +66,14 @@ class TextDataModule(SplitsDataModule):
         return self.input_spec
 
     def collate(self) -> Collate:
-        """Returns what pads a batch to its longest text."""
+        """Returns the function that pads a batch to its longest text."""
         spec = self.text_spec
         instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
         return Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side)
 
     @abstractmethod
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
-        """Builds what turns a split's rows into token ids.
+        """Builds the encoder of a split's rows into token ids.
 
         Args:
             data: The split.
@@ -140,12 +135,9 @@ class TextDataModule(SplitsDataModule):
         return chosen
 
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
-        """What is said, once, of the rows for which a column of the encoder's is true."""
-        spec = self.text_spec
-        return {
-            "truncated": f"texts were cut to {encoder.max_tokens} tokens",
-            "instance_truncated": f"texts were cut to {spec.instance_max_tokens} tokens for the instance encoder",
-        }
+        """Returns the warning, given once, on the rows for which a column of the encoder's is true."""
+        instance = f"texts were cut to {self.text_spec.instance_max_tokens} tokens for the instance encoder"
+        return {"truncated": f"texts were cut to {encoder.max_tokens} tokens", "instance_truncated": instance}
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

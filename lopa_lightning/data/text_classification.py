@@ -11,7 +11,7 @@ from lopa_lightning.data.rows import EncodeRows, LabelLookup, RowEncoder
 from lopa_lightning.data.splits import Role, select
 from lopa_lightning.data.template import Template, Tokenize, backbone_template, plain_template
 from lopa_lightning.data.text import TextDataModule
-from lopa_lightning.errors import LoPAError, listed, shown
+from lopa_lightning.errors import LoPAError, at_least, listed, shown
 from lopa_lightning.task import InstanceReads, TextTask
 
 if TYPE_CHECKING:
@@ -58,7 +58,11 @@ class TextClassificationDataModule(TextDataModule):
         if labels is None:
             raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
         names = _label_names("labels", labels)
-        _check_shots(shots_per_label, self.max_train_examples, bool(names))
+        if shots_per_label is not None and self.max_train_examples is not None:
+            raise LoPAError("give max_train_examples or shots_per_label, not both")
+        at_least(1, shots_per_label=shots_per_label)
+        if shots_per_label is not None and not names:
+            raise LoPAError("shots_per_label needs labels; regression has none")
         self.label_values = names if label_values is None else _label_names("label_values", label_values)
         values = self.label_values
         if label_values is not None and (len(values) != len(names) or len(set(values)) < len(values)):
@@ -66,7 +70,12 @@ class TextClassificationDataModule(TextDataModule):
         self.label_column = label_column
         pieces = None if template is None else tuple(listed("template", template))
         self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
+        if label_column in self.template.columns:
+            raise LoPAError(f"label_column {label_column!r} must not be among the columns of text, which a model reads")
         self.causal_template = Template((causal_template,)) if causal_template is not None else None
+        columns = self.template.columns
+        if self.causal_template is not None and not set(self.causal_template.columns) <= set(columns):
+            raise LoPAError(f"causal_template must have no columns but {', '.join(columns)}, got {causal_template!r}")
         self.task = TextTask(
             labels=names,
             words=None if words is None else listed("words", words),
@@ -83,22 +92,21 @@ class TextClassificationDataModule(TextDataModule):
         return self.template.columns
 
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
-        """Builds what tokenises texts by the template."""
+        """Builds the encoder that tokenises texts by the template."""
         labels = None if role == "predict" else self.label_lookup(data, what)
-        spec, columns = self.text_spec, self.template.columns
+        spec, columns, side = self.text_spec, self.template.columns, self.truncation_side
         template = backbone_template(self.template, self.causal_template, spec)
-        to_backbone = Tokenize(spec.tokenizer, template, self._max_tokens(), self.truncation_side)
+        to_backbone = Tokenize(spec.tokenizer, template, self._max_tokens(), side)
         to_instance = None
         if spec.instance_tokenizer is not None:
-            reads_template = self.task.instance_reads == "template"
-            instance = self.template if reads_template else plain_template(columns)
+            instance = self.template if self.task.instance_reads == "template" else plain_template(columns)
             if instance.has_mask and spec.instance_tokenizer.mask_token is None:
                 raise LoPAError("instance_reads: template needs an instance encoder whose tokenizer has a mask token")
-            to_instance = Tokenize(spec.instance_tokenizer, instance, spec.instance_max_tokens, self.truncation_side)
+            to_instance = Tokenize(spec.instance_tokenizer, instance, spec.instance_max_tokens, side)
         return EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text)
 
     def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
-        """Returns what stands in the label column, and the index or number of each.
+        """Returns the label column, and the index or number of each value in it.
 
         Args:
             data: The split.
@@ -142,35 +150,19 @@ class TextClassificationDataModule(TextDataModule):
         return select(data, chosen)
 
 
-def _check_shots(shots_per_label: int | None, max_train_examples: int | None, has_labels: bool) -> None:
-    if shots_per_label is None:
-        return
-    if max_train_examples is not None:
-        raise LoPAError("give max_train_examples or shots_per_label, not both")
-    if shots_per_label < 1:
-        raise LoPAError(f"shots_per_label must be at least 1, got {shots_per_label}")
-    if not has_labels:
-        raise LoPAError("shots_per_label needs labels; regression has none")
-
-
 def _label_names(argument: str, values: Sequence[Any]) -> list[str]:
     for value in listed(argument, values):
         if not isinstance(value, (str, int, float)):
             raise LoPAError(f"{argument} must be names or numbers, got {value!r}")
-    return [_written(value) for value in values]
+    return [_spelled(value) for value in values]
 
 
 def _unique(data: Dataset, column: str, what: str) -> list[Any]:
-    """Values of a label column, each once.
+    """Returns the values of a label column, each once.
 
     Raises:
         LoPAError: If a row has several labels, or some other structure.
     """
-    from datasets import ClassLabel, Value
-
-    if isinstance(data.features[column], (ClassLabel, Value)):
-        unique: list[Any] = data.unique(column)
-        return unique
     values: list[Any] = data[column][:]
     for value in values:
         if isinstance(value, (list, dict)):
@@ -183,11 +175,11 @@ def _class_name(feature: Any, value: Any) -> str:
 
     if isinstance(feature, ClassLabel) and value is not None and 0 <= value < len(feature.names):
         return str(feature.names[value])
-    return _written(value)
+    return _spelled(value)
 
 
-def _written(value: Any) -> str:
-    """A label as a config and a column both write it: 1 and 1.0 are the same, true and True too."""
+def _spelled(value: Any) -> str:
+    """Returns a label as a config and a column both spell it: 1 and 1.0 are the same, true and True too."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import os
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,12 @@ def test_a_chats_instance_is_its_question(refused: Refused) -> None:
         CompletionDataModule(data_files={"train": "x.csv"}, messages_column="chat", instance_column="title")
 
 
+@pytest.mark.parametrize("option", ["prompt_column", "instance_column"])
+def test_a_completion_is_not_what_is_read(option: str, refused: Refused) -> None:
+    with refused("completion_column 'completion' must not be that of the prompt or the instance"):
+        CompletionDataModule(data_files={"train": "x.csv"}, **{option: "completion"})
+
+
 # Labels
 
 
@@ -287,6 +294,16 @@ def test_of_several_files_the_one_of_another_encoding_is_named(spec: TextSpec, r
         prepared(spec, "test", data_files={"test": ["good.csv", "bad.csv"]})
 
 
+@pytest.mark.parametrize(
+    ("ending", "file"), [("csv", "dev.csv' cannot be read with the others"), ("jsonl", "dev.jsonl")]
+)
+def test_a_file_with_other_columns_is_named_with_them(ending: str, file: str, spec: TextSpec, refused: Refused) -> None:
+    other = [{**ROWS[0], "source": "a"}]
+    files: Any = {"train": write(f"train.{ending}", ROWS), "validation": write(f"dev.{ending}", other)}
+    with refused(file, "must have the same columns", "has text, label, source in place of text, label"):
+        prepared(spec, data_files=files)
+
+
 def test_a_byte_order_mark_is_no_part_of_a_name(text_spec: SpecOf) -> None:
     Path("a.csv").write_bytes(f"{HEAD}a film,good\n".encode("utf-8-sig"))
     data = prepared(text_spec("gpt2"), "test", data_files={"test": "a.csv"})
@@ -298,14 +315,16 @@ def test_a_byte_order_mark_is_no_part_of_a_name(text_spec: SpecOf) -> None:
     [
         ({}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
         ({"test": []}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
-        ({"test": "folder"}, "no such file: folder"),
+        ({"test": "folder"}, "no such regular file: folder"),
         ({"test": "a.csv.gz"}, "got .gz"),
-        ({"test": "~/nothing.csv"}, "no such file: ~/nothing.csv"),
-        ({"test": ["here.csv", "no*.csv"]}, "no such file: no*.csv"),
-        ({"test": "here.csv/x.csv"}, "no such file: here.csv/x.csv"),
-        ({"test": "folder.csv"}, "no such file: folder.csv"),
-        ({"test": "folder.jsonl"}, "no such file: folder.jsonl"),
-        ({"test": "folder.parquet"}, "no such file: folder.parquet"),
+        ({"test": "~/nothing.csv"}, "no such regular file: ~/nothing.csv"),
+        ({"test": ["here.csv", "no*.csv"]}, "no such regular file: no*.csv"),
+        ({"test": "here.csv/x.csv"}, "no such regular file: here.csv/x.csv"),
+        ({"test": "folder.csv"}, "no such regular file: folder.csv"),
+        ({"test": "folder.jsonl"}, "no such regular file: folder.jsonl"),
+        ({"test": "folder.parquet"}, "no such regular file: folder.parquet"),
+        ({"test": "pipe.csv"}, "no such regular file: pipe.csv"),
+        ({"test": ["here.csv", "device.csv"]}, "no such regular file: device.csv"),
     ],
     ids=str,
 )
@@ -313,6 +332,8 @@ def test_files_that_are_none(files: Any, message: str, spec: TextSpec, refused: 
     for name in ("folder", "folder.csv", "folder.jsonl", "folder.parquet"):
         Path(name).mkdir()
     Path("a.csv.gz").write_bytes(b"")
+    os.mkfifo("pipe.csv")
+    Path("device.csv").symlink_to("/dev/zero")
     write("here.csv", ROWS)
     with refused(message):
         prepared(spec, "test", data_files=files)
@@ -441,6 +462,10 @@ def test_a_path_of_no_data(path: str, message: str, spec: TextSpec, refused: Ref
         ({"template": ["{text} {mask"]}, "got ['{text} {mask']"),
         ({"template": ["{} {mask}"]}, "got ['{} {mask}']"),
         ({"text_columns": "text"}, "text_columns must be a list, got 'text'"),
+        ({"text_columns": ["label"]}, "label_column 'label' must not be among the columns of text"),
+        ({"template": ["{text} {label} {mask}"]}, "label_column 'label' must not be among the columns of text"),
+        ({"causal_template": "{label} {mask}"}, "causal_template must have no columns but text, got '{label} {mask}'"),
+        ({"causal_template": "{body} {mask}"}, "causal_template must have no columns but text, got '{body} {mask}'"),
         ({"text_columns": []}, "a template must be one or two pieces of text"),
     ],
     ids=lambda value: str(value),

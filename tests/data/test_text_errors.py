@@ -118,7 +118,7 @@ def test_an_empty_text_is_named_by_the_files_row_where_validation_is_cut_off(spe
 
 
 def test_a_missing_file(spec: TextSpec, files: Any) -> None:
-    with refused("no such file: nowhere.parquet"):
+    with refused("no such regular file: nowhere.parquet"):
         prepared(spec, data_files={**files, "test": "nowhere.parquet"})
 
 

@@ -154,7 +154,7 @@ def test_what_fails_is_named(compared: Path) -> None:
     reasons = {name: run["reason"] for name, run in first["results"].items()}
     assert reasons["diverging seed-1"].startswith("train/loss is nan at step 1 (epoch 0, batch 1), rows ")
     assert "no.csv" in reasons["nodata seed-1"]
-    assert "error: no such file: no.csv" in (compared / "runs/reviews/nodata/seed-1/log.txt").read_text()
+    assert "error: no such regular file: no.csv" in (compared / "runs/reviews/nodata/seed-1/log.txt").read_text()
     assert "ended by SIGKILL" in reasons["killed seed-1"]
     report = (compared / "comparison.md").read_text()
     assert f"- reviews nodata seed 1 failed: {reasons['nodata seed-1']}" in report

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lopa_lightning.data.completion import CompletionDataModule, Layout
-from lopa_lightning.data.splits import Role
-from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.data.completion import CompletionDataModule, samples
+from lopa_lightning.errors import LoPAError, one_of, shown
 from lopa_lightning.sandbox.run import Limits, isolation, isolation_line, require_permission, run_programs
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class CodeDataModule(CompletionDataModule):
     """A benchmark of code: a subclass gives the layout of its prompts, and the program that judges a completion.
 
     Args:
-        allow_code_execution: Whether code that the model wrote may be run on this machine, in a sandbox.
+        allow_code_execution: Whether code that the model generated may be run on this machine, in a sandbox.
         limits: What one program may use.
         workers: Programs that run at once; by default one for each core.
         instance_reads: What the instance encoder reads: the ``question`` without task description and solved examples,
@@ -44,30 +43,25 @@ class CodeDataModule(CompletionDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if instance_reads not in get_args(InstanceReads):
-            raise LoPAError(f"instance_reads must be question or prompt, got {instance_reads!r}")
+        one_of("instance_reads", instance_reads, get_args(InstanceReads))
         self.instance_reads = instance_reads
         self.allow_code_execution, self.limits, self.workers = allow_code_execution, limits, workers
 
     @abstractmethod
-    def layout(self, role: Role) -> Layout:
-        """How a row becomes an example."""
-
-    @abstractmethod
     def program(self, row: dict[str, Any], completion: str) -> str:
-        """The program that passes if a completion is right.
+        """Returns the program that passes if a completion is right.
 
         Args:
             row: The problem, as it is stored.
-            completion: What the model wrote.
+            completion: What the model generated.
         """
 
     def skips(self, row: dict[str, Any], completion: str) -> bool:
-        """Whether the benchmark's own harness passes over a completion, so that it is no sample of its problem.
+        """Returns whether the benchmark's own harness passes over a completion, so that it is no sample of its problem.
 
         Args:
             row: The problem, as it is stored.
-            completion: What the model wrote.
+            completion: What the model generated.
         """
         return False
 
@@ -79,36 +73,21 @@ class CodeDataModule(CompletionDataModule):
         self._isolation_told = True
 
     def scoring_identity(self) -> dict[str, Any]:
-        """With what a program may use, and where it is run."""
+        """Returns also what a program may use, and where it is run."""
         return {**super().scoring_identity(), "limits": asdict(self.limits), "isolation": list(isolation())}
 
     def score(self, indices: Sequence[int], completions: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Runs every completion's program in the sandbox."""
         require_permission(self.allow_code_execution)
-        (split,) = self.splits_of("test")
-        rows = self.load_split(split, "test")
-        written: list[dict[str, Any]] = [
-            {
-                "index": index,
-                "sample": sample,
-                "completion": text,
-                "program": self.program(rows[index], text),
-                "skipped": self.skips(rows[index], text),
-            }
-            for index, texts in zip(indices, completions)
-            for sample, text in enumerate(texts)
-        ]
-        outcomes = run_programs([record["program"] for record in written], self.limits, self.workers)
+        rows = self.rows("test")
+        records = samples(indices, completions)
+        for record in records:
+            row, text = rows[record["index"]], record["completion"]
+            record |= {"program": self.program(row, text), "skipped": self.skips(row, text)}
+        outcomes = run_programs([record["program"] for record in records], self.limits, self.workers)
         return [
-            {
-                **record,
-                "passed": outcome.passed,
-                "status": outcome.status,
-                "stderr": outcome.stderr,
-                "seconds": outcome.seconds,
-                "isolation": list(outcome.isolation),
-            }
-            for record, outcome in zip(written, outcomes)
+            {**record, "passed": outcome.passed, **asdict(outcome), "isolation": list(outcome.isolation)}
+            for record, outcome in zip(records, outcomes)
         ]
 
 
@@ -152,7 +131,7 @@ def checked(stored: DatasetDict, columns: Mapping[str, str], splits: Sequence[st
 
 
 def halves(data: Dataset) -> DatasetDict:
-    """The first half of the rows to train on, the second to test, as the paper does."""
+    """Divides rows as the paper does: the first half to train on, the second to test."""
     from datasets import DatasetDict
 
     middle = len(data) // 2

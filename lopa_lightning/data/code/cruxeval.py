@@ -10,7 +10,7 @@ from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked
 from lopa_lightning.data.code.programs import cruxeval_answer, cruxeval_answer_program, is_skipped
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.data.splits import Role
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import one_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -34,10 +34,7 @@ _TASK: dict[str, str] = {
     ),
 }
 _SHOTS: dict[str, list[tuple[str, str, str]]] = {
-    "output": [
-        ("def f(n):\n    return n", "17", "17"),
-        ('def f(s):\n    return s + "a"', '"x9j"', '"x9ja"'),
-    ],
+    "output": [("def f(n):\n    return n", "17", "17"), ('def f(s):\n    return s + "a"', '"x9j"', '"x9ja"')],
     "input": [
         (
             "def f(my_list):\n    count = 0\n    for i in my_list:\n        if len(i) % 2 == 0:\n"
@@ -52,23 +49,20 @@ _SHOTS: dict[str, list[tuple[str, str, str]]] = {
 
 @dataclass(frozen=True)
 class CRUXEvalLayout:
-    """The published direct prompt with its two examples.
+    """Makes the published direct prompt with its two examples.
 
     Attributes:
         predict: ``output``, or ``input``.
         instance_reads: ``question``, or the whole ``prompt``.
     """
 
+    columns = ("code", "input", "output")
+
     predict: Predict
     instance_reads: InstanceReads
 
-    @property
-    def columns(self) -> list[str]:
-        """Of the data set."""
-        return ["code", "input", "output"]
-
     def question(self, code: str, given: str, output: str) -> str:
-        """The function and the assertion to complete."""
+        """Returns the function and the assertion to complete."""
         asked = f"f({given}) == ??" if self.predict == "output" else f"f(??) == {output}"
         return f"{code}\nassert {asked}"
 
@@ -104,8 +98,7 @@ class CRUXEvalDataModule(CodeDataModule):
     """
 
     def __init__(self, predict: Predict = "output", path: str = "cruxeval-org/cruxeval", **kwargs: Any) -> None:
-        if predict not in get_args(Predict):
-            raise LoPAError(f"predict must be one of {', '.join(get_args(Predict))}, got {predict!r}")
+        one_of("predict", predict, get_args(Predict))
         super().__init__(path=path, **kwargs)
         self.predict = predict
 
@@ -115,18 +108,18 @@ class CRUXEvalDataModule(CodeDataModule):
         return halves(checked(super().load(), columns, ["test"])["test"])
 
     def layout(self, role: Role) -> Layout:
-        """The published prompt."""
+        """Returns the published prompt's layout."""
         return CRUXEvalLayout(self.predict, self.instance_reads)
 
     def program(self, row: dict[str, Any], completion: str) -> str:
-        """The function with the answer that the completion holds."""
+        """Joins the function and the answer that the completion holds."""
         answer = self.answer(completion)
         return cruxeval_answer_program(row["code"], row["input"], row["output"], answer, self.predict)
 
     def skips(self, row: dict[str, Any], completion: str) -> bool:
-        """Whether the answer is none by the rules of the benchmark's own harness."""
+        """Returns whether the answer is none by the rules of the benchmark's own harness."""
         return is_skipped(row["input"], self.answer(completion), self.predict)
 
     def answer(self, completion: str) -> str:
-        """The literal, or the call, that stands in a completion."""
+        """Returns the literal, or the call, that stands in a completion."""
         return cruxeval_answer(completion, self.predict)

@@ -11,7 +11,7 @@ from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked
 from lopa_lightning.data.code.programs import code_block, first_function, mbpp_program
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.data.splits import Role
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -34,18 +34,15 @@ _EXPERT = (
 
 @dataclass(frozen=True)
 class DocstringLayout:
-    """A signature and a docstring with the tests as examples, as in MBXP (Athiwaratkun et al. 2022, arXiv 2210.14868).
+    """Makes a prompt of a signature and a docstring with the tests as examples, as in MBXP.
 
-    The function is the one that the tests call. Code is written anew from its syntax tree: one style for
-    problems of many authors. What stands beside the function in the reference solution (imports, helpers, constants)
-    moves into it, so that it is whole without the rest and the prompt shows nothing of the solution. Only classes that
-    the tests make objects of are a part of the problem, and stand before it.
+    MBXP is by Athiwaratkun et al. 2022, arXiv 2210.14868. The function is the one that the tests call. Code is printed
+    from its syntax tree: one style for problems of many authors. What stands beside the function in the reference
+    solution (imports, helpers, constants) moves into it, so that it is whole without the rest and the prompt shows
+    nothing of the solution. Only classes that the tests make objects of are a part of the problem, and stand before it.
     """
 
-    @property
-    def columns(self) -> list[str]:
-        """Of the data set."""
-        return ["text", "code", "test_list", "test_setup_code"]
+    columns = ("text", "code", "test_list", "test_setup_code")
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
         """Makes an example of a problem."""
@@ -56,9 +53,8 @@ class DocstringLayout:
         before = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in needed]
         helpers = [node for node in tree.body if node is not function and node not in before]
         helpers = [node for node in helpers if not _sets_argument(node, function)]
-        body = (
-            function.body[1:] if ast.get_docstring(function) is not None and len(function.body) > 1 else function.body
-        )
+        has_docstring = ast.get_docstring(function) is not None and len(function.body) > 1
+        body = function.body[1:] if has_docstring else function.body
         document = [row["text"].strip().replace("\r\n", "\n"), *(line for test in tests for line in _doctest(test))]
         head = "".join(f"{ast.unparse(node)}\n" for node in before)
         indented = "\n    ".join("\n".join(document).split("\n")).replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
@@ -95,7 +91,7 @@ def _tested(tree: ast.Module, tests: list[ast.Compare]) -> ast.FunctionDef:
 
 
 def _sets_argument(node: ast.stmt, function: ast.FunctionDef) -> bool:
-    """Whether a statement of a module would, within a function, overwrite one of its arguments."""
+    """Returns whether a statement of a module would, within a function, overwrite one of its arguments."""
     arguments = {argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)}
     stored = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
     return isinstance(node, ast.Assign) and bool(stored & arguments)
@@ -109,20 +105,17 @@ def _doctest(test: ast.Compare) -> list[str]:
 
 @dataclass(frozen=True)
 class AssertsLayout:
-    """The original prompt: a sentence and three asserts, the code between ``[BEGIN]`` and ``[DONE]``.
+    """Makes the original prompt: a sentence and three asserts, the code between ``[BEGIN]`` and ``[DONE]``.
 
     Attributes:
         shots: Solved problems before the one to solve.
         instance_reads: ``question``, the sentence with its tests, or the whole ``prompt``.
     """
 
+    columns = ("text", "code", "test_list")
+
     shots: tuple[tuple[str, str, tuple[str, ...]], ...]
     instance_reads: InstanceReads
-
-    @property
-    def columns(self) -> list[str]:
-        """Of the data set."""
-        return ["text", "code", "test_list"]
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
         """Makes an example of a problem."""
@@ -168,9 +161,8 @@ class MBPPDataModule(CodeDataModule):
         path: str = "google-research-datasets/mbpp",
         **kwargs: Any,
     ) -> None:
-        for name, value, choices in (("style", style, Style), ("division", division, Division)):
-            if value not in get_args(choices):
-                raise LoPAError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        one_of("style", style, get_args(Style))
+        one_of("division", division, get_args(Division))
         if not 0 <= num_shots <= 3 or (num_shots and style == "docstring"):
             raise LoPAError(f"num_shots must be from 0 to 3, and 0 with style: docstring; got {num_shots}")
         super().__init__(path=path, name="full", **kwargs)
@@ -187,7 +179,7 @@ class MBPPDataModule(CodeDataModule):
         return halves(concatenate_datasets(list(stored.values())).sort("task_id"))
 
     def layout(self, role: Role) -> Layout:
-        """The prompt of the chosen style."""
+        """Returns the layout of the chosen style."""
         if self.style == "docstring":
             return DocstringLayout()
         self.raw()
@@ -196,11 +188,11 @@ class MBPPDataModule(CodeDataModule):
         return AssertsLayout(solved, self.instance_reads)
 
     def answer(self, completion: str) -> str:
-        """The function's body; in the original prompt's style, the code up to ``[DONE]``."""
+        """Returns the function's body; in the original prompt's style, the code up to ``[DONE]``."""
         return first_function(completion) if self.style == "docstring" else code_block(completion)
 
     def program(self, row: dict[str, Any], completion: str) -> str:
-        """The function with its tests, and with the imports that these need."""
+        """Joins the function, its tests and the imports that these need."""
         code = self.answer(completion)
         if self.style == "docstring":
             code = self.layout("test")(row).prompt + code
@@ -209,11 +201,8 @@ class MBPPDataModule(CodeDataModule):
 
 
 def _imports_of_tests(row: Mapping[str, Any]) -> list[str]:
-    """The reference solution's imports whose names its tests use, such as ``sys`` in problem 596."""
+    """Returns the reference solution's imports whose names its tests use, such as ``sys`` in problem 596."""
     needed = _names([*row["test_list"], row["test_setup_code"]])
     imports = [node for node in _parsed(row["code"]).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    return [
-        ast.unparse(node)
-        for node in imports
-        if needed & {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    ]
+    names = [{(alias.asname or alias.name).partition(".")[0] for alias in node.names} for node in imports]
+    return [ast.unparse(node) for node, bound in zip(imports, names) if needed & bound]

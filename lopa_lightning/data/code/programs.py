@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import one_of
 
 Mode = Literal["input", "output"]
 
@@ -101,7 +101,7 @@ def cruxeval_answer(text: str, mode: Mode) -> str:
         >>> cruxeval_answer("assert f(17) == 18\n[/ANSWER]", "input")
         'f(17)'
     """
-    _check(mode)
+    one_of("mode", mode, get_args(Mode))
     text = text.split("[/ANSWER]")[0]
     if "[ANSWER]" in text:
         text = text.split("[ANSWER]")[1]
@@ -110,11 +110,6 @@ def cruxeval_answer(text: str, mode: Mode) -> str:
     if mode == "input" and "assert f" in text:
         text = "f" + text.split("assert f")[1].strip()
     return text.strip()
-
-
-def _check(mode: str) -> None:
-    if mode not in get_args(Mode):
-        raise LoPAError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
 
 
 def mbpp_program(code: str, tests: Sequence[str], setup: str = "") -> str:
@@ -149,7 +144,7 @@ def is_skipped(input: str, answer: str, mode: Mode) -> bool:
     Raises:
         LoPAError: If ``mode`` is unknown.
     """
-    _check(mode)
+    one_of("mode", mode, get_args(Mode))
     return "f(" not in answer if mode == "input" else f"f({input})" in answer
 
 
