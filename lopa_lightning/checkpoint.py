@@ -59,6 +59,14 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {"config": config_facts(model.config), "weights": digest.hexdigest()[:16]}
 
 
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Returns a hash of trained tensors, which may be spread over processes: names and all values."""
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(name.encode() + whole(value.detach()).cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def config_facts(config: PretrainedConfig) -> Any:
     """Returns what a config says of the computation."""
     return _lasting(json.loads(config.to_json_string(use_diff=False)))

@@ -26,6 +26,18 @@ _PATHS_IN_1 = {
     "lopa_lightning.prompts.soft.PromptTuning": "prompt_tuning",
 }
 
+_QUANTIZATION_IN_1 = {
+    "bitsandbytes_8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "bitsandbytes_4bit": {
+        **{"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "bnb_4bit_use_double_quant": True,
+    },
+    "torchao_int8": {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}},
+    },
+}
+
 
 def migrate(checkpoint: dict[str, Any]) -> None:
     """Brings a checkpoint to the present format, in place.
@@ -74,6 +86,13 @@ def _drop_packing(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
         backbone.pop("pack", None)
 
 
+def _spell_quantization(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
+    """``quantization`` is transformers' own config in place of a short name."""
+    for holder in (hparams.get("backbone"), identity):
+        if isinstance(holder, dict) and isinstance(name := holder.get("quantization"), str):
+            holder["quantization"] = _QUANTIZATION_IN_1.get(name, name)
+
+
 _Step = Callable[[dict[str, Any], dict[str, Any]], None]
-_STEPS: tuple[tuple[_Step, ...], ...] = ((_name_classes, _nest_method, _drop_packing),)
+_STEPS: tuple[tuple[_Step, ...], ...] = ((_name_classes, _nest_method, _drop_packing, _spell_quantization),)
 """The steps from format 1 to 2, from 2 to 3, and so on."""

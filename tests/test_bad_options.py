@@ -19,7 +19,8 @@ from lopa_lightning.command_line.parser import UsageError
 from lopa_lightning.command_line.ranges import check_options
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import resolve
-from lopa_lightning.modules.dry_run import dry_run, warn_of_warmup
+from lopa_lightning.modules.dry_run import dry_run
+from lopa_lightning.modules.schedule import warn_of_warmup
 from tests.mini_glue import write_mini_glue
 
 Refused = Callable[..., str]

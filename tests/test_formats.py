@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lopa_lightning import ClassificationModule, LoPA, LoPALightningModule
+from lopa_lightning.backbones.quantization import check_quantization
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.migrations import FORMAT
+from lopa_lightning.migrations import FORMAT, migrate
 from tests.checkpoints.write import HERE, NAMES, data, known_defaults, loss, module, trainer
 
 EVERY = [(folder, name) for folder in sorted(HERE.glob("format_*")) for name in NAMES]
@@ -42,6 +43,15 @@ def test_a_checkpoint_loads_validates_and_resumes(
     for key, value in again.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
     assert again.hparams == {**loaded.hparams}
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8"])
+def test_a_quantisation_of_format_1_is_spelt_as_transformers_does(name: str) -> None:
+    saved = torch.load(HERE / "format_1" / "lopa.ckpt", weights_only=True)
+    saved["hyper_parameters"]["backbone"]["quantization"] = saved["lopa_identity"]["quantization"] = name
+    migrate(saved)
+    assert saved["lopa_identity"]["quantization"] == saved["hyper_parameters"]["backbone"]["quantization"]
+    check_quantization(saved["lopa_identity"]["quantization"])
 
 
 def test_there_are_checkpoints_of_every_format() -> None:

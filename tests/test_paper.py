@@ -16,6 +16,7 @@ import yaml
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from lopa_lightning.backbones.tokens import cut_left
 from lopa_lightning.cli import LoPACLI
 from lopa_lightning.data.glue import GLUEDataModule
 from lopa_lightning.errors import LoPAError
@@ -344,7 +345,9 @@ def test_a_start_token_stands_before_what_is_generated_too(with_start: str, monk
     for start_token in (False, True):
         module = CausalLMModule(backbone=PretrainedSpec(with_start), prompt_encoder=NoPrompt, start_token=start_token)
         module.generate(["good film"])
-        assert module._cut([[0, 5, 6, 7, 8]], 3) == ([[0, 7, 8]] if start_token else [[6, 7, 8]])
+        assert cut_left([[0, 5, 6, 7, 8]], 3, len(module.input_spec.start_ids)) == (
+            [[0, 7, 8]] if start_token else [[6, 7, 8]]
+        )
     (without,), (with_token,) = asked
     assert with_token == [module.input_spec.tokenizer.bos_token_id, *without]
     assert module.task_identity() == {"objective": "completion", "start_token": True}

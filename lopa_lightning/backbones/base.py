@@ -33,6 +33,12 @@ class States:
         hidden: Last hidden states ``[B, L, h]``; L is m + T, or T with virtual tokens in every layer.
         content_mask: 1 at the input's own tokens, 0 at virtual tokens and padding, ``[B, L]``.
         positions: Where each of the input's T tokens is among the L hidden states, ``[B, T]``.
+
+    Example:
+        >>> import torch
+        >>> states = States(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[0, 1, 1]]), torch.tensor([[1, 2]]))
+        >>> states.aligned().flatten().tolist(), states.spread(torch.tensor([[False, True]])).tolist()
+        ([1.0, 2.0], [[0, 0, 1]])
     """
 
     hidden: Tensor
@@ -52,7 +58,7 @@ class States:
 class Backbone(nn.Module, ABC):
     """A pretrained transformer that is never changed, only shown soft prompts.
 
-    As a baseline it may be changed after all: by an adapter that lies in ``model``, or as a whole.
+    As a baseline it may be changed after all: by an adapter in ``model``, or as a whole.
 
     Attributes:
         model: The pretrained model.

@@ -1,4 +1,4 @@
-"""Backbones whose frozen matrices lie in memory in 8 or 4 bits, by transformers' own ``quantization_config``.
+"""Backbones whose frozen matrices are kept in 8 or 4 bits, by transformers' own ``quantization_config``.
 
 LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), NF4 (Dettmers et al. 2023, arXiv 2305.14314), and int8 weights by
 torchao, which needs no GPU::

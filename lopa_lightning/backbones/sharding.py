@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -48,7 +49,7 @@ def shard_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -> None:
     """Splits all weights of a net over the processes, in place.
 
-    What is trained outside of the layers lies in the group of ``net`` itself: in no group, its gradients would never
+    What is trained outside of the layers belongs to the group of ``net`` itself: in no group, its gradients would never
     be averaged.
 
     Args:
@@ -75,6 +76,24 @@ def shard(net: nn.Module, models: Iterable[PreTrainedModel], mesh: DeviceMesh) -
 def is_sharded(net: nn.Module) -> bool:
     """Returns whether processes wait for each other in every layer of a net."""
     return isinstance(net, FSDPModule)
+
+
+def check_equal(net: nn.Module, count: int) -> None:
+    """Checks that processes which share a backbone have as many texts each to complete.
+
+    Args:
+        net: The model, on every process.
+        count: Of this process.
+
+    Raises:
+        LoPAError: If not.
+    """
+    if not is_sharded(net):
+        return
+    counts: list[int] = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, count)
+    if len(set(counts)) > 1:
+        raise LoPAError(f"processes that share a backbone must complete as many texts each, got {counts}")
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:

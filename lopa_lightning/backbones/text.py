@@ -252,50 +252,16 @@ class TextBackbone(Backbone, LanguageModel):
         return hidden
 
     def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """The language model's logits of a few tokens, without those of the rest of the vocabulary.
-
-        Args:
-            hidden: Hidden states ``[B, h]``.
-            token_ids: The tokens, ``[n]``.
-
-        Returns:
-            ``[B, n]``.
-
-        Raises:
-            LoPAError: If the backbone was loaded without a language model head.
-        """
+        """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""
         logits: Tensor = self._required_heads()[0](hidden, token_ids)
         return logits
 
     def label_log_probabilities(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Returns the log-probabilities of a few tokens among the language model's whole vocabulary.
-
-        Args:
-            hidden: Hidden states ``[B, h]``.
-            token_ids: The tokens, ``[n]``.
-
-        Returns:
-            ``[B, n]``, in float32.
-
-        Raises:
-            LoPAError: If the backbone was loaded without a language model head.
-        """
+        """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""
         return self._required_heads()[1](hidden).float().log_softmax(-1)[:, token_ids]
 
     def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Cross entropy of tokens over the whole vocabulary, of which only a chunk's logits exist at a time.
-
-        Args:
-            hidden: Hidden states at the places that predict a token, ``[N, h]``.
-            targets: The tokens, ``[N]``.
-            chunk: Places at a time; by default as many as keep a chunk's logits at 64 MB.
-
-        Returns:
-            Losses in float32 and, where no gradients are taken, whether the token was the likeliest, each ``[N]``.
-
-        Raises:
-            LoPAError: If the backbone was loaded without a language model head.
-        """
+        """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""
         return chunked_cross_entropy(self._required_heads()[1], hidden, targets, chunk)
 
     def _required_heads(self) -> tuple[LabelWordHead, VocabularyHead]:

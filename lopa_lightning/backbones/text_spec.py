@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ from lopa_lightning.backbones.pretrained import (
     max_positions,
 )
 from lopa_lightning.backbones.text import TextBackbone
-from lopa_lightning.backbones.tokens import check_token_ids
+from lopa_lightning.backbones.tokens import check_token_ids, end_of, padded
 from lopa_lightning.errors import LoPAError
 
 if TYPE_CHECKING:
@@ -61,6 +62,16 @@ class TextSpec(InputSpec):
         bare: list[int] = self.tokenizer("")["input_ids"]
         starts = self.start_token or (bool(bare) and bare[0] == self.tokenizer.bos_token_id)
         return [self.tokenizer.bos_token_id] if starts else []
+
+    def instance_batch(self, texts: Sequence[str], device: Any) -> dict[str, Tensor]:
+        """Returns what the instance encoder reads of texts, as entries of a batch; of a text too long, its end."""
+        tokenizer = self.instance_tokenizer
+        if tokenizer is None:
+            return {}
+        encoded = end_of(tokenizer, texts, self.instance_max_tokens)
+        ids, mask = padded(encoded["input_ids"], tokenizer.pad_token_id or 0, "right", device)
+        types = encoded.get("token_type_ids")
+        return instance_inputs(ids, mask, None if types is None else padded(types, 0, "right", device)[0])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.errors import LoPAError
@@ -70,9 +73,7 @@ def check_token_ids(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) ->
         )
 
 
-def vocabulary(
-    tokenizer: PreTrainedTokenizerBase, size: int, embed: Callable[[torch.Tensor], torch.Tensor]
-) -> Vocabulary:
+def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, embed: Callable[[Tensor], Tensor]) -> Vocabulary:
     """Returns the backbone's tokens, for soft prompts to start from.
 
     Args:
@@ -143,3 +144,43 @@ def end_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens:
         tokenizer.truncation_side = side
         tokenizer.backend_tokenizer.no_truncation()  # it is part of what a tokenizer is told apart by
     return {**found, "truncated": too_long}
+
+
+def cut_left(prompts: Sequence[list[int]], room: int, kept: int = 0) -> list[list[int]]:
+    """Cuts prompts from the left, behind the tokens that every text starts with; warns of it.
+
+    Args:
+        prompts: Token ids.
+        room: Tokens of one at most.
+        kept: Tokens at its start that stay.
+
+    Example:
+        >>> cut_left([[1, 5, 6], [1, 5]], 3, kept=1)
+        [[1, 5, 6], [1, 5]]
+    """
+    if long := sum(len(ids) > room for ids in prompts):
+        rank_zero_warn(f"{long} of {len(prompts)} prompts were cut to their last {room} tokens")
+    return [ids if len(ids) <= room else [*ids[:kept], *ids[kept - room :]] for ids in prompts]
+
+
+def padded(rows: Sequence[list[int]], pad_id: int, side: str, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Returns token ids as a batch, and the mask that is 1 at them, each ``[B, T]``.
+
+    Args:
+        rows: Token ids.
+        pad_id: At padding.
+        side: Where it goes.
+        device: Of the batch.
+
+    Example:
+        >>> padded([[5, 6], [7]], 0, "left")
+        (tensor([[5, 6],
+                [0, 7]]), tensor([[1, 1],
+                [0, 1]]))
+    """
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    ids, mask = (
+        pad_sequence(each, batch_first=True, padding_value=value, padding_side=side)
+        for each, value in ((tensors, pad_id), ([torch.ones_like(row) for row in tensors], 0))
+    )
+    return ids, mask

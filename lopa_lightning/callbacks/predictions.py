@@ -64,8 +64,8 @@ class PredictionWriter(BasePredictionWriter):
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         if identity is None or trainer.fast_dev_run:
             return
-        data = getattr(trainer.datamodule, "datasets", {}).get(role, [])
-        identity = {**identity, "rows": [rows._fingerprint for rows in data]}
+        data = {} if pl_module.data is None else pl_module.data.datasets
+        identity = {**identity, "rows": [rows._fingerprint for rows in data.get(role, [])]}
         lines = identity.get("results_per_row", 1)
         self._stream = PredictionStream(self._folder, name, identity, trainer.global_rank, lines)
         self._stream.open()
@@ -136,7 +136,7 @@ class PredictionWriter(BasePredictionWriter):
             rows += self._stream.found if self._stream is not None else []
             rows = list({row["index"]: row for row in sorted(rows, key=lambda row: row["index"])}.values())
             files = {f"predictions{suffix}.{self.format}": _formatted(rows, self.format)}
-            submission = getattr(trainer.datamodule, "submission", lambda *_: None)(set_index, rows)
+            submission = None if pl_module.data is None else pl_module.data.submission(set_index, rows)
             files |= [submission] if submission is not None else []
             for name, content in files.items():
                 write_whole(self._folder / name, content)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lopa_lightning.errors import LoPAError
 
-_ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
-
-def check_batch_limits(trainer: Any, stage: str) -> None:
+def check_batch_limits(trainer: Any, roles: Sequence[str]) -> None:
     """Refuses limits that leave no batch, or no validation where one is asked for.
 
     Args:
         trainer: With a data module that is set up.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        roles: What its data serve: ``train``, ``val``, ``test``, ``predict``.
 
     Raises:
         LoPAError: If a share of the batches is less than one, or validations are further apart than an epoch's end.
     """
-    for role in _ROLES[stage]:
+    for role in roles:
         limit = getattr(trainer, f"limit_{role}_batches")
         if isinstance(limit, float) and 0 < limit < 1 and limit * (count := _batches(trainer, role)) < 1:
             name = "overfit_batches" if trainer.overfit_batches else f"limit_{role}_batches"
             raise LoPAError(f"trainer.{name} must leave a batch of the {count} there are, got {limit:g}")
     interval, validates = trainer.val_check_interval, trainer.limit_val_batches and trainer.check_val_every_n_epoch
-    if stage == "fit" and validates and isinstance(interval, int) and interval > (batches := used_batches(trainer)):
+    if "train" in roles and validates and isinstance(interval, int) and interval > (batches := used_batches(trainer)):
         raise LoPAError(
             f"trainer.val_check_interval must be at most the {batches} batches of an epoch, got {interval}; "
             "trainer.check_val_every_n_epoch null counts on over epochs"

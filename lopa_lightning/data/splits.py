@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # takes a second to import, and a command that reads no data 
 Role = Literal["train", "val", "test", "predict"]
 Loader = DataLoader[dict[str, Any]]
 
-_ROLES: dict[str, list[Role]] = {
+ROLES: dict[str, list[Role]] = {
     "fit": ["train", "val"],
     "validate": ["val"],
     "test": ["test"],
@@ -149,7 +149,7 @@ class SplitsDataModule(LightningDataModule, ABC):
 
     @property
     def string_columns(self) -> Sequence[str]:
-        """Columns of text, which are read from CSV as they stand there: ``007`` is no number."""
+        """Columns of text, which are read from CSV as they stand there: ``007`` stays a text."""
         return []
 
     def splits_of(self, role: Role) -> list[str]:
@@ -256,15 +256,15 @@ class SplitsDataModule(LightningDataModule, ABC):
             self.connect(module.input_spec)
         if self.input_spec is None:
             raise LoPAError("a data module needs a module's input_spec: use a Trainer, or connect(module.input_spec)")
-        for role in _ROLES[stage]:
+        for role in ROLES[stage]:
             if role not in self.datasets:
                 loaded = {split: self.load_split(split, role) for split in self.splits_of(role)}
                 self.datasets[role] = [self._encoded(data, split, role) for split, data in loaded.items()]
                 for data in self.datasets[role]:
                     self._sampler(data, role)  # refuses sizes of batches that cannot be, before weights are read
         if self.trainer is not None:
-            check_batch_limits(self.trainer, stage)
-        for role in _ROLES[stage]:
+            check_batch_limits(self.trainer, ROLES[stage])
+        for role in ROLES[stage]:
             for data in self.datasets[role]:
                 self._keep_vectors(data, role)
 

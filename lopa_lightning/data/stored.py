@@ -35,7 +35,7 @@ def read_rows(
         name: Config of the data set.
         revision: Branch, tag or commit on the hub.
         data_files: Split name to file or files; None to read ``path``.
-        string_columns: Columns that are read from CSV as they stand there: ``007`` is no number.
+        string_columns: Columns that are read from CSV as they stand there: ``007`` stays a text.
 
     Raises:
         LoPAError: If the data is not found or cannot be read.
@@ -162,7 +162,7 @@ def _check_texts(config: Any) -> None:
     other = config.names or config.skiprows or config.usecols if isinstance(config, CsvConfig) else True
     has_header = not other and config.header == "infer"
     columns: list[str] = []
-    # What of the hub lies in the cache alone names no files.
+    # A data set of the hub that is only in the cache names no files.
     for path in itertools.chain(*(config.data_files or {}).values()):
         if "://" not in path and Path(path.removesuffix(".gz")).suffix in _READERS:
             problem = f"the data in {path!r} cannot be read"

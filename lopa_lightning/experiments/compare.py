@@ -17,7 +17,7 @@ from lopa_lightning.experiments.runs import Run, Runs
 from lopa_lightning.files import write_whole
 
 Tags = dict[str, Any]
-"""``task``, ``method``, ``phase`` (``select`` or ``seed``), ``seed`` and ``factor`` of a run."""
+"""``task``, ``method``, ``phase`` (``select`` or ``seed``), ``seed`` and ``multiplier`` of a run."""
 
 _SELECTION_SEED = 0
 
@@ -31,7 +31,7 @@ class Comparison(Options):
         tasks: Complete YAML files; a table each.
         overlays: YAML files put over every task, under the methods.
         seeds: Seeds of the runs that are reported.
-        rate_factors: Multipliers of all learning rates. Of several, each method's best on each task is chosen
+        rate_multipliers: Multipliers of all learning rates. Of several, each method's best on each task is chosen
             first, by runs that validate on a part of the training split.
         output: Folder of the tables, the chart and the runs.
     """
@@ -40,18 +40,18 @@ class Comparison(Options):
     tasks: list[str]
     overlays: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    rate_factors: list[float] = field(default_factory=lambda: [1.0])
+    rate_multipliers: list[float] = field(default_factory=lambda: [1.0])
     output: str = "runs/comparison"
 
 
 def check(comparison: Comparison) -> None:
     """Raises a LoPAError that names an option outside its limits."""
     limits = {"selection_share": (0 < comparison.selection_share < 1, "above 0 and below 1")}
-    for name in ("methods", "tasks", "seeds", "rate_factors"):
+    for name in ("methods", "tasks", "seeds", "rate_multipliers"):
         values = [Path(value).stem if isinstance(value, str) else value for value in getattr(comparison, name)]
         limits[name] = (0 < len(values) == len(set(values)), "at least one, each of a name or value of its own")
-    if min(comparison.rate_factors, default=1) <= 0:
-        limits["rate_factors"] = (False, "positive")
+    if min(comparison.rate_multipliers, default=1) <= 0:
+        limits["rate_multipliers"] = (False, "positive")
     check_limits(comparison, **limits)
 
 
@@ -75,8 +75,8 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
             names = Path(task).stem, Path(method).stem
             try:
                 config = resolve([task, *comparison.overlays, method], [*options, *budget(comparison)])
-                for factor in comparison.rate_factors:
-                    with_rates_times(config, factor)
+                for multiplier in comparison.rate_multipliers:
+                    with_rates_times(config, multiplier)
                 configs[names] = config
             except LoPAError as error:
                 wrong.append("{} {}: {}".format(*names, error))
@@ -98,15 +98,15 @@ class Comparing:
         self.configs = configs
         self.runs = Runs(comparison.output, self.write_report, comparison.workers)
         self.tags: dict[Path, Tags] = {}
-        factors = comparison.rate_factors if len(comparison.rate_factors) > 1 else []
+        multipliers = comparison.rate_multipliers if len(comparison.rate_multipliers) > 1 else []
         for task, method in configs:
             folder, names = self.runs.folder / task / method, {"task": task, "method": method}
-            for factor in factors:
-                tags = {**names, "phase": "select", "seed": _SELECTION_SEED, "factor": factor}
-                self.tags[folder / f"select-{factor:g}"] = tags
+            for multiplier in multipliers:
+                tags = {**names, "phase": "select", "seed": _SELECTION_SEED, "multiplier": multiplier}
+                self.tags[folder / f"select-{multiplier:g}"] = tags
             for seed in comparison.seeds:
-                only = None if factors else comparison.rate_factors[0]
-                self.tags[folder / f"seed-{seed}"] = {**names, "phase": "seed", "seed": seed, "factor": only}
+                only = None if multipliers else comparison.rate_multipliers[0]
+                self.tags[folder / f"seed-{seed}"] = {**names, "phase": "seed", "seed": seed, "multiplier": only}
         self.runs.total = len(self.tags)
 
     def run(self) -> None:
@@ -115,17 +115,19 @@ class Comparing:
         selected = dict(self.runs.results)
         reported = {folder: tags for folder, tags in self.tags.items() if tags["phase"] == "seed"}
         for folder, tags in reported.items():
-            if tags["factor"] is None:
-                found = {self.tags[path]["factor"]: r for path, r in selected.items() if path.parent == folder.parent}
-                tags["factor"] = choose_factor(found)
-            if tags["factor"] is None:
+            if tags["multiplier"] is None:
+                found = {
+                    self.tags[path]["multiplier"]: r for path, r in selected.items() if path.parent == folder.parent
+                }
+                tags["multiplier"] = choose_multiplier(found)
+            if tags["multiplier"] is None:
                 self.runs.results[folder] = Result("failed", reason="every selection run failed")
-        self.runs.make([self._run(*item) for item in reported.items() if item[1]["factor"] is not None])
+        self.runs.make([self._run(*item) for item in reported.items() if item[1]["multiplier"] is not None])
         self.write_report()
 
     def _run(self, folder: Path, tags: Tags) -> Run:
         """Returns a run with its rates, its seed and what it validates on."""
-        config = with_rates_times(self.configs[tags["task"], tags["method"]], tags["factor"])
+        config = with_rates_times(self.configs[tags["task"], tags["method"]], tags["multiplier"])
         config["seed_everything"] = tags["seed"]
         if tags["phase"] == "select":
             config["data"]["init_args"]["validation_from_train"] = self.comparison.selection_share
@@ -135,12 +137,12 @@ class Comparing:
         """Writes ``comparison.csv``, ``.md`` and ``.svg``."""
         table = report.runs_table([(tags, self.runs.results.get(path)) for path, tags in self.tags.items()])
         contents = {"csv": report.csv_text(table), "svg": chart.svg(table)}
-        contents["md"] = report.markdown_text(table, self.comparison.rate_factors)
+        contents["md"] = report.markdown_text(table, self.comparison.rate_multipliers)
         for kind, text in contents.items():
             write_whole(Path(self.comparison.output) / f"comparison.{kind}", text)
 
 
-def choose_factor(results: dict[float, Result]) -> float | None:
+def choose_multiplier(results: dict[float, Result]) -> float | None:
     """Returns the multiplier whose run ended with the best score; among equals the lowest loss decides.
 
     Args:
@@ -150,11 +152,11 @@ def choose_factor(results: dict[float, Result]) -> float | None:
         None if no run has ended well.
     """
 
-    def merit(factor: float) -> tuple[float, float]:
-        result = results[factor]
+    def merit(multiplier: float) -> tuple[float, float]:
+        result = results[multiplier]
         return result.score, -result.metrics.get("val/loss", math.inf)
 
-    return max((factor for factor, result in results.items() if result.done), key=merit, default=None)
+    return max((multiplier for multiplier, result in results.items() if result.done), key=merit, default=None)
 
 
 def main(args: Sequence[str]) -> None:

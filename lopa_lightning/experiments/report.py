@@ -17,7 +17,9 @@ _FIGURES = ("trained", "frozen", "seconds_per_step", "seconds", "peak_mb", "peak
 _PEAKS = {"cuda": "peak GPU MB", "process": "peak process MB"}
 _REACH = 0.95  # share of the best method's mean score
 _EDGE = "\\*"
-_EDGE_NOTE = f"{_EDGE} The best multiplier is at the edge of the grid: a wider one (`rate_factors`) may score better."
+_EDGE_NOTE = (
+    f"{_EDGE} The best multiplier is at the edge of the grid: a wider one (`rate_multipliers`) may score better."
+)
 _EXPLAINED = f"""# Comparison
 
 Score is that of the last validation, not of the best one; mean ± sample standard deviation over seeds, in points; \
@@ -136,7 +138,7 @@ class TaskTable:
         text = figure_text(done.score, self.in_points)
         return done, text if len(done) == len(runs) else f"{text} ({len(done)} of {len(runs)} seeds)"
 
-    def markdown(self, methods: Sequence[str], factors: Sequence[float]) -> str:
+    def markdown(self, methods: Sequence[str], multipliers: Sequence[float]) -> str:
         """Returns the table of all methods."""
         metrics, kinds = self.metrics(), list(self.done.peak_of.dropna().unique())
         columns = {
@@ -151,19 +153,19 @@ class TaskTable:
             done, score = self.of(method)
             cells = [figure_text(done[c], name.split(" ")[0] not in _NOT_IN_POINTS) for c, name in metrics.items()]
             cells += [mean_text(done[column], form) for column, (_, form) in columns.items()]
-            factor = self.runs[self.runs.method == method].factor.dropna().max()
-            edge = f" {_EDGE}" if at_edge(factor, factors) else ""
-            body.append([escaped(method), score, *cells, "–" if pd.isna(factor) else f"{factor:g}{edge}"])
+            multiplier = self.runs[self.runs.method == method].multiplier.dropna().max()
+            edge = f" {_EDGE}" if at_edge(multiplier, multipliers) else ""
+            body.append([escaped(method), score, *cells, "–" if pd.isna(multiplier) else f"{multiplier:g}{edge}"])
         shown = [name for name, _ in columns.values()]
-        return markdown_table(["method", "score", *metrics.values(), *shown, "rate factor"], body)
+        return markdown_table(["method", "score", *metrics.values(), *shown, "rate multiplier"], body)
 
 
-def markdown_text(table: pd.DataFrame, factors: Sequence[float]) -> str:
+def markdown_text(table: pd.DataFrame, multipliers: Sequence[float]) -> str:
     """Returns a report: a table for each task, and one of all.
 
     Args:
         table: As from :func:`runs_table`.
-        factors: The grid of multipliers of learning rates.
+        multipliers: The grid of multipliers of learning rates.
     """
     missing = int((table.status == "not run").sum())
     parts = [_EXPLAINED + (f"\n{missing} of {len(table)} runs have not ended yet." if missing else "")]
@@ -177,7 +179,7 @@ def markdown_text(table: pd.DataFrame, factors: Sequence[float]) -> str:
             parts.append(f"Always answering the most frequent label: accuracy {100 * task.majority_share:.1f}.")
         if blind := task.blind_methods():
             parts.append(f"No better than that, so nothing was learned: {', '.join(map(escaped, blind))}. {ADVICE}")
-        parts.append(task.markdown(methods, factors))
+        parts.append(task.markdown(methods, multipliers))
         if _EDGE in parts[-1]:
             parts.append(_EDGE_NOTE)
         failed = table[(table.task == name) & (table.status == "failed")]
@@ -187,7 +189,7 @@ def markdown_text(table: pd.DataFrame, factors: Sequence[float]) -> str:
 
 def _failure(run: Any) -> str:
     """Returns the line of a run that failed."""
-    which = f"{run.factor:g}" if run.phase == "select" else run.seed
+    which = f"{run.multiplier:g}" if run.phase == "select" else run.seed
     return f"- {run.task} {run.method} {run.phase} {which} failed: {escaped(run.reason)}"
 
 
@@ -202,9 +204,9 @@ def _summary(tasks: dict[str, TaskTable], methods: Sequence[str]) -> str:
     return markdown_table(["method", *tasks, "mean"], body)
 
 
-def at_edge(factor: float, factors: Sequence[float]) -> bool:
+def at_edge(multiplier: float, multipliers: Sequence[float]) -> bool:
     """Returns whether a multiplier is the smallest or the largest of several."""
-    return len(factors) > 1 and factor in (min(factors), max(factors))
+    return len(multipliers) > 1 and multiplier in (min(multipliers), max(multipliers))
 
 
 def figure_text(values: Iterable[float], in_points: bool = True) -> str:

@@ -77,12 +77,12 @@ def built(options: Sequence[str]) -> tuple[Any, Any]:
     return module, data
 
 
-def with_rates_times(config: Config, factor: float) -> Config:
+def with_rates_times(config: Config, multiplier: float) -> Config:
     """Returns a configuration with every learning rate multiplied: the optimizer's and each group's.
 
     Args:
         config: As from :func:`resolve`.
-        factor: The multiplier.
+        multiplier: The multiplier.
 
     Raises:
         LoPAError: If no learning rate is named.
@@ -90,13 +90,13 @@ def with_rates_times(config: Config, factor: float) -> Config:
     changed = copy.deepcopy(config)
     model = changed["model"]["init_args"]
     optimizer = model.get("optimizer")
-    if factor == 1:
+    if multiplier == 1:
         return changed
     if not isinstance(optimizer, dict) or optimizer.get("init_args", {}).get("lr") is None:
-        raise LoPAError(f"a rate factor of {factor:g} needs model.init_args.optimizer.init_args.lr, which is not given")
-    optimizer["init_args"]["lr"] *= factor
+        raise LoPAError(f"a rate multiplier of {multiplier:g} needs model.init_args.optimizer.init_args.lr, not given")
+    optimizer["init_args"]["lr"] *= multiplier
     if model.get("learning_rates"):
-        model["learning_rates"] = {name: rate * factor for name, rate in model["learning_rates"].items()}
+        model["learning_rates"] = {name: rate * multiplier for name, rate in model["learning_rates"].items()}
     return changed
 
 

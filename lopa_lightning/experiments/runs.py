@@ -110,7 +110,7 @@ class Runs:
     """Makes the runs of a command, each in a process of its own, and keeps a report up to date.
 
     Args:
-        folder: Of the report; the runs lie in ``runs``.
+        folder: Of the report; the runs are in ``runs``.
         report: Writes the report; called whenever a run has ended.
         workers: Runs at once; None for one on each visible GPU, or one where there is none.
 

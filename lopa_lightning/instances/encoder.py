@@ -39,7 +39,7 @@ class InstanceEncoderSpec:
             batch is then encoded. A trainable encoder's always is.
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.
         revision: Branch, tag or commit on the hub.
-        dtype: Number format of the weights.
+        dtype: Dtype of the weights; ``auto`` takes the one they were saved in.
         attn_implementation: See :class:`~lopa_lightning.backbones.pretrained.PretrainedSpec`.
         trust_remote_code: Whether Python code that comes with the model may run.
 
@@ -104,7 +104,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """
     check_pooling(pooling)
     if pooling == "mean":
-        # Summed in float32: bfloat16 has no number for 257 tokens.
+        # Summed in float32: bfloat16 cannot hold 257.
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return (hidden * weight).sum(1, dtype=wide) / mask.sum(1, keepdim=True)

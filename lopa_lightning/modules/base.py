@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -28,14 +26,12 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoderSpec
 from lopa_lightning.migrations import migrate
 from lopa_lightning.modules.builder import Builder
-from lopa_lightning.modules.checkpoint_loading import check_restored, check_resume, check_trained, rebuild
-from lopa_lightning.modules.dry_run import check_optimization, warn_of_warmup
-from lopa_lightning.modules.monitors import check_monitors
+from lopa_lightning.modules.checkpoint_loading import check_resume, rebuild
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
 from lopa_lightning.modules.prompted_model import PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
-from lopa_lightning.modules.run_check import RunCheck
-from lopa_lightning.modules.schedule import Scheduling, check_warmup, monitored, schedule, with_rates
+from lopa_lightning.modules.schedule import Scheduling, schedule, with_rates
+from lopa_lightning.modules.schedule_length import ScheduleLength
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.modules.start import check_before_weights, check_with_weights
 from lopa_lightning.modules.task_hooks import TaskHooks
@@ -43,7 +39,6 @@ from lopa_lightning.modules.window import Window
 from lopa_lightning.plain import class_name, plain, without_defaults
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
-from lopa_lightning.strategies import check_strategy
 
 
 class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
@@ -105,7 +100,9 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         if adapter is not None and train_backbone:
             raise LoPAError("give adapter or train_backbone, not both")
         self.save_hyperparameters()
-        self._make_hyperparameters_plain()
+        given = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
+        self._hparams = AttributeDict({**plain(given), "_class_path": class_name(type(self))})
+        self._hparams_initial = copy.deepcopy(self._hparams)
         self.backbone_spec = backbone
         self.make_prompt_encoder = prompt_encoder
         self.instance_spec = instance_encoder
@@ -160,35 +157,19 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         """Checks what can be checked before weights are loaded; our data modules ask for it before they tokenise.
 
         Raises:
-            LoPAError: If a learning rate names no group, a metric is unknown or a monitored one not logged, the
-                optimizer or the scheduler refuses its options, the backbone cannot serve the objective, nothing is
-                to be trained or to answer from, the strategy cannot serve at all, or a checkpoint does not fit.
+            LoPAError: See :func:`~lopa_lightning.modules.start.check_before_weights`.
         """
-        self.input_spec  # noqa: B018 - raises where input and models do not fit
-        groups = {*self.builder.skeleton.prompt_encoder.parameter_groups(), "head", "instance_encoder", "backbone"}
-        if unknown := sorted(set(self.learning_rates) - groups):
-            raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
-        self.builder.check()
-        check_warmup(self.warmup, self.trainer)
         self.window = Window()
-        check_strategy(self.trainer.strategy)
         check_before_weights(self, TrainerFn(stage).value)
         write_whole_checkpoints(self.trainer.strategy)
-        metrics = [str(name) for name in self.configure_metrics() or ()]
-        if stage == "fit":
-            plateau = monitored(check_optimization(self))
-            keys = ["loss", "score", *metrics, *self.more_logged()]
-            logged = ["train/loss", *(f"val{suffix}/{key}" for suffix in self.eval_suffixes for key in keys)]
-            check_monitors(self, plateau, logged)
-        if self.will_load is not None:
-            identity = {**self.builder.identity(), "task": self._task()}
-            ckpt.check_identity(self.will_load[ckpt.IDENTITY_KEY], identity, weights=False)
-            check_trained(self.will_load, self)
-            check_restored(self.will_load, self, TrainerFn(stage).value)
-            self.will_load = None  # its tensors need not lie in memory any longer
 
-    def _task(self) -> dict[str, Any]:
+    def task_facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the task, and of where virtual tokens go."""
         return {"placement": self.placement, **self.task_identity()}
+
+    def known_identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the frozen models, the method and the task, as far as no weights are needed."""
+        return {**self.builder.identity(), "task": self.task_facts()}
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
@@ -196,7 +177,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             return
         mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
         parts = self.builder.load(self.frozen_dropout, mesh)
-        self._identity: dict[str, Any] = {**parts.identity, "task": self._task()}
+        self._identity: dict[str, Any] = {**parts.identity, "task": self.task_facts()}
         readout = self.configure_readout(parts.backbone)
         self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
         self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
@@ -222,12 +203,6 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             readout = self.configure_readout(parts.backbone)
         return PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone).train()
 
-    def _make_hyperparameters_plain(self) -> None:
-        """Stores hyperparameters as plain data, with the class that they are of."""
-        hparams = {key: value for key, value in plain(dict(self.hparams)).items() if not key.startswith("_")}
-        self._hparams = AttributeDict({**hparams, "_class_path": class_name(type(self))})
-        self._hparams_initial = copy.deepcopy(self._hparams)
-
     # Training
 
     def _net(self) -> PromptedModel:
@@ -240,19 +215,6 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         outputs: Tensor
         outputs, _ = self._net()(batch)
         return outputs
-
-    def on_train_start(self) -> None:
-        """Warns of a warm-up that the run does not reach the end of."""
-        warn_of_warmup(self.warmup, self.trainer)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Makes a step's randomness (dropout) depend on seed, epoch, step and rank alone.
-
-        A resumed run so draws what an uninterrupted one would have drawn.
-        """
-        if seed := os.environ.get("PL_GLOBAL_SEED"):
-            key = f"{seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}".encode()
-            torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, weighed as it counts among the batches of its optimizer step."""
@@ -267,7 +229,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         self.window.end(self.parameters(), self.trainer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leaves the step out where a loss was no number and is to be skipped."""
+        """Skips the step where a loss was NaN or infinite and that is asked for."""
         self.learned = True
         if self.loss_guard.drop_step(optimizer):
             self.log("train/skipped_steps", float(self.loss_guard.skipped))
@@ -317,7 +279,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What a run needs to be right, and to be right when it is resumed."""
-        return [RunCheck(), Scheduling(), ResumePoint()]
+        return [ScheduleLength(), Scheduling(), ResumePoint()]
 
     # Checkpoints
 
@@ -378,13 +340,6 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         """
         return rebuild(cls, checkpoint_path, map_location, trust_remote_code, kwargs)
 
-    def restore(self, hparams: Mapping[str, Any]) -> None:
-        """Takes from a checkpoint's hyperparameters what was not known when the module was made.
-
-        Args:
-            hparams: The checkpoint's, plain data.
-        """
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the identity of the frozen parts, and leaves out the hyperparameters that have their default.
 
@@ -400,9 +355,5 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         if "state_dict" not in checkpoint:  # a strategy has loaded it by itself, and did not check it
             ckpt.check_tensors(ckpt.read(self.trainer.ckpt_path)["state_dict"], self._trained())
         ckpt.check_identity(checkpoint[ckpt.IDENTITY_KEY], self._identity)
-        if self._trainer is None or self._trainer.state.fn is None:
-            return
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            check_resume(checkpoint, self)
-        else:
-            check_restored(checkpoint, self, self._trainer.state.fn.value)
+        if self._trainer is not None and self._trainer.state.fn is not None:
+            check_resume(checkpoint, self, self._trainer.state.fn.value)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, MetricCollection
 
+from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
 from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
 from lopa_lightning.backbones.padding import Side
-from lopa_lightning.backbones.sharding import is_sharded, whole
+from lopa_lightning.backbones.sharding import check_equal, is_sharded
 from lopa_lightning.backbones.text import TextBackbone
-from lopa_lightning.backbones.text_spec import TextSpec, instance_inputs
-from lopa_lightning.backbones.tokens import end_of, running_ids
+from lopa_lightning.backbones.text_spec import TextSpec
+from lopa_lightning.backbones.tokens import cut_left, padded, running_ids
 from lopa_lightning.data.completion import CompletionDataModule
 from lopa_lightning.errors import LoPAError, listed, shown
 from lopa_lightning.metrics.pass_at_k import PassAtK
@@ -165,14 +163,14 @@ class CausalLMModule(LoPALightningModule):
             check_learned(self, "generate")
         self.configure_model()
         check_states(self, self.padding_sides())
-        self._check_equal(len(texts))
+        check_equal(self._net(), len(texts))
         start = self.input_spec.start_ids
         written: list[list[str]] = []
         for first in range(0, len(texts), batch_size):
             part = slice(first, first + batch_size)
             prompts = [[*start, *ids] for ids in running_ids(self.input_spec.tokenizer, texts[part])]
             seeds = range(first, first + len(prompts))
-            encoder = self._encoder_inputs(instances[part])
+            encoder = self.input_spec.instance_batch(instances[part], self.device)
             written += self._complete(prompts, encoder, seeds, generation, num_samples, seed, stop)
         return written
 
@@ -202,16 +200,6 @@ class CausalLMModule(LoPALightningModule):
             return []
         return self._complete(prompts, encoder, batch["index"].tolist(), generation, num_samples)
 
-    def _encoder_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        spec = self.input_spec
-        if spec.instance_tokenizer is None:
-            return {}
-        encoded = end_of(spec.instance_tokenizer, texts, spec.instance_max_tokens)
-        pad = spec.instance_tokenizer.pad_token_id or 0
-        ids, mask = self._padded(encoded["input_ids"], pad, "right")
-        types = encoded.get("token_type_ids")
-        return instance_inputs(ids, mask, None if types is None else self._padded(types, 0, "right")[0])
-
     def _complete(
         self,
         prompts: list[list[int]],
@@ -227,8 +215,8 @@ class CausalLMModule(LoPALightningModule):
         assert isinstance(backbone, TextBackbone)
         config = generation_config({**self.generation, **(generation or {})}, tokenizer, backbone.model)
         if spec.max_tokens is not None:
-            prompts = self._cut(prompts, self._room(int(config.max_new_tokens)))
-        text = self._padded(prompts, int(config.pad_token_id), "left")
+            prompts = cut_left(prompts, self._room(int(config.max_new_tokens)), len(spec.start_ids))
+        text = padded(prompts, int(config.pad_token_id), "left", self.device)
         was_training = self.training
 
         def write() -> list[list[str]]:
@@ -253,14 +241,6 @@ class CausalLMModule(LoPALightningModule):
         finally:
             self.train(was_training)
 
-    def _check_equal(self, count: int) -> None:
-        if not is_sharded(self._net()):
-            return
-        counts: list[int] = [0] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(counts, count)
-        if len(set(counts)) > 1:
-            raise LoPAError(f"processes that share a backbone must complete as many texts each, got {counts}")
-
     def _room(self, max_new_tokens: int) -> int:
         """Tokens of a prompt at most, beside virtual ones and those that are generated."""
         positions = self.input_spec.max_tokens
@@ -271,20 +251,6 @@ class CausalLMModule(LoPALightningModule):
                 "backbone has beside the virtual tokens; give a smaller one in generation"
             )
         return room
-
-    def _cut(self, prompts: list[list[int]], room: int) -> list[list[int]]:
-        """Cuts prompts from the left, behind the token that every text starts with."""
-        start = self.input_spec.start_ids
-        if long := sum(len(ids) > room for ids in prompts):
-            rank_zero_warn(f"{long} of {len(prompts)} prompts were cut to their last {room} tokens")
-        kept = [ids if len(ids) <= room else [*ids[: len(start)], *ids[len(start) - room :]] for ids in prompts]
-        return kept
-
-    def _padded(self, rows: list[list[int]], pad: int, side: str) -> tuple[Tensor, Tensor]:
-        tensors = [torch.tensor(row, device=self.device) for row in rows]
-        ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
-        ones = [torch.ones_like(row) for row in tensors]
-        return ids, pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
 
     # In a Trainer
 
@@ -366,11 +332,8 @@ class CausalLMModule(LoPALightningModule):
 
     def prediction_identity(self) -> dict[str, Any]:
         """All that the completions of a row depend on: what was trained, and how is generated."""
-        digest = hashlib.sha256()
-        for name, value in self.state_dict().items():
-            digest.update(name.encode() + whole(value.detach()).cpu().flatten().view(torch.uint8).numpy().tobytes())
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
-        return {"weights": digest.hexdigest(), "seed": self.generation_seed, **settings}
+        return {"weights": ckpt.digest(self.state_dict()), "seed": self.generation_seed, **settings}
 
     def scoring_identity(self) -> dict[str, Any] | None:
         """All that the scores of a row's completions depend on."""

@@ -76,8 +76,7 @@ def _unloaded(
     _check_sizes(given, sum(tensor.numel() for tensor in saved["state_dict"].values()))
     module = made_by(**{key: built(value, known[key].hint, key) for key, value in {**given, **overrides}.items()})
     module.restore(hparams)
-    identity = {**module.builder.identity(), "task": module._task()}
-    ckpt.check_identity(saved[ckpt.IDENTITY_KEY], identity, weights=False)
+    ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)
     check_trained(saved, module)
     return module
 
@@ -125,17 +124,20 @@ def _check_sizes(given: Mapping[str, Any], trained: int) -> None:
                 raise LoPAError(f"its {key} has {shown(name)} {value}, and {trained} trained values")
 
 
-def check_resume(saved: dict[str, Any], module: LoPALightningModule) -> None:
-    """Says what of a training run is not continued as it was, or not as it is now configured.
+def check_resume(saved: dict[str, Any], module: LoPALightningModule, stage: str) -> None:
+    """Checks what Lightning restores, and says what of a training run is not continued as it was configured.
 
     Args:
         saved: The checkpoint.
         module: Which is to go on.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
         LoPAError: If the checkpoint holds the state of another optimizer or scheduler, or one that no run writes.
     """
-    old, new = check_restored(saved, module, "fit")
+    old, new = check_restored(saved, module, stage)
+    if stage != "fit":
+        return
     if lines := ckpt.differences(old, new):
         rank_zero_warn(f"a resumed run keeps the checkpoint's optimizer settings: {ckpt.joined(lines)}")
     loop, accumulated = saved["loops"]["fit_loop"], module.trainer.accumulate_grad_batches

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -125,20 +124,6 @@ def check_optimization(module: Any) -> LRScheduler:
             f"times, of its last batch alone; got {accumulated}"
         )
     return found.scheduler
-
-
-def warn_of_warmup(warmup: float, trainer: Any) -> None:
-    """Warns where learning rates do not reach their value.
-
-    Args:
-        warmup: Steps, or below 1 a share of the run.
-        trainer: Of a run that has its data.
-    """
-    if warmup >= 1 and not trainer.fast_dev_run and warmup >= (steps := trainer.estimated_stepping_batches):
-        rank_zero_warn(
-            f"warmup {warmup:g} is not less than the {steps:g} steps of the run: learning rates do not reach their "
-            "value"
-        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is done about a loss that is no number."""
+"""Stops a run, or skips a step, where a loss is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LossGuard:
         self._spoilt = False
 
     def look_at(self, loss: Tensor, batch: Any, batch_idx: int, trainer: Any, size: Tensor | float = 1) -> float:
-        """Notes a loss that is no number, of this process or of another.
+        """Notes a loss that is NaN or infinite, of this process or of another.
 
         Args:
             loss: Of a training batch.
@@ -56,7 +56,7 @@ class LossGuard:
         count, everywhere = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
         if not count:
             return float(everywhere)
-        what, rows = "no number on another process", "its"
+        what, rows = "NaN or infinite on another process", "its"
         if mine:
             what, rows = str(float(loss.detach())), ", ".join(map(str, batch["index"].tolist()))
         step = f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}), rows {rows}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from typing import Any
 
 import torch
@@ -60,6 +62,15 @@ class ResumePoint(Callback):
                 "that was restored: read trainer.estimated_stepping_batches in on_train_start, not before"
             )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Makes a step's randomness (dropout) depend on seed, epoch, step and rank alone.
+
+        A resumed run so draws what an uninterrupted one would have drawn.
+        """
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            key = f"{seed}/{trainer.current_epoch}/{batch_idx}/{trainer.global_rank}".encode()
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps the state of the loops after an optimizer step."""

@@ -49,6 +49,20 @@ def check_warmup(warmup: float, trainer: Trainer) -> None:
         raise LoPAError(f"warmup {warmup} is a share of a run that has no end; give steps, or max_epochs or max_steps")
 
 
+def warn_of_warmup(warmup: float, trainer: Any) -> None:
+    """Warns where learning rates do not reach their value.
+
+    Args:
+        warmup: Steps, or below 1 a share of the run.
+        trainer: Of a run that has its data.
+    """
+    if warmup >= 1 and not trainer.fast_dev_run and warmup >= (steps := trainer.estimated_stepping_batches):
+        rank_zero_warn(
+            f"warmup {warmup:g} is not less than the {steps:g} steps of the run: learning rates do not reach their "
+            "value"
+        )
+
+
 class WarmUp(LRScheduler):
     """Raises learning rates linearly, and leaves them to another scheduler when they have their full value.
 
@@ -158,7 +172,8 @@ class Scheduling(Callback):
     """Begins the warm-up when training starts, and steps a ``ReduceLROnPlateau`` before checkpoints are saved."""
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begins the warm-up, unless a checkpoint has brought its state."""
+        """Begins the warm-up, unless a checkpoint has brought its state; warns where it is longer than the run."""
+        warn_of_warmup(pl_module.warmup, trainer)
         for scheduler in [config.scheduler for config in trainer.lr_scheduler_configs]:
             if not isinstance(scheduler, WarmUp) or scheduler.steps is not None:
                 continue

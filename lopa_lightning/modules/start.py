@@ -8,31 +8,58 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.sharding import gathered
 from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable
+from lopa_lightning.modules.checkpoint_loading import check_restored, check_trained
+from lopa_lightning.modules.dry_run import check_optimization
+from lopa_lightning.modules.monitors import check_monitors
+from lopa_lightning.modules.schedule import check_warmup, monitored
+from lopa_lightning.strategies import check_strategy
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
 
 def check_before_weights(module: LoPALightningModule, stage: str) -> None:
-    """Checks that a run can write its files and has something to train or, without a checkpoint, to answer from.
+    """Checks all of a run that needs no weights.
 
     Args:
-        module: With its task.
+        module: With its task and its Trainer.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        LoPAError: If not.
+        LoPAError: If input and models do not go together, a learning rate names no group, a metric is unknown or a
+            monitored one not logged, the optimizer or the scheduler refuses, the strategy cannot serve, nothing is to
+            be trained or to answer from, a folder cannot be written to, or a checkpoint does not fit.
     """
+    module.input_spec  # noqa: B018 - raises where input and models do not fit
+    own = module.builder.skeleton.prompt_encoder.parameter_groups()
+    groups = {*own, "head", "instance_encoder", "backbone"}
+    if unknown := sorted(set(module.learning_rates) - groups):
+        raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
+    module.builder.check()
+    check_warmup(module.warmup, module.trainer)
+    check_strategy(module.trainer.strategy)
     if stage == "fit" and not module.is_trainable():
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
     if stage in ("test", "predict") and not module.awaits_checkpoint:
         check_learned(module, stage)
     check_folders(module.trainer, stage)
+    metrics = [str(name) for name in module.configure_metrics() or ()]
+    if stage == "fit":
+        plateau = monitored(check_optimization(module))
+        keys = ["loss", "score", *metrics, *module.more_logged()]
+        logged = ["train/loss", *(f"val{suffix}/{key}" for suffix in module.eval_suffixes for key in keys)]
+        check_monitors(module, plateau, logged)
+    if (saved := module.will_load) is not None:
+        ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)
+        check_trained(saved, module)
+        check_restored(saved, module, stage)
+        module.will_load = None  # its tensors need not stay in memory
 
 
 def check_folders(trainer: Any, stage: str) -> None:
@@ -93,7 +120,7 @@ def check_learned(module: LoPALightningModule, stage: str) -> None:
         raise LoPAError(
             f"nothing was trained or loaded, so {stage} would answer from initial values: name a checkpoint "
             "(--ckpt_path FILE, best or last; load_from_checkpoint in Python), or choose NoPrompt for the backbone "
-            "as it comes"
+            "without any"
         )
     rank_zero_warn("nothing was trained or loaded: this validates initial values; --ckpt_path names a checkpoint")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -41,7 +42,7 @@ class TaskHooks(ABC):
         """Builds what reads outputs from the backbone's hidden states.
 
         Args:
-            backbone: The backbone, for its sizes. It has no numbers where weights are not read yet.
+            backbone: The backbone, for its sizes. It is on the meta device where weights are not read yet.
         """
 
     @abstractmethod
@@ -131,3 +132,10 @@ class TaskHooks(ABC):
         An entry that is added later is left out where it is as it always was, or older checkpoints would not fit.
         """
         return {}
+
+    def restore(self, hparams: Mapping[str, Any]) -> None:  # noqa: B027 - most tasks know all when they are made
+        """Takes from a checkpoint's hyperparameters what was not known when the module was made.
+
+        Args:
+            hparams: The checkpoint's, plain data.
+        """

@@ -163,9 +163,9 @@ def _remove(folder: str) -> None:
 def main(walls: Collection[str], limits: Limits) -> None:
     """Runs a program for each line of the input, until that ends; see :class:`Supervisor`."""
     kernel.adopt_orphans()
-    kernel.hide_memory()  # the sentinel lies in it
+    kernel.hide_memory()  # the sentinel is in it
     supervisor = Supervisor(walls, limits)
-    # The host waits for each answer, so nothing of a next line can lie in the buffer.
+    # The host waits for each answer, so nothing of a next line can be in the buffer.
     for line in iter(sys.stdin.buffer.readline, b""):
         try:
             answer = supervisor.run(json.loads(line))

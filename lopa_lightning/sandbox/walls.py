@@ -21,7 +21,7 @@ NOBODY = 65534
 # Everything the interpreter and the standard library may need; what is not there is left out.
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/ld.so.conf")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-# The folder of the executable last: it may lie in one of the others, which would not be shown once it is.
+# The folder of the executable last: it may be in one of the others, which would not be shown once it is.
 _READABLE = (*_SYSTEM, sys.base_prefix, sys.base_exec_prefix, os.path.dirname(PYTHON))
 _NAMESPACES = {
     "process and network namespaces": kernel.NEW_PID | kernel.NEW_NET | kernel.NEW_IPC,

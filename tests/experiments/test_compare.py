@@ -133,7 +133,7 @@ def test_a_line_of_the_csv_is_a_run(compared: Path) -> None:
         run = results(compared)[f"{row['method']} seed-{row['seed']}"]
         assert float(row["score"]) == float(row["val/score"]) == run["metrics"]["val/score"]
         assert float(row["best_score"]) == max(entry["metrics"]["val/score"] for entry in run["history"])
-        assert (row["phase"], row["factor"], row["status"], row["reason"]) == ("seed", "1", "done", "")
+        assert (row["phase"], row["multiplier"], row["status"], row["reason"]) == ("seed", "1", "done", "")
 
 
 def test_finished_runs_leave_config_log_and_result(compared: Path) -> None:
@@ -180,16 +180,16 @@ def test_rates_are_chosen_on_training_data_alone(
     tmp_path: Path, configs: Configs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    compare(output, configs, [configs["soft"]], "--seeds=[1]", "--rate_factors=[0.5,2.0]", "--selection_share=0.4")
+    compare(output, configs, [configs["soft"]], "--seeds=[1]", "--rate_multipliers=[0.5,2.0]", "--selection_share=0.4")
     found = results(output)
     assert list(found) == ["soft seed-1", "soft select-0.5", "soft select-2"]
-    for factor in (0.5, 2.0):
-        run = found[f"soft select-{factor:g}"]
-        model = yaml.safe_load((output / f"runs/reviews/soft/select-{factor:g}/config.yaml").read_text())["model"]
-        assert model["init_args"]["optimizer"]["init_args"]["lr"] == pytest.approx(factor * 0.01)
-        rates = {"shared_prompt": factor * 0.05, "head": factor * 0.02}
+    for multiplier in (0.5, 2.0):
+        run = found[f"soft select-{multiplier:g}"]
+        model = yaml.safe_load((output / f"runs/reviews/soft/select-{multiplier:g}/config.yaml").read_text())["model"]
+        assert model["init_args"]["optimizer"]["init_args"]["lr"] == pytest.approx(multiplier * 0.01)
+        rates = {"shared_prompt": multiplier * 0.05, "head": multiplier * 0.02}
         assert model["init_args"]["learning_rates"] == pytest.approx(rates)
-        assert (run["tags"]["seed"], run["tags"]["factor"]) == (0, factor)
+        assert (run["tags"]["seed"], run["tags"]["multiplier"]) == (0, multiplier)
         # 12 of 20 are trained on and 8 of them validated on; the validation split has one label alone.
         assert run["history"][-1]["samples"] == 2 * 12
         assert run["metrics"]["val/majority_share"] < 1
@@ -198,7 +198,7 @@ def test_rates_are_chosen_on_training_data_alone(
     assert reported["history"][-1]["samples"] == 2 * TRAINING_ROWS
     ends = {f: found[f"soft select-{f:g}"]["metrics"] for f in (0.5, 2.0)}
     best = max(ends, key=lambda f: (ends[f]["val/score"], -ends[f]["val/loss"]))
-    assert reported["tags"]["factor"] == best
+    assert reported["tags"]["multiplier"] == best
     assert table_row(output, "soft")[7] == f"{best:g} \\*"
     assert "edge of the grid" in (output / "comparison.md").read_text()
     assert "[3/3] reviews/soft/seed-1: score" in capsys.readouterr().out
@@ -237,7 +237,7 @@ def test_every_wrong_config_is_refused_before_anything_runs(
         ({"methods": ["soft.yaml", "other/soft.yaml"]}, "methods must be .* each of a name or value of its own, got "),
         ({"tasks": []}, "tasks must be at least one, .* got \\[\\]"),
         ({"seeds": [1, 1]}, "seeds must be .*, got \\[1, 1\\]"),
-        ({"rate_factors": [1.0, -1.0]}, "rate_factors must be positive"),
+        ({"rate_multipliers": [1.0, -1.0]}, "rate_multipliers must be positive"),
         ({"selection_share": 1.0}, "selection_share must be above 0 and below 1, got 1.0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.experiments import chart
-from lopa_lightning.experiments.compare import choose_factor
+from lopa_lightning.experiments.compare import choose_multiplier
 from lopa_lightning.experiments.report import (
     csv_text,
     figure_text,
@@ -39,14 +39,14 @@ def result(*scores: float, **kwargs: Any) -> Result:
     return Result("done", history=history, figures={**figures, "peak_of": "cuda", "seconds": 9.0, **kwargs})
 
 
-def seeds(task: str, method: str, results: list[Result | None], factor: float = 1.0) -> list[Row]:
+def seeds(task: str, method: str, results: list[Result | None], multiplier: float = 1.0) -> list[Row]:
     tags = {"task": task, "method": method, "phase": "seed"}
-    return [({**tags, "seed": seed, "factor": factor}, found) for seed, found in enumerate(results, 1)]
+    return [({**tags, "seed": seed, "multiplier": multiplier}, found) for seed, found in enumerate(results, 1)]
 
 
 ROWS = [
     *seeds("a", "lopa", [result(0.7, 0.78, 0.74), result(0.7, 0.76, 0.76), result(0.6, 0.7, 0.81)]),
-    *seeds("a", "lora", [result(0.7, 0.8), result(0.5, 0.5), Result("failed", "", "out | of memory")], factor=3.0),
+    *seeds("a", "lora", [result(0.7, 0.8), result(0.5, 0.5), Result("failed", "", "out | of memory")], multiplier=3.0),
     *seeds("a", "broken", [Result("failed", "", "no data")] * 3),
     *seeds("a", "waiting", [None] * 3),
     *seeds("b", "lopa", [result(0.9, trained=1200), None, None]),
@@ -59,8 +59,8 @@ def table() -> pd.DataFrame:
     return runs_table(ROWS)
 
 
-def markdown(rows: list[Row], *factors: float) -> str:
-    return markdown_text(runs_table(rows), factors or (1.0,))
+def markdown(rows: list[Row], *multipliers: float) -> str:
+    return markdown_text(runs_table(rows), multipliers or (1.0,))
 
 
 def test_samples_to_reach_a_share_of_the_best_mean(table: pd.DataFrame) -> None:
@@ -91,14 +91,14 @@ def test_the_markdown_in_full(table: pd.DataFrame) -> None:
 
 Always answering the most frequent label: accuracy 62.5.
 
-| method | score | trained parameters | checkpoint MB | s/step | peak GPU MB | samples to 95 % | rate factor |
+| method | score | trained parameters | checkpoint MB | s/step | peak GPU MB | samples to 95 % | rate multiplier |
 | - | -: | -: | -: | -: | -: | -: | -: |
 | lopa | 77.0 ± 3.6 | 1,000 | 2.00 | 0.25 | 1,500 | 233 | 1 \\* |
 | lora | 65.0 ± 21.2 (2 of 3 seeds) | 1,000 | 2.00 | 0.25 | 1,500 | – | 3 \\* |
 | broken | failed | – | – | – | – | – | 1 \\* |
 | waiting | not run yet | – | – | – | – | – | 1 \\* |
 
-\\* The best multiplier is at the edge of the grid: a wider one (`rate_factors`) may score better.
+\\* The best multiplier is at the edge of the grid: a wider one (`rate_multipliers`) may score better.
 
 - a lora seed 3 failed: out \\| of memory
 - a broken seed 1 failed: no data
@@ -129,8 +129,8 @@ def test_figures_of_what_is_not_finite_are_no_error() -> None:
     assert figure_text([-math.inf], in_points=False) == "-inf"
 
 
-def test_a_factor_within_the_grid_has_no_mark() -> None:
-    rows = seeds("a", "lopa", [result(0.5)], factor=2.0)
+def test_a_multiplier_within_the_grid_has_no_mark() -> None:
+    rows = seeds("a", "lopa", [result(0.5)], multiplier=2.0)
     text = markdown(rows, 1.0, 2.0, 3.0)
     assert "| 2 |" in text
     assert "edge of the grid" not in text
@@ -163,17 +163,17 @@ def test_of_completions_accuracy_is_in_points_and_perplexity_as_it_is() -> None:
     assert "| lopa | -1.0000 | 2.7183 | 75.0 | 5 |" in text
 
 
-def test_the_factor_of_the_best_end_is_chosen() -> None:
+def test_the_multiplier_of_the_best_end_is_chosen() -> None:
     runs = {
         0.3: result(0.9, 0.5),  # its best epoch does not count
         1.0: result(0.4, 0.6),
         9.0: Result("failed", "", "diverged"),
     }
-    assert choose_factor(runs) == 1.0
+    assert choose_multiplier(runs) == 1.0
     lower_loss = result(0.4, 0.6)
     lower_loss.history[-1]["metrics"]["val/loss"] = 0.5
-    assert choose_factor({**runs, 5.0: lower_loss}) == 5.0
-    assert choose_factor({9.0: runs[9.0]}) is None
+    assert choose_multiplier({**runs, 5.0: lower_loss}) == 5.0
+    assert choose_multiplier({9.0: runs[9.0]}) is None
 
 
 def test_the_csv_has_failures_and_runs_that_wait(table: pd.DataFrame) -> None:

@@ -87,7 +87,7 @@ def test_resolving_is_merging_in_order(configs: Configs) -> None:
     assert (model["optimizer"]["init_args"]["lr"], config["trainer"]["max_epochs"]) == (0.01, 9)
 
 
-def test_a_rate_factor_multiplies_every_rate_and_nothing_else() -> None:
+def test_a_rate_multiplier_multiplies_every_rate_and_nothing_else() -> None:
     def config(lr: float, prompt: float) -> dict[str, object]:
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.1}}
         return {"model": {"init_args": {"optimizer": optimizer, "learning_rates": {"prompt": prompt}, "warmup": 3}}}
@@ -97,10 +97,10 @@ def test_a_rate_factor_multiplies_every_rate_and_nothing_else() -> None:
     assert before == config(0.25, 0.5)
 
 
-def test_a_rate_factor_needs_a_rate() -> None:
+def test_a_rate_multiplier_needs_a_rate() -> None:
     config = {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.LBFGS", "init_args": {}}}}}
     assert with_rates_times(config, 1.0) == config
-    with pytest.raises(LoPAError, match=r"a rate factor of 3 needs model.init_args.optimizer.init_args.lr"):
+    with pytest.raises(LoPAError, match=r"a rate multiplier of 3 needs model.init_args.optimizer.init_args.lr"):
         with_rates_times(config, 3.0)
 
 

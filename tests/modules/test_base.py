@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning import ClassificationModule, InstanceEncoderSpec, LoPA, PretrainedSpec, PromptTuning
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.modules.resume import ResumePoint
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
 
 Tiny = Callable[[str], str]
@@ -235,14 +237,14 @@ def test_a_model_not_loaded_yet_says_so(tiny: Tiny) -> None:
         module(tiny("bert"))({})
 
 
-def test_a_seeded_step_draws_the_same_dropout_whatever_came_before(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seeded_step_draws_the_same_dropout_whatever_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    model = ClassificationModule(backbone=PretrainedSpec(tiny("bert")))
+    trainer: Any = SimpleNamespace(current_epoch=2, global_rank=1)
     draws = []
     for noise in (0, 3):
         torch.rand(noise)
-        model.on_train_batch_start({}, 5)
+        ResumePoint().on_train_batch_start(trainer, None, {}, 5)
         draws.append(torch.rand(4))
-    model.on_train_batch_start({}, 6)
+    ResumePoint().on_train_batch_start(trainer, None, {}, 6)
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], torch.rand(4))

@@ -1,4 +1,4 @@
-"""A training loss that is no number: the run stops with step and rows, or the step is skipped and counted."""
+"""A training loss that is NaN or infinite: the run stops with step and rows, or the step is skipped and counted."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_another_process_skips_is_skipped_here() -> None:
     elsewhere = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor + 1)
     run = SimpleNamespace(strategy=elsewhere, global_step=7, current_epoch=1)
     guard = LossGuard("skip")
-    with pytest.warns(UserWarning, match="no number on another process at step 7"):
+    with pytest.warns(UserWarning, match="NaN or infinite on another process at step 7"):
         guard.look_at(torch.tensor(0.5), {"index": torch.tensor([1])}, 2, run)
     assert guard.drop_step(optimizer)
     optimizer.step()

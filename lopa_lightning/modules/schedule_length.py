@@ -1,4 +1,4 @@
-"""Checks of a run whose data is there, before weights are read."""
+"""Checks, before weights are read, that a schedule is as long as the run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lopa_lightning.data.limits import check_batch_limits, used_batches
+from lopa_lightning.data.limits import used_batches
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.dry_run import dry_run_of
 
 
-class RunCheck(Callback):
-    """Refuses limits that leave no batch, and a scheduler that ends before the run."""
+class ScheduleLength(Callback):
+    """Refuses a scheduler that ends before the run."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks a run.
@@ -24,7 +24,6 @@ class RunCheck(Callback):
         """
         if trainer.datamodule is None:
             return
-        check_batch_limits(trainer, stage)
         scheduler = dry_run_of(pl_module).scheduler if stage == "fit" and pl_module.make_lr_scheduler else None
         scheduler = getattr(scheduler, "then", None)
         if isinstance(scheduler, OneCycleLR):
