@@ -137,7 +137,7 @@ def test_texts_that_are_new_are_encoded_when_they_come(tiny: Tiny, tmp_path: Pat
         assert (model.net.instance_encoder.own_model is None) == cache
         written.append(model.generate(texts))
         model.train()
-        prompt, _ = model.net.soft_prompt(model._encoder_inputs(texts))
+        prompt, _ = model.net.soft_prompt(model.input_spec.instance_batch(texts, model.device))
         prompt.sum().backward()  # what was loaded for generation can serve in training
     assert written[0] == written[1]
 
