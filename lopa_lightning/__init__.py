@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lopa_lightning.instances.encoder import InstanceEncoderSpec
     from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
     from lopa_lightning.prompts import IDPG, DePT, LoPA, NoPrompt, PromptEncoder, PromptTuning, PTuning
-    from lopa_lightning.task import TextTask
+    from lopa_lightning.task import Task, Verbalizer
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,8 @@ _HOMES = {
     "PromptEncoder": "prompts",
     "PromptTuning": "prompts",
     "TextClassificationDataModule": "data",
-    "TextTask": "task",
+    "Task": "task",
+    "Verbalizer": "task",
 }
 
 __all__ = [
@@ -59,8 +60,9 @@ __all__ = [
     "PretrainedSpec",
     "PromptEncoder",
     "PromptTuning",
+    "Task",
     "TextClassificationDataModule",
-    "TextTask",
+    "Verbalizer",
 ]
 
 

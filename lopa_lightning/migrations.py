@@ -11,7 +11,7 @@ from typing import Any
 
 from lopa_lightning.errors import LoPAError
 
-FORMAT = 2
+FORMAT = 3
 IDENTITY_KEY, HYPERPARAMETERS = "lopa_identity", "hyper_parameters"
 
 _PATHS_IN_1 = {
@@ -93,6 +93,16 @@ def _spell_quantization(hparams: dict[str, Any], identity: dict[str, Any]) -> No
             holder["quantization"] = _QUANTIZATION_IN_1.get(name, name)
 
 
+def _split_task(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
+    """A task's words and templates are its ``verbalizer``."""
+    if isinstance(task := hparams.get("task"), dict):
+        names = [name for name in ("words", "template", "causal_template", "instance_reads") if name in task]
+        task["verbalizer"] = {name: task.pop(name) for name in names}
+
+
 _Step = Callable[[dict[str, Any], dict[str, Any]], None]
-_STEPS: tuple[tuple[_Step, ...], ...] = ((_name_classes, _nest_method, _drop_packing, _spell_quantization),)
+_STEPS: tuple[tuple[_Step, ...], ...] = (
+    (_name_classes, _nest_method, _drop_packing, _spell_quantization),
+    (_split_task,),
+)
 """The steps from format 1 to 2, from 2 to 3, and so on."""

@@ -1,11 +1,11 @@
-"""What data and model must agree on: the labels, their words, and how answers are scored."""
+"""What data and model must agree on: the labels, how answers are scored, and the words that stand for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_of
 
 IGNORED = -100
 """Label of a token that is not to be predicted."""
@@ -14,42 +14,65 @@ InstanceReads = Literal["columns", "template"]
 
 
 @dataclass(frozen=True)
-class TextTask:
-    """A classification or regression task on text.
+class Verbalizer:
+    """How a text becomes a question to a language model, and which of its words are the answers.
 
     Args:
-        labels: Names of the classes, in the order of their indices; empty for regression.
-        words: The verbalizer: one word for each label, for the objectives that read a language model head.
-        metrics: Official metrics, see :func:`lopa_lightning.metrics.classification.build_metrics`.
-        eval_sets: Name suffixes of the evaluation sets; MNLI has two.
+        words: One word for each label; None where a trained head answers.
         template: What the backbone reads, with ``{column}`` fields and ``{mask}``.
         causal_template: Its wording for causal LMs, where that is another.
         instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with its own
             tokenizer's mask.
 
     Raises:
-        LoPAError: If ``instance_reads`` is unknown, there is one label only, labels or words repeat, or their numbers
-            differ.
+        LoPAError: If ``instance_reads`` is unknown, or words repeat.
     """
 
-    labels: list[str]
     words: list[str] | None = None
-    metrics: list[str] | None = None
-    eval_sets: list[str] | None = None
     template: list[str] | None = None
     causal_template: str | None = None
     instance_reads: InstanceReads = "columns"
 
     def __post_init__(self) -> None:
-        if self.instance_reads not in get_args(InstanceReads):
-            choices = ", ".join(get_args(InstanceReads))
-            raise LoPAError(f"instance_reads must be one of {choices}, got {self.instance_reads!r}")
-        if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
-            raise LoPAError(f"labels must be at least two different names, or none for regression; got {self.labels}")
+        one_of("instance_reads", self.instance_reads, get_args(InstanceReads))
         if self.words is not None and len(set(self.words)) < len(self.words):
             raise LoPAError(f"label words must differ, got {self.words}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification or regression task.
+
+    Args:
+        labels: Names of the classes, in the order of their indices; empty for regression.
+        metrics: Official metrics, see :func:`lopa_lightning.metrics.classification.build_metrics`.
+        eval_sets: Name suffixes of the evaluation sets; MNLI has two.
+        verbalizer: Of a task on text.
+        multi_label: Whether an example may have several labels, or none.
+
+    Raises:
+        LoPAError: If there is one label only, labels repeat, there are more or fewer words than labels, or several
+            labels are to be answered by words.
+    """
+
+    labels: list[str]
+    metrics: list[str] | None = None
+    eval_sets: list[str] | None = None
+    verbalizer: Verbalizer | None = None
+    multi_label: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
+            raise LoPAError(f"labels must be at least two different names, or none for regression; got {self.labels}")
         if self.words is not None and len(self.words) != len(self.labels):
             raise LoPAError(f"there must be one word for each label, got labels {self.labels} and words {self.words}")
+        if self.multi_label and (self.words is not None or self.is_regression):
+            raise LoPAError("multi_label needs labels, and no words: a word is one answer; use objective: head")
+
+    @property
+    def words(self) -> list[str] | None:
+        """The verbalizer's words."""
+        return None if self.verbalizer is None else self.verbalizer.words
 
     @property
     def is_regression(self) -> bool:
@@ -64,7 +87,8 @@ class TextTask:
     @property
     def official_metrics(self) -> list[str]:
         """The metrics whose mean is the task's score."""
-        return self.metrics or (["pearson", "spearman"] if self.is_regression else ["accuracy"])
+        default = ["pearson", "spearman"] if self.is_regression else ["f1"] if self.multi_label else ["accuracy"]
+        return self.metrics or default
 
     @property
     def suffixes(self) -> list[str]:

@@ -16,6 +16,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.migrations import FORMAT, migrate
 from tests.checkpoints.write import HERE, NAMES, data, known_defaults, loss, module, trainer
 
+FOLDERS = [f"format_{number}" for number in range(1, FORMAT + 1)]
 EVERY = [(folder, name) for folder in sorted(HERE.glob("format_*")) for name in NAMES]
 
 
@@ -87,7 +88,7 @@ def test_a_class_that_is_moved_and_renamed_keeps_its_checkpoints(monkeypatch: py
         for cls in names:
             monkeypatch.setattr(cls, "__module__", "lopa_lightning.elsewhere")
             cls.__qualname__ = "Renamed"
-        for folder in ("format_1", "format_2"):
+        for folder in FOLDERS:
             loaded = LoPALightningModule.load_from_checkpoint(HERE / folder / "lopa.ckpt")
             assert type(loaded) is ClassificationModule
             assert loaded.hparams["prompt_encoder"]["class_path"] == "lopa"
@@ -103,7 +104,7 @@ class Grown(LoPA):
         super().__init__(embedding_dim, instance_dim, **kwargs)
 
 
-@pytest.mark.parametrize("folder", ["format_1", "format_2"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_an_argument_that_is_new_counts_only_where_it_is_not_the_default(
     monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:

@@ -21,7 +21,7 @@ from lopa_lightning.cli import LoPACLI
 from lopa_lightning.data.glue import GLUEDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule, ClassificationModule
-from lopa_lightning.task import InstanceReads, TextTask
+from lopa_lightning.task import InstanceReads, Task, Verbalizer
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 from tests.mini_glue import write_mini_glue
 
@@ -238,7 +238,7 @@ def test_a_loss_that_cannot_be_is_refused(options: dict[str, Any], message: str,
 
 def test_a_checkpoint_says_what_its_encoder_read(tiny: Tiny) -> None:
     reads: list[InstanceReads] = ["columns", "template"]
-    tasks = [TextTask(["no", "yes"], words=["No", "Yes"], template=["{a} {mask}"], instance_reads=r) for r in reads]
+    tasks = [Task(["no", "yes"], verbalizer=Verbalizer(["No", "Yes"], ["{a} {mask}"], instance_reads=r)) for r in reads]
     before, after = (nlu_module(tiny, task=task).task_identity() for task in tasks)
     assert after == {**before, "instance_reads": "template"}  # and of the default nothing, as ever
 

@@ -18,7 +18,7 @@ from lopa_lightning import ClassificationModule, LoPALightningModule, Pretrained
 from lopa_lightning.backbones.base import Backbone, InputKind, States
 from lopa_lightning.cli import main
 from lopa_lightning.data.splits import SplitsDataModule
-from lopa_lightning.task import TextTask
+from lopa_lightning.task import Task
 
 TASK = """
 model:
@@ -75,7 +75,7 @@ class NumbersModule(ClassificationModule):
 class NumbersDataModule(SplitsDataModule):
     """Is the sum of the numbers positive?"""
 
-    task = TextTask(["negative", "positive"])
+    task = Task(["negative", "positive"])
 
     def load(self) -> DatasetDict:
         numbers = np.random.default_rng(0).normal(size=(160, 6))

@@ -79,6 +79,7 @@ class EncodeRows:
         columns: With text.
         labels: What the labels mean; None if there are none.
         allow_empty_text: Whether a text may be empty.
+        several: Number of labels where a row has a list of them, which becomes 0s and 1s; 0 where it has one.
     """
 
     to_backbone: Tokenize
@@ -86,6 +87,7 @@ class EncodeRows:
     columns: Sequence[str]
     labels: LabelLookup | None
     allow_empty_text: bool
+    several: int = 0
 
     def __post_init__(self) -> None:
         self.max_tokens = self.to_backbone.max_tokens
@@ -93,7 +95,7 @@ class EncodeRows:
     def key(self) -> list[Any]:
         """Returns all that the ids depend on."""
         parts = [tokenize_key(part) for part in (self.to_backbone, self.to_instance) if part is not None]
-        return [self.allow_empty_text, self.labels, *parts]
+        return [self.allow_empty_text, self.labels, self.several, *parts]
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows.
@@ -108,7 +110,12 @@ class EncodeRows:
             encoded |= {f"instance_{key}": values for key, values in self.to_instance(texts).items()}
         if self.labels is not None:
             column, lookup = self.labels
-            encoded["labels"] = [lookup[value] for value in rows[column]]
+            values = rows[column]
+            if self.several:
+                chosen = [{lookup[value] for value in row} for row in values]
+                encoded["labels"] = [[int(index in row) for index in range(self.several)] for row in chosen]
+            else:
+                encoded["labels"] = [lookup[value] for value in values]
         return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
 
 

@@ -25,7 +25,7 @@ from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.errors import LoPAError, at_least
-from lopa_lightning.task import TextTask
+from lopa_lightning.task import Task
 
 if TYPE_CHECKING:  # takes a second to import, and a command that reads no data does without
     from datasets import Dataset, DatasetDict
@@ -68,7 +68,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         LoPAError: If arguments are out of range or contradict each other.
     """
 
-    task: TextTask | None = None
+    task: Task | None = None
 
     padding_side: Side = "right"
     """Where inputs of unlike lengths are padded."""

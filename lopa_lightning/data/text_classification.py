@@ -12,7 +12,7 @@ from lopa_lightning.data.splits import Role, select
 from lopa_lightning.data.template import Template, Tokenize, backbone_template, plain_template
 from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.errors import LoPAError, at_least, listed, shown
-from lopa_lightning.task import InstanceReads, TextTask
+from lopa_lightning.task import InstanceReads, Task, Verbalizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +31,7 @@ class TextClassificationDataModule(TextDataModule):
         causal_template: Its wording for causal LMs.
         metrics: Official metrics, whose mean is the score.
         instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask.
+        multi_label: Whether the label column has a list of labels, of any number.
         shots_per_label: Train on that many examples of each label, drawn at random.
         **kwargs: See :class:`~lopa_lightning.data.text.TextDataModule`.
 
@@ -38,7 +39,7 @@ class TextClassificationDataModule(TextDataModule):
         LoPAError: If arguments contradict each other.
     """
 
-    task: TextTask
+    task: Task
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class TextClassificationDataModule(TextDataModule):
         metrics: Sequence[str] | None = None,
         shots_per_label: int | None = None,
         instance_reads: InstanceReads = "columns",
+        multi_label: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -61,8 +63,8 @@ class TextClassificationDataModule(TextDataModule):
         if shots_per_label is not None and self.max_train_examples is not None:
             raise LoPAError("give max_train_examples or shots_per_label, not both")
         at_least(1, shots_per_label=shots_per_label)
-        if shots_per_label is not None and not names:
-            raise LoPAError("shots_per_label needs labels; regression has none")
+        if shots_per_label is not None and (not names or multi_label):
+            raise LoPAError("shots_per_label needs rows with one label each")
         self.label_values = names if label_values is None else _label_names("label_values", label_values)
         values = self.label_values
         if label_values is not None and (len(values) != len(names) or len(set(values)) < len(values)):
@@ -76,14 +78,14 @@ class TextClassificationDataModule(TextDataModule):
         columns = self.template.columns
         if self.causal_template is not None and not set(self.causal_template.columns) <= set(columns):
             raise LoPAError(f"causal_template must have no columns but {', '.join(columns)}, got {causal_template!r}")
-        self.task = TextTask(
-            labels=names,
+        self.verbalizer = Verbalizer(
             words=None if words is None else listed("words", words),
-            metrics=None if metrics is None else listed("metrics", metrics),
             template=list(self.template.pieces),
             causal_template=causal_template,
             instance_reads=instance_reads,
         )
+        metrics = None if metrics is None else listed("metrics", metrics)
+        self.task = Task(labels=names, metrics=metrics, verbalizer=self.verbalizer, multi_label=multi_label)
         self.shots_per_label = shots_per_label
 
     @property
@@ -99,11 +101,12 @@ class TextClassificationDataModule(TextDataModule):
         to_backbone = Tokenize(spec.tokenizer, template, self._max_tokens(), side)
         to_instance = None
         if spec.instance_tokenizer is not None:
-            instance = self.template if self.task.instance_reads == "template" else plain_template(columns)
+            instance = self.template if self.verbalizer.instance_reads == "template" else plain_template(columns)
             if instance.has_mask and spec.instance_tokenizer.mask_token is None:
                 raise LoPAError("instance_reads: template needs an instance encoder whose tokenizer has a mask token")
             to_instance = Tokenize(spec.instance_tokenizer, instance, spec.instance_max_tokens, side)
-        return EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text)
+        several = len(self.task.labels) if self.task.multi_label else 0
+        return EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text, several)
 
     def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
         """Returns the label column, and the index or number of each value in it.
@@ -118,7 +121,7 @@ class TextClassificationDataModule(TextDataModule):
         column = self.label_column
         if column not in data.column_names:
             raise LoPAError(f"{what}: no column {column!r} with labels; there are {', '.join(data.column_names)}")
-        values = _unique(data, column, what)
+        values = _unique(data, column, what, self.task.multi_label)
         if self.task.is_regression:
             try:
                 numbers = {value: float(value) for value in values}
@@ -128,7 +131,8 @@ class TextClassificationDataModule(TextDataModule):
                 raise LoPAError(f"{what}: column {column!r} must hold numbers, got {_some(values)}")
             return column, numbers
         known = {value: index for index, value in enumerate(self.label_values)}
-        shown = {value: _class_name(data.features[column], value) for value in values}
+        feature = data.features[column].feature if self.task.multi_label else data.features[column]
+        shown = {value: _class_name(feature, value) for value in values}
         if unknown := sorted({name for name in shown.values() if name not in known}):
             allowed = ", ".join(map(repr, known))
             raise LoPAError(f"{what}: column {column!r} has labels {_some(unknown)} beside the allowed {allowed}")
@@ -157,17 +161,20 @@ def _label_names(argument: str, values: Sequence[Any]) -> list[str]:
     return [_spelled(value) for value in values]
 
 
-def _unique(data: Dataset, column: str, what: str) -> list[Any]:
+def _unique(data: Dataset, column: str, what: str, several: bool) -> list[Any]:
     """Returns the values of a label column, each once.
 
     Raises:
-        LoPAError: If a row has several labels, or some other structure.
+        LoPAError: If a row has several labels where one is wanted, or one for several, or some other structure.
     """
     values: list[Any] = data[column][:]
+    wanted = "a list of labels in each row" if several else "one label in each row (multi_label: true takes lists)"
     for value in values:
-        if isinstance(value, (list, dict)):
-            raise LoPAError(f"{what}: column {column!r} must hold one label in each row, got {shown(value)}")
-    return list(dict.fromkeys(values))
+        inner = value if several and isinstance(value, list) else [value]
+        if several is not isinstance(value, list) or any(isinstance(label, (list, dict)) for label in inner):
+            raise LoPAError(f"{what}: column {column!r} must hold {wanted}, got {shown(value)}")
+    each = [label for row in values for label in row] if several else values
+    return list(dict.fromkeys(each))
 
 
 def _class_name(feature: Any, value: Any) -> str:

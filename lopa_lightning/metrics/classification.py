@@ -15,6 +15,12 @@ _CLASSIFICATION: dict[str, Callable[[int], Metric]] = {
     "f1": lambda n: classification.BinaryF1Score() if n == 2 else classification.MulticlassF1Score(n, average="macro"),
     "matthews": lambda n: Matthews(n),
 }
+_MULTI_LABEL: dict[str, Callable[[int], Metric]] = {
+    "accuracy": lambda n: classification.MultilabelAccuracy(n, average="micro"),
+    "f1": lambda n: classification.MultilabelF1Score(n, average="micro"),
+    "macro_f1": lambda n: classification.MultilabelF1Score(n, average="macro"),
+    "exact_match": lambda n: classification.MultilabelExactMatch(n),
+}
 _REGRESSION: dict[str, Callable[[int], Metric]] = {
     "pearson": lambda _: regression.PearsonCorrCoef(),
     "spearman": lambda _: regression.SpearmanCorrCoef(),
@@ -72,17 +78,19 @@ class LabelVariance(CatMetric):
         return super().compute().var(correction=0)
 
 
-def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
+def build_metrics(names: Sequence[str], num_labels: int, multi_label: bool = False) -> MetricCollection:
     """Builds the metrics of a task.
 
     Args:
         names: ``accuracy``, ``f1`` (of class 1 if there are two classes, else macro) and ``matthews``
-            for classes; ``pearson`` and ``spearman`` for numbers.
+            for classes; ``accuracy``, ``f1`` (both over all labels of all examples), ``macro_f1`` and ``exact_match``
+            where an example may have several; ``pearson`` and ``spearman`` for numbers.
         num_labels: Number of classes; 0 for regression.
+        multi_label: Whether an example may have several labels.
 
     Returns:
-        The metrics under their names. With classes, always ``accuracy`` and ``majority_share`` as well; without,
-        ``label_variance``.
+        The metrics under their names. With one class each, always ``accuracy`` and ``majority_share`` as well; with
+        several, ``accuracy`` and ``exact_match``; for regression, ``label_variance``.
 
     Raises:
         LoPAError: If a name is unknown, or none of this kind of task.
@@ -91,12 +99,14 @@ def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
         >>> sorted(build_metrics(["matthews"], num_labels=2))
         ['accuracy', 'majority_share', 'matthews']
     """
-    known = _CLASSIFICATION if num_labels else _REGRESSION
+    known = _MULTI_LABEL if multi_label else _CLASSIFICATION if num_labels else _REGRESSION
     if unknown := [name for name in names if name not in known]:
-        kind = "classification" if num_labels else "regression"
+        kind = "several labels" if multi_label else "classification" if num_labels else "regression"
         raise LoPAError(f"metrics of {kind} must be of {', '.join(known)}; got {', '.join(unknown)}")
     metrics: dict[str, Metric | MetricCollection] = {name: known[name](num_labels) for name in names}
-    if num_labels:
+    if multi_label:
+        metrics |= {name: known[name](num_labels) for name in ("accuracy", "exact_match")}
+    elif num_labels:
         metrics |= {"accuracy": known["accuracy"](num_labels), "majority_share": MajorityShare(num_labels)}
     else:
         metrics["label_variance"] = LabelVariance()

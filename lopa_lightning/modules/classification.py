@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
@@ -21,7 +20,7 @@ from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.prompted_model import HeadReadout, LabelWordReadout, Readout
 from lopa_lightning.plain import plain
-from lopa_lightning.task import TextTask
+from lopa_lightning.task import Task, Verbalizer
 
 LossOver = Literal["labels", "vocabulary"]
 
@@ -50,7 +49,7 @@ class ClassificationModule(LoPALightningModule):
         self,
         objective: Objective = "masked_lm",
         head_pooling: Pooling = "mean",
-        task: TextTask | None = None,
+        task: Task | None = None,
         loss_over: LossOver = "labels",
         **kwargs: Any,
     ) -> None:
@@ -67,7 +66,7 @@ class ClassificationModule(LoPALightningModule):
         self.head_pooling = head_pooling
         self._set_task(task)
 
-    def _set_task(self, task: TextTask | None) -> None:
+    def _set_task(self, task: Task | None) -> None:
         self.task = task
         self.eval_suffixes = tuple(task.suffixes) if task is not None else ("",)
         self.hparams["task"] = plain(task)
@@ -75,9 +74,9 @@ class ClassificationModule(LoPALightningModule):
     def restore(self, hparams: Mapping[str, Any]) -> None:
         """Takes the task that the data module brought to the saved module."""
         if self.task is None and hparams.get("task") is not None:
-            self._set_task(TextTask(**hparams["task"]))
+            self._set_task(_task_of(hparams["task"]))
 
-    def _required_task(self) -> TextTask:
+    def _required_task(self) -> Task:
         if self.task is None:
             raise LoPAError("ClassificationModule needs a task: give one, or use a data module that has one")
         return self.task
@@ -124,9 +123,11 @@ class ClassificationModule(LoPALightningModule):
         return LabelWordReadout(self._word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Returns the cross entropy of the labels, or the squared error."""
+        """Returns the cross entropy of the label, or on average of several labels; of a number the squared error."""
         if self._required_task().is_regression:
             return F.mse_loss(outputs.squeeze(-1).float(), batch["labels"].float())
+        if self._required_task().multi_label:
+            return F.binary_cross_entropy_with_logits(outputs.float(), batch["labels"].float())
         if self.loss_over == "vocabulary":
             return F.nll_loss(outputs, batch["labels"])
         return F.cross_entropy(outputs.float(), batch["labels"])
@@ -134,41 +135,55 @@ class ClassificationModule(LoPALightningModule):
     def configure_metrics(self) -> MetricCollection:
         """The task's official metrics, and with classes accuracy and the majority class's share."""
         task = self._required_task()
-        return build_metrics(task.official_metrics, len(task.labels))
+        return build_metrics(task.official_metrics, len(task.labels), task.multi_label)
 
     def official_metrics(self) -> list[str]:
         """The task's."""
         return self._required_task().official_metrics
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Class indices ``[B]``, or numbers ``[B]``."""
-        return outputs.squeeze(-1).float() if self._required_task().is_regression else outputs.argmax(-1)
+        """Class indices ``[B]``, 1 at each label of several ``[B, labels]``, or numbers ``[B]``."""
+        task = self._required_task()
+        if task.multi_label:
+            return (outputs > 0).long()
+        return outputs.squeeze(-1).float() if task.is_regression else outputs.argmax(-1)
 
     def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
         """``probabilities [B, labels]``, or ``value [B]``."""
-        if self._required_task().is_regression:
+        task = self._required_task()
+        if task.is_regression:
             return {"value": outputs.squeeze(-1).float()}
-        return {"probabilities": torch.softmax(outputs.float(), -1)}
+        return {"probabilities": outputs.float().sigmoid() if task.multi_label else outputs.float().softmax(-1)}
 
     def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """Records with ``index``, and ``label`` and ``probabilities`` by name, or ``value``."""
-        rows = super().prediction_rows(predicted)
-        labels = self._required_task().labels
-        for row in rows:
-            if labels:
-                named = dict(zip(labels, row.pop("probabilities")))
-                row |= {"label": max(named, key=lambda label: named[label]), "probabilities": named}
+        """Records with ``index``, and ``label`` (or ``labels``) and ``probabilities`` by name, or ``value``."""
+        rows, task = super().prediction_rows(predicted), self._required_task()
+        for row in rows if task.labels else []:
+            named = dict(zip(task.labels, row.pop("probabilities")))
+            if task.multi_label:
+                row["labels"] = [label for label, probability in named.items() if probability > 0.5]
+            else:
+                row["label"] = max(named, key=lambda label: named[label])
+            row["probabilities"] = named
         return rows
 
     def task_identity(self) -> dict[str, Any]:
         """Objective, labels and what reads them."""
         return {"objective": self.objective, **self._reading(self._required_task())}
 
-    def _reading(self, task: TextTask) -> dict[str, Any]:
+    def _reading(self, task: Task) -> dict[str, Any]:
         """What of a task shapes what is learned for it."""
         # Named only where it is not the default, so that checkpoints from before there was a choice go on.
-        instance = {"instance_reads": task.instance_reads} if task.instance_reads != "columns" else {}
+        says = task.verbalizer or Verbalizer()
+        instance = {"instance_reads": says.instance_reads} if says.instance_reads != "columns" else {}
         if self.objective == "head":
-            return {"labels": task.labels, "head_pooling": self.head_pooling, **instance}
-        template = [task.causal_template] if self.objective == "causal_lm" and task.causal_template else task.template
-        return {"labels": task.labels, "words": task.words, "template": template, **instance}
+            several = {"multi_label": True} if task.multi_label else {}
+            return {"labels": task.labels, "head_pooling": self.head_pooling, **several, **instance}
+        template = [says.causal_template] if self.objective == "causal_lm" and says.causal_template else says.template
+        return {"labels": task.labels, "words": says.words, "template": template, **instance}
+
+
+def _task_of(saved: Mapping[str, Any]) -> Task:
+    """Rebuilds the task of a checkpoint."""
+    says = saved.get("verbalizer")
+    return Task(**{**saved, "verbalizer": None if says is None else Verbalizer(**says)})

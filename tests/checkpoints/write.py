@@ -34,8 +34,9 @@ from lopa_lightning import (
     PretrainedSpec,
     PromptEncoder,
     PromptTuning,
+    Task,
     TextClassificationDataModule,
-    TextTask,
+    Verbalizer,
 )
 from lopa_lightning.migrations import FORMAT
 from lopa_lightning.plain import defaults, subclasses
@@ -141,7 +142,7 @@ def known_defaults() -> dict[str, dict[str, Any]]:
     """Returns the defaults of our arguments that a checkpoint may leave out, by class."""
     named = [cls for cls in subclasses((PromptEncoder, LoPALightningModule)) if cls.__dict__.get("short_name")]
     ours = [cls for cls in named if cls.__module__.startswith("lopa_lightning.")]
-    classes = [*ours, PretrainedSpec, InstanceEncoderSpec, TextTask]
+    classes = [*ours, PretrainedSpec, InstanceEncoderSpec, Task, Verbalizer]
     return {cls.__name__: {key: value for key, value in defaults(cls).items() if key != "optimizer"} for cls in classes}
 
 

@@ -188,7 +188,9 @@ def test_labels_that_are_lists_or_mappings(
     else:
         write(name, labelled(["a film", "b"], [label]))
     files: Any = {"test": name}
-    with refused("test (test): column 'label' must hold one label in each row, got", str(label)):
+    with refused(
+        "test (test): column 'label' must hold one label in each row (multi_label: true takes lists)", str(label)
+    ):
         prepared(spec, "test", data_files=files, labels=labels)
 
 

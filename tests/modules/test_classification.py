@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from lopa_lightning import InstanceEncoderSpec, TextClassificationDataModule, TextTask
+from lopa_lightning import InstanceEncoderSpec, LoPALightningModule, Task, TextClassificationDataModule, Verbalizer
 from lopa_lightning.errors import LoPAError
 from tests.modules.helpers import LoPATiny, module, reviews, trainer, write_reviews
 
@@ -95,6 +96,41 @@ def test_it_learns_what_a_word_decides(tiny: Tiny, tmp_path: Path) -> None:
     assert run.callback_metrics["val/accuracy"] > 0.9
 
 
+def test_several_labels_for_each_text(tiny: Tiny, tmp_path: Path) -> None:
+    kinds, files = ["good", "terrible", "badly"], {}
+    chosen = [[word for bit, word in enumerate(kinds) if row >> bit & 1] for row in range(8)] * 6
+    for split in ("train", "validation"):
+        rows = [json.dumps({"text": " ".join(["the film was", *words]), "tags": words[::-1]}) for words in chosen]
+        files[split] = str(tmp_path / f"{split}.jsonl")
+        Path(files[split]).write_text("\n".join(rows))
+    data = TextClassificationDataModule(
+        data_files=files, label_column="tags", labels=kinds, multi_label=True, metrics=["f1", "macro_f1"], batch_size=8
+    )
+    seed_everything(1)
+    model = module(tiny("bert_base"), objective="head", learning_rates={"head": 0.1})
+    run = trainer(tmp_path, epochs=15)
+    run.fit(model, data)
+    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+    data.splits["predict"] = "validation"
+    rows = [row for batch in run.predict(model, data) for row in model.prediction_rows(batch)]
+    pairs = [(label in row["labels"], label in chosen[row["index"]]) for row in rows for label in kinds]
+    both, wrong = sum(a and b for a, b in pairs), sum(a != b for a, b in pairs)
+    assert metrics["val/f1"] == pytest.approx(2 * both / (2 * both + wrong))
+    assert metrics["val/f1"] > 0.9
+    assert metrics["val/accuracy"] == pytest.approx(1 - wrong / len(pairs))
+    assert metrics["val/score"] == pytest.approx((metrics["val/f1"] + metrics["val/macro_f1"]) / 2)
+    assert set(rows[0]) == {"index", "labels", "probabilities"}
+
+    again: Any = LoPALightningModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.task == data.task
+    files["validation"] = files["train"]
+    options: Any = {"data_files": files, "label_column": "tags", "labels": kinds, "multi_label": True}
+    for wrong_rows in ('{"text": "a", "tags": "good"}', '{"text": "a", "tags": [["good"]]}'):
+        Path(files["train"]).write_text(wrong_rows)
+        with pytest.raises(LoPAError, match="column 'tags' must hold a list of labels in each row, got"):
+            run.fit(model, TextClassificationDataModule(**options))
+
+
 def test_regression_with_a_trained_head(tiny: Tiny, tmp_path: Path) -> None:
     files = {}
     for split in ("train", "validation"):
@@ -115,7 +151,7 @@ def test_regression_with_a_trained_head(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_prediction_rows_name_the_labels(tiny: Tiny) -> None:
-    model = module(tiny("bert"), task=TextTask(["good", "bad"], ["great", "terrible"]))
+    model = module(tiny("bert"), task=Task(["good", "bad"]))
     rows = model.prediction_rows({"index": torch.tensor([4]), "probabilities": torch.tensor([[0.25, 0.75]])})
     assert rows == [{"index": 4, "label": "bad", "probabilities": {"good": 0.25, "bad": 0.75}}]
 
@@ -130,7 +166,11 @@ def test_prediction_rows_name_the_labels(tiny: Tiny) -> None:
             r"label word 'marvellous' must be one token of the backbone, but it is \[",
         ),
         ({}, {"template": ("{text} it was",)}, "needs a template with {mask}"),
-        ({"task": TextTask(["yes", "no"], ["Yes", "No"])}, {}, "labels: the model has .*'yes'.* the data .*'good'"),
+        (
+            {"task": Task(["yes", "no"], verbalizer=Verbalizer(["Yes", "No"]))},
+            {},
+            "labels: the model has .*'yes'.* the data .*'good'",
+        ),
     ],
 )
 def test_a_task_that_does_not_fit_is_refused_before_weights_are_loaded(
