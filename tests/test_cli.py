@@ -23,6 +23,7 @@ from lopa_lightning.command_line.front import EXPERIMENTS, TASKS
 from lopa_lightning.command_line.parser import with_shipped_files
 from lopa_lightning.data.glue import GLUE_TASKS
 from lopa_lightning.experiments.resolve import resolve
+from lopa_lightning.files import write_whole
 from tests.mini_glue import write_mini_glue
 from tests.modules.helpers import write_reviews
 
@@ -64,6 +65,11 @@ def small(config: Path, tiny: Tiny, mini_glue: str, head: bool = False) -> list[
         write_reviews(Path("train.csv"), 20)
         write_reviews(Path("test.csv"), 6)
         return [*arguments, '--data.label_values=["bad", "good"]']
+    if config.stem == "banking77":
+        rows = ["text,category", *(f"where is it,{label}" for label in settings["data"]["init_args"]["labels"])]
+        for name in ("bank/train.csv", "bank/test.csv"):
+            write_whole(Path(name), "\n".join(rows))
+        return [*arguments, f"--model.instance_encoder.name={tiny('bert_base')}", "--data.path=bank"]
     return arguments
 
 
