@@ -39,14 +39,15 @@ class Example:
     texts: tuple[str, ...]
 
 
-def examples_in(batches: Sequence[Batch], data: TextDataModule) -> list[Example]:
+def examples_in(batches: Sequence[Batch], data: TextDataModule, split: str = "train") -> list[Example]:
     """The examples of batches.
 
     Args:
-        batches: Of the data module's training loader.
+        batches: Of one of the data module's loaders.
         data: Has their texts.
+        split: Which they are of.
     """
-    rows = data.load_split("train", "train")
+    rows = data.load_split(split, "train" if split == "train" else "val")
     found = []
     for batch in batches:
         for ids, mask, labels, index in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels", "index"))):

@@ -213,3 +213,14 @@ def test_startup(run: Run) -> None:
     for row in commands:
         check_ratio(row["ratio"], row["seconds"], imports["seconds"])
         check_summary(row["seconds_each"], row["seconds"])
+
+
+def test_time_to_accuracy(run: Run) -> None:
+    rows = {row["side"]: row for row in run("time_to_accuracy")["rows"]}
+    assert list(rows) == ["ours, prompt tuning", "ours, LoPA", "(a) PEFT prompt tuning", "(b) PEFT LoRA r=8"]
+    for row in rows.values():
+        assert [seen for seen, _, _ in row["points"]] == [8]
+        assert row["final"] == row["points"][-1][2]
+        for name, title in (("prompt_tuning", "(a) PEFT prompt tuning"), ("lora", "(b) PEFT LoRA r=8")):
+            best = max(accuracy for _, _, accuracy in row["points"])
+            assert (row[f"examples_{name}"] is not None) == (best >= rows[title]["final"])
