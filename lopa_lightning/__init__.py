@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lopa_lightning.backbones.pretrained import PretrainedSpec
+    from lopa_lightning.callbacks import default_callbacks
     from lopa_lightning.data import (
         CompletionDataModule,
         CRUXEvalDataModule,
@@ -41,6 +42,7 @@ _HOMES = {
     "TextClassificationDataModule": "data",
     "Task": "task",
     "Verbalizer": "task",
+    "default_callbacks": "callbacks",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "Task",
     "TextClassificationDataModule",
     "Verbalizer",
+    "default_callbacks",
 ]
 
 

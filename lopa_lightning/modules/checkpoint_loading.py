@@ -57,7 +57,7 @@ def rebuild(
     module.configure_model()
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"])
-    return module
+    return module.eval()
 
 
 def _unloaded(
