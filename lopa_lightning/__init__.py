@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from lopa_lightning.instances.encoder import InstanceEncoderSpec
     from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
     from lopa_lightning.prompts import IDPG, DePT, LoPA, NoPrompt, PromptEncoder, PromptTuning, PTuning
+    from lopa_lightning.serving.bundle import Bundle
+    from lopa_lightning.serving.prompter import LoPAPrompter
     from lopa_lightning.task import Task, Verbalizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Bundle": "serving.bundle",
     "CRUXEvalDataModule": "data",
     "CausalLMModule": "modules",
     "ClassificationModule": "modules",
@@ -33,6 +36,7 @@ _HOMES = {
     "InstanceEncoderSpec": "instances.encoder",
     "LoPA": "prompts",
     "LoPALightningModule": "modules",
+    "LoPAPrompter": "serving.prompter",
     "MBPPDataModule": "data",
     "NoPrompt": "prompts",
     "PTuning": "prompts",
@@ -47,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "IDPG",
+    "Bundle",
     "CRUXEvalDataModule",
     "CausalLMModule",
     "ClassificationModule",
@@ -56,6 +61,7 @@ __all__ = [
     "InstanceEncoderSpec",
     "LoPA",
     "LoPALightningModule",
+    "LoPAPrompter",
     "MBPPDataModule",
     "NoPrompt",
     "PTuning",
