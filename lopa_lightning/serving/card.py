@@ -45,7 +45,7 @@ same elsewhere. Made with {made_with}.
 
 def model_card(
     config: BundleConfig,
-    models: Mapping[str, PretrainedSpec | None],
+    models: Mapping[str, tuple[str, str]],
     unserved: str | None,
     run: Mapping[str, Any],
     license: str | None = None,
@@ -54,29 +54,26 @@ def model_card(
 
     Args:
         config: The bundle's.
-        models: ``backbone`` and ``instance_encoder``; None for an encoder that is not there or the backbone.
+        models: Name and licence of ``backbone``, and of ``instance_encoder`` where there is one.
         unserved: Why no inference server can answer with it; None where one can.
         run: ``data``, the name of the data set, and ``dataset``, its hub id, where they are known.
         license: Of what was trained; None if it is not said.
     """
-    backbone, encoder = models["backbone"], models["instance_encoder"]
-    assert backbone is not None
-    reads = config.identity.get("instance_encoder") is not None
-    encoder = encoder or (backbone if reads else None)
+    backbone, backbone_license = models["backbone"]
     body = _BODY.format(
-        backbone=f"`{backbone.name}`",
-        backbone_license=license_of(backbone),
+        backbone=f"`{backbone}`",
+        backbone_license=backbone_license,
         what=_what(config),
-        encoder="none" if encoder is None else f"`{encoder.name}`. Licence: {license_of(encoder)}",
+        encoder="`{}`. Licence: {}".format(*models["instance_encoder"]) if "instance_encoder" in models else "none",
         placement=config.prompt.placement,
         m=config.prompt.num_virtual_tokens,
         d=config.prompt.embedding_dim,
         facts=_facts(config, run),
         python=_python(config, unserved),
-        serving=f"Not by an inference server: {unserved}." if unserved else _SERVED.format(name=backbone.name),
+        serving=f"Not by an inference server: {unserved}." if unserved else _SERVED.format(name=backbone),
         made_with=config.made_with,
     )
-    return f"---\n{_metadata(config, backbone.name, run, license).to_yaml()}\n---\n\n{body}"
+    return f"---\n{_metadata(config, backbone, run, license).to_yaml()}\n---\n\n{body}"
 
 
 def _metadata(config: BundleConfig, backbone: str, run: Mapping[str, Any], license: str | None) -> ModelCardData:
@@ -131,12 +128,11 @@ def license_of(spec: PretrainedSpec) -> str:
     return "unknown, its card names none or is not at hand"
 
 
-def run_facts(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+def run_facts(path: Path) -> dict[str, Any]:
     """Returns what is known of the data that a checkpoint was trained on: from the configuration in its run's folder.
 
     Args:
         path: The checkpoint.
-        known: The checkpoint's entries.
     """
     for folder in (path.parent, path.parent.parent):
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):

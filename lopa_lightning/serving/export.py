@@ -26,7 +26,7 @@ from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALig
 from lopa_lightning.modules.predict import batches, row_encoder
 from lopa_lightning.plain import without_defaults
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
-from lopa_lightning.serving.card import metrics_in, model_card, run_facts
+from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
 from lopa_lightning.serving.command import Options
 from lopa_lightning.serving.peft_export import write_peft
 from lopa_lightning.stopping import stoppable
@@ -110,15 +110,18 @@ def export_bundle(
     except LoPAError as error:
         unserved = str(error)
         rank_zero_warn(f"the bundle is for module.predict and generate, not for a server: {error}")
-    encoder = module.builder.encoder_spec if module.builder.skeleton.prompt_encoder.uses_instance else None
-    own = None if encoder is None or encoder.is_backbone else encoder.pretrained()
-    models = {"backbone": module.backbone_spec, "instance_encoder": own}
-    for key, spec in models.items():
-        if spec is not None and (name := (names or {}).get(key)) is not None:
-            models[key] = dataclasses.replace(spec, name=name)
-        elif spec is not None and Path(spec.location()).is_dir() and not spec.name.startswith("package:"):
-            rank_zero_warn(f"the bundle names a folder of this machine: {spec.name}; --{key} gives its hub id")
-    card = model_card(bundle.config, models, unserved, run_facts(Path(checkpoint), saved), license)
+    specs = {"backbone": module.backbone_spec}
+    if module.builder.skeleton.prompt_encoder.uses_instance:
+        encoder = module.instance_spec
+        specs["instance_encoder"] = module.backbone_spec if encoder.is_backbone else encoder.pretrained()
+    models, given = {}, dict(names or {})
+    for key, spec in specs.items():
+        name = given.get("backbone" if spec is module.backbone_spec else key, spec.name)
+        models[key] = name, license_of(spec)
+        is_new = key == "backbone" or spec is not module.backbone_spec
+        if is_new and name == spec.name and Path(spec.location()).is_dir() and not name.startswith("package:"):
+            rank_zero_warn(f"the bundle names a folder of this machine: {name}; --{key} gives its hub id")
+    card = model_card(bundle.config, models, unserved, run_facts(Path(checkpoint)), license)
     return dataclasses.replace(bundle, card=card, rows=[row for row, _ in rows], prompts=prompts)
 
 
