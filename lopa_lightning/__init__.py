@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lopa_lightning.backbones.pretrained import PretrainedSpec
+    from lopa_lightning.callbacks import default_callbacks
     from lopa_lightning.data import (
         CompletionDataModule,
         CRUXEvalDataModule,
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
     from lopa_lightning.instances.encoder import InstanceEncoderSpec
     from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
     from lopa_lightning.prompts import IDPG, DePT, LoPA, NoPrompt, PromptEncoder, PromptTuning, PTuning
+    from lopa_lightning.serving.bundle import Bundle
+    from lopa_lightning.serving.prompter import LoPAPrompter
     from lopa_lightning.task import Task, Verbalizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Bundle": "serving.bundle",
     "CRUXEvalDataModule": "data",
     "CausalLMModule": "modules",
     "ClassificationModule": "modules",
@@ -32,6 +36,7 @@ _HOMES = {
     "InstanceEncoderSpec": "instances.encoder",
     "LoPA": "prompts",
     "LoPALightningModule": "modules",
+    "LoPAPrompter": "serving.prompter",
     "MBPPDataModule": "data",
     "NoPrompt": "prompts",
     "PTuning": "prompts",
@@ -41,10 +46,12 @@ _HOMES = {
     "TextClassificationDataModule": "data",
     "Task": "task",
     "Verbalizer": "task",
+    "default_callbacks": "callbacks",
 }
 
 __all__ = [
     "IDPG",
+    "Bundle",
     "CRUXEvalDataModule",
     "CausalLMModule",
     "ClassificationModule",
@@ -54,6 +61,7 @@ __all__ = [
     "InstanceEncoderSpec",
     "LoPA",
     "LoPALightningModule",
+    "LoPAPrompter",
     "MBPPDataModule",
     "NoPrompt",
     "PTuning",
@@ -63,6 +71,7 @@ __all__ = [
     "Task",
     "TextClassificationDataModule",
     "Verbalizer",
+    "default_callbacks",
 ]
 
 

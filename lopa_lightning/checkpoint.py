@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lopa_lightning import bundle_file, checkpoint_file
 from lopa_lightning.backbones.quantization import dense
 from lopa_lightning.backbones.sharding import whole
-from lopa_lightning.checkpoint_file import read as read
 from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.migrations import HYPERPARAMETERS as HYPERPARAMETERS
 from lopa_lightning.migrations import IDENTITY_KEY as IDENTITY_KEY
@@ -35,6 +35,22 @@ _INCIDENTAL = {
     *("quantization_config",),  # the spec's own entry says it in a word
     *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
 }
+
+
+def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint, or a bundle as one; no code runs.
+
+    Args:
+        path: A file, see :func:`lopa_lightning.checkpoint_file.read`, or the folder of a bundle.
+        map_location: See ``torch.load``; not asked for a bundle.
+
+    Raises:
+        LoPAError: If it is not there, is damaged, or is neither.
+    """
+    if bundle_file.is_bundle(path):
+        config, tensors = bundle_file.read(path)
+        return bundle_file.as_checkpoint(config, tensors)
+    return checkpoint_file.read(path, map_location)
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

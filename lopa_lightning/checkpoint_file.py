@@ -55,9 +55,7 @@ def read(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
         with _opened(path) as file:
             size = _check_archive(file)
             saved: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
-        _check_entries(saved)
-        _check_tensors(saved, size)
-        migrate(saved)
+        check_content(saved, size)
     except FileNotFoundError:
         raise LoPAError(f"no checkpoint at {name}") from None
     except LoPAError as error:
@@ -111,6 +109,21 @@ def _check_archive(file: IO[bytes]) -> int:
         raise LoPAError("it is empty, cut off, or no file that torch.save wrote") from error
     file.seek(0)
     return size
+
+
+def check_content(saved: Any, size: int) -> None:
+    """Checks what a checkpoint holds as far as that needs no model, and brings it to the present format, in place.
+
+    Args:
+        saved: What was read.
+        size: Bytes of the file.
+
+    Raises:
+        LoPAError: If it is no checkpoint of this package, or holds what none has.
+    """
+    _check_entries(saved)
+    _check_tensors(saved, size)
+    migrate(saved)
 
 
 def _check_entries(saved: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from lopa_lightning.checkpoint_file import read
+from lopa_lightning.checkpoint import read
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import causes_of, replacing
 

@@ -33,7 +33,8 @@ from lopa_lightning.callbacks import (
     RunConfig,
     RunRecord,
 )
-from lopa_lightning.command_line.front import EXPERIMENTS, answer
+from lopa_lightning.callbacks.defaults import BEST, LAST
+from lopa_lightning.command_line.front import answer, home_of
 from lopa_lightning.command_line.messages import folded
 from lopa_lightning.command_line.parser import Parser, UsageError
 from lopa_lightning.command_line.ranges import check_options, expand_home
@@ -50,9 +51,6 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # FitSummary has a table
 }
-_BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best", "enable_version_counter": False}
-# A checkpoint callback of its own: Lightning's save_last follows the best one, not the run.
-_LAST: dict[str, Any] = {"filename": "last"}
 
 _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen ones, as they should be
@@ -100,8 +98,8 @@ class LoPACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has; each is configured by a key of its own."""
         kinds: dict[str, tuple[type[ModelCheckpoint], dict[str, Any]]] = {
-            "checkpoint": (BestCheckpoint, _BEST),
-            "last_checkpoint": (LastCheckpoint, _LAST),
+            "checkpoint": (BestCheckpoint, BEST),
+            "last_checkpoint": (LastCheckpoint, LAST),
         }
         for name, (kind, defaults) in kinds.items():
             parser.add_lightning_class_args(kind, name)
@@ -232,12 +230,12 @@ def main(args: ArgsType = None) -> None:
             answer(given)
             args = given = ["--help" if each == "--help.all" else each for each in given]
         with _said_shortly():
-            if isinstance(given, list) and given[:1] and given[0] in EXPERIMENTS:
-                # Imported when asked for: the modules run this command line.
-                importlib.import_module(f"lopa_lightning.experiments.{given[0]}").main(given[1:])
-            else:
+            rest = given if isinstance(given, list) else []
+            if (home := home_of(rest)) is None:
                 with stoppable(), _full_disk_told_once():
                     LoPACLI(args=args)
+            else:  # imported when asked for: the modules of experiments run this command line
+                importlib.import_module(f"lopa_lightning.{home}").main(rest[1:])
     except Stopped as stopped:
         rank_zero_only(sys.stderr.write)(f"{stopped}\n")
         raise

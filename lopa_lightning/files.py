@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -49,6 +50,48 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         Path(temporary).unlink(missing_ok=True)
         name_file(error, path)
         raise
+
+
+@contextmanager
+def new_folder(path: Path, what: str) -> Iterator[Path]:
+    """A folder to write to, which takes a path's place when the block ends well and leaves nothing else.
+
+    Args:
+        path: The folder; must not be there, or be empty.
+        what: Its name, for messages.
+
+    Raises:
+        LoPAError: If it is there and not empty, or cannot be written to.
+    """
+    path = path.absolute()
+    check_new(path, what)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        with suppress(FileNotFoundError):
+            path.rmdir()  # empty, or something was put into it meanwhile
+        os.replace(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        name_file(error, path)
+        raise
+
+
+def check_new(path: Path, what: str) -> None:
+    """Refuses a folder that is there and not empty, or that cannot be made; leaves nothing.
+
+    Args:
+        path: The folder.
+        what: Its name, for messages.
+
+    Raises:
+        LoPAError: If it is.
+    """
+    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        raise LoPAError(f"{what} {str(path)!r} is there already and not an empty folder; give another")
+    check_writable(path.parent, f"the folder of {what}")
 
 
 def name_file(error: BaseException, path: str | Path) -> None:

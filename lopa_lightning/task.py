@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lopa_lightning.errors import LoPAError, one_of
+from lopa_lightning.errors import LoPAError, at_least, one_of
 
 IGNORED = -100
 """Label of a token that is not to be predicted."""
 
 InstanceReads = Literal["columns", "template"]
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,24 @@ class Verbalizer:
         causal_template: Its wording for causal LMs, where that is another.
         instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with its own
             tokenizer's mask.
+        max_length: Tokens of a text for the backbone, virtual tokens not counted; None for as many as fit.
+        truncation_side: Which end of a text too long is cut.
 
     Raises:
-        LoPAError: If ``instance_reads`` is unknown, or words repeat.
+        LoPAError: If ``instance_reads`` or ``truncation_side`` is unknown, ``max_length`` below 1, or words repeat.
     """
 
     words: list[str] | None = None
     template: list[str] | None = None
     causal_template: str | None = None
     instance_reads: InstanceReads = "columns"
+    max_length: int | None = None
+    truncation_side: Side = "right"
 
     def __post_init__(self) -> None:
         one_of("instance_reads", self.instance_reads, get_args(InstanceReads))
+        one_of("truncation_side", self.truncation_side, get_args(Side))
+        at_least(1, max_length=self.max_length)
         if self.words is not None and len(set(self.words)) < len(self.words):
             raise LoPAError(f"label words must differ, got {self.words}")
 

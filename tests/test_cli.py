@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lopa_lightning import __version__
 from lopa_lightning.cli import main
-from lopa_lightning.command_line.front import EXPERIMENTS, TASKS
+from lopa_lightning.command_line.front import COMMANDS, EXPERIMENTS, SERVING, TASKS
 from lopa_lightning.command_line.parser import with_shipped_files
 from lopa_lightning.data.glue import GLUE_TASKS
 from lopa_lightning.experiments.resolve import resolve
@@ -269,7 +269,7 @@ def test_a_checkpoint_of_another_rank_is_refused(
 FIRST_SCREENS = {
     "lopa": ["--help"],
     "version": ["--version"],
-    **{name: [name, "--help"] for name in (*TASKS, *EXPERIMENTS)},
+    **{name: [name, "--help"] for name in (*TASKS, *EXPERIMENTS, *SERVING)},
     "configs": ["configs"],
     "misspelt": ["fitt"],
 }
@@ -303,9 +303,9 @@ def test_what_needs_no_torch_is_answered_without(first_screens: dict[str, tuple[
         name: 2 if name == "misspelt" else 0 for name in FIRST_SCREENS
     }
     listed = re.findall(r"^  (\w+) +\w", first_screens["lopa"][1], re.MULTILINE)
-    assert listed[:8] == [*TASKS, *EXPERIMENTS, "configs"]
+    assert listed[: len(COMMANDS)] == list(COMMANDS)
     assert first_screens["version"][1] == f"lopa-lightning {__version__}\n"
-    assert first_screens["misspelt"][1].endswith("plan, configs, got fitt. Did you mean fit?\n")
+    assert first_screens["misspelt"][1].endswith(f"{COMMANDS[-2]}, configs, got fitt. Did you mean fit?\n")
 
 
 def test_every_shipped_config_is_listed_by_its_first_line(first_screens: dict[str, tuple[int, str]]) -> None:
@@ -347,7 +347,10 @@ def test_the_first_screen_of_a_task_names_options_that_are_there_with_their_defa
             found = found.get("class_path", found) if isinstance(found, dict) else found
             assert yaml.safe_load(default) == found, name
     for task in TASKS:
-        assert first_screens[task][1] == first_screens["fit"][1].replace("lopa fit", f"lopa {task}")
+        page = first_screens["fit"][1].replace("lopa fit", f"lopa {task}")
+        own = first_screens[task][1].removeprefix(page)
+        assert bool(own) == (task == "predict")
+        assert "lopa predict --ckpt_path FILE --text TEXT" in own or not own
 
 
 @pytest.mark.parametrize("command", [*EXPERIMENTS, "fit"])

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lopa_lightning import LoPALightningModule, PretrainedSpec
 from lopa_lightning.cli import LoPACLI
+from lopa_lightning.command_line.front import home_of
 from lopa_lightning.experiments import compare, sweep
 from lopa_lightning.experiments.command import parsed
 from lopa_lightning.experiments.plan import own_options
@@ -86,16 +87,17 @@ def test_a_new_task_in_one_class_trains_and_is_rebuilt(
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
 
 
-def test_the_python_example_runs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_example_runs_word_for_word(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = (block for block in blocks("python", "lopa_lightning/modules/README.md") if "Trainer(" in block)
-    code = code.replace("sentence-transformers/all-MiniLM-L6-v2", tiny("bert_base"))
-    code = code.replace("max_epochs=10", "max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False")
-    code = code.replace('"best.ckpt"', "next(__import__('pathlib').Path('checkpoints').glob('*.ckpt'))")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "sentence-transformers").mkdir()
+    (tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(tiny("bert_base"))
     write_reviews(tmp_path / "train.csv", 40)
     text = (tmp_path / "train.csv").read_text()
     (tmp_path / "train.csv").write_text(text.replace(",good", ",positive").replace(",bad", ",negative"))
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    scope: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert [record["label"] in ("negative", "positive") for record in scope["answers"]] == [True, True]
 
 
 def test_a_new_method_trains_and_is_rebuilt(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,10 @@ def test_commands_parse(document: str, folder: Path, capsys: pytest.CaptureFixtu
     lines = [line for block in blocks("bash", document) for line in block.splitlines()]
     for command in [line.split("  #")[0] for line in lines if re.search(r"(^|&& )lopa ", line)]:
         arguments = shlex.split(command.split("lopa ", 1)[1])
-        if arguments[0] == "compare":
+        home = home_of(arguments)
+        if home is not None and home.startswith("serving."):
+            importlib.import_module(f"lopa_lightning.{home}").options().parse_args(arguments[1:])
+        elif arguments[0] == "compare":
             compare.check(parsed(compare.Comparison, "lopa compare", arguments[1:])[0])
         elif arguments[0] == "sweep":
             sweep.check(parsed(sweep.Sweep, "lopa sweep", arguments[1:])[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,10 +68,7 @@ class TextSpec(InputSpec):
         tokenizer = self.instance_tokenizer
         if tokenizer is None:
             return {}
-        encoded = end_of(tokenizer, texts, self.instance_max_tokens)
-        ids, mask = padded(encoded["input_ids"], tokenizer.pad_token_id or 0, "right", device)
-        types = encoded.get("token_type_ids")
-        return instance_inputs(ids, mask, None if types is None else padded(types, 0, "right", device)[0])
+        return instance_batch(tokenizer, end_of(tokenizer, texts, self.instance_max_tokens), device)
 
 
 @dataclass(frozen=True)
@@ -113,12 +110,10 @@ class TextKind(InputKind):
         room, read = None if limit is None else limit - m, 0 if backbone.placement == "every_layer" else m
         if encoder is None:
             return TextSpec(self.tokenizer, room, self.objective, virtual_tokens=read)
-        own, tokenizer = limit, self.tokenizer
-        if not encoder.is_backbone:
-            model = TextBackbone(checked_shapes(encoder.pretrained(), "encoder"))
-            own, tokenizer = model.max_positions, load_tokenizer(encoder.pretrained())
-            check_token_ids(tokenizer, len(model.embedding_weight), encoder.name)
-        longest = min((n for n in (own, encoder.max_length) if n is not None), default=None)
+        if encoder.is_backbone:
+            tokenizer, longest = self.tokenizer, _least(limit, encoder.max_length)
+        else:
+            tokenizer, longest = instance_reading(encoder)
         return TextSpec(
             self.tokenizer, room, self.objective, tokenizer, longest, virtual_tokens=read, instance_vectors=vectors
         )
@@ -146,6 +141,37 @@ class TextKind(InputKind):
         change = change_by_padding(vector, len(weight), "right", 0, room, 0, weight.device)
         if not change <= tolerance(model):
             warn_of_mixing(f"instance encoder {type(model).__name__}", "right", change)
+
+
+def instance_reading(encoder: InstanceEncoderSpec) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Returns the tokenizer of an instance encoder with a model of its own, and how many tokens it reads at most.
+
+    Raises:
+        LoPAError: If its tokenizer has ids that the model has no embedding for.
+    """
+    model = TextBackbone(checked_shapes(encoder.pretrained(), "encoder"))
+    tokenizer = load_tokenizer(encoder.pretrained())
+    check_token_ids(tokenizer, len(model.embedding_weight), encoder.name)
+    return tokenizer, _least(model.max_positions, encoder.max_length)
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def instance_batch(
+    tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Sequence[list[int]]], device: Any = None
+) -> dict[str, Tensor]:
+    """Returns encoded texts as what the instance encoder reads, each ``[B, S]``.
+
+    Args:
+        tokenizer: The instance encoder's.
+        encoded: ``input_ids``, and ``token_type_ids`` where it has them.
+        device: Of the batch.
+    """
+    ids, mask = padded(encoded["input_ids"], tokenizer.pad_token_id or 0, "right", device)
+    types = encoded.get("token_type_ids")
+    return instance_inputs(ids, mask, None if types is None else padded(types, 0, "right", device)[0])
 
 
 def instance_inputs(ids: Tensor, mask: Tensor, types: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Lightning callbacks: what a run shows, and what it writes."""
 
 from lopa_lightning.callbacks.best import BestCheckpoint
+from lopa_lightning.callbacks.defaults import default_callbacks
 from lopa_lightning.callbacks.last_checkpoint import LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
@@ -19,4 +20,5 @@ __all__ = [
     "RunConfig",
     "RunLogger",
     "RunRecord",
+    "default_callbacks",
 ]

@@ -13,7 +13,9 @@ from lopa_lightning.command_line.shipped import descriptions
 
 TASKS = ("fit", "validate", "test", "predict")
 EXPERIMENTS = ("compare", "sweep", "plan")
-COMMANDS = (*TASKS, *EXPERIMENTS, "configs")
+SERVING = ("export",)
+COMMANDS = (*TASKS, *EXPERIMENTS, *SERVING, "configs")
+_WITHOUT_CONFIG = ("--text", "--file")  # options of `lopa predict` that take a configuration's place
 
 
 def answer(given: Sequence[str]) -> None:
@@ -34,6 +36,7 @@ def answer(given: Sequence[str]) -> None:
         said = "\n".join(f"{name:<42}{description}" for name, description in descriptions().items())
     elif command in COMMANDS and {"-h", "--help"} & set(rest[: rest.index("--")] if "--" in rest else rest):
         said = _page("task" if command in TASKS else command).replace("{command}", command)
+        said += f"\n\n{_page(command)}" if command == "predict" else ""
     elif command in COMMANDS or command.startswith("-"):
         return
     else:
@@ -47,6 +50,19 @@ def answer(given: Sequence[str]) -> None:
     except BrokenPipeError:  # as of `lopa configs | head`; else Python would fail once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
+
+
+def home_of(given: Sequence[str]) -> str | None:
+    """Returns the module of the package whose ``main`` runs a command line; None where it is a task's of Lightning.
+
+    Args:
+        given: The command line.
+    """
+    command = given[0] if given else ""
+    if command in EXPERIMENTS:
+        return f"experiments.{command}"
+    without = command == "predict" and any(each.partition("=")[0] in _WITHOUT_CONFIG for each in given)
+    return f"serving.{command}" if command in SERVING or without else None
 
 
 def _page(name: str) -> str:

@@ -12,12 +12,14 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.task import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lopa_lightning.backbones.text_spec import TextSpec
     from lopa_lightning.data.instance_vectors import StoredVectors
 
 _ROWS_AT_ONCE = 10_000  # are copied to be summed up
@@ -81,6 +83,17 @@ class Collate:
         self._padding = {"input_ids": pad_id, "instance_input_ids": instance_pad_id, "labels": IGNORED}
         self._masks = {"input_ids": "attention_mask", "instance_input_ids": "instance_attention_mask"}
 
+    @classmethod
+    def of(cls, spec: TextSpec, side: Literal["left", "right"] = "right") -> Collate:
+        """Returns the one for a module's tokenizers.
+
+        Args:
+            spec: The module's.
+            side: Where the backbone's padding goes.
+        """
+        instance_pad = pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
+        return cls(pad_id(spec.tokenizer), instance_pad, side)
+
     def __call__(self, rows: pa.Table | Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Makes a batch.
 
@@ -119,6 +132,12 @@ class Collate:
         if key in self._masks:
             batch[self._masks[key]] = torch.from_numpy(is_token.astype(np.int64))
         return batch
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns a tokenizer's token for padding; without one any id will do: the attention mask hides it."""
+    found: int | None = tokenizer.pad_token_id
+    return 0 if found is None else found
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:

@@ -7,14 +7,13 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.errors import LoPAError
-
-Side = Literal["left", "right"]
+from lopa_lightning.task import Side as Side
 
 _MASK = "mask"
 

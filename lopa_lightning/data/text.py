@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.cache import check_cached
@@ -67,9 +66,7 @@ class TextDataModule(SplitsDataModule):
 
     def collate(self) -> Collate:
         """Returns the function that pads a batch to its longest text."""
-        spec = self.text_spec
-        instance_pad = _pad_id(spec.instance_tokenizer) if spec.instance_tokenizer is not None else 0
-        return Collate(_pad_id(spec.tokenizer), instance_pad, self.padding_side)
+        return Collate.of(self.text_spec, self.padding_side)
 
     @abstractmethod
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
@@ -138,9 +135,3 @@ class TextDataModule(SplitsDataModule):
         """Returns the warning, given once, on the rows for which a column of the encoder's is true."""
         instance = f"texts were cut to {self.text_spec.instance_max_tokens} tokens for the instance encoder"
         return {"truncated": f"texts were cut to {encoder.max_tokens} tokens", "instance_truncated": instance}
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Without a padding token any id will do: the attention mask hides it.
-    pad_id: int | None = tokenizer.pad_token_id
-    return 0 if pad_id is None else pad_id

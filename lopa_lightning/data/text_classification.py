@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lopa_lightning.data.rows import EncodeRows, LabelLookup, RowEncoder
+from lopa_lightning.data.rows import LabelLookup, RowEncoder
 from lopa_lightning.data.splits import Role, select
-from lopa_lightning.data.template import Template, Tokenize, backbone_template, plain_template
+from lopa_lightning.data.task_rows import task_encoder
+from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.errors import LoPAError, at_least, listed, shown
 from lopa_lightning.task import InstanceReads, Task, Verbalizer
@@ -83,6 +84,8 @@ class TextClassificationDataModule(TextDataModule):
             template=list(self.template.pieces),
             causal_template=causal_template,
             instance_reads=instance_reads,
+            max_length=self.max_length,
+            truncation_side=self.truncation_side,
         )
         metrics = None if metrics is None else listed("metrics", metrics)
         self.task = Task(labels=names, metrics=metrics, verbalizer=self.verbalizer, multi_label=multi_label)
@@ -96,17 +99,7 @@ class TextClassificationDataModule(TextDataModule):
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
         """Builds the encoder that tokenises texts by the template."""
         labels = None if role == "predict" else self.label_lookup(data, what)
-        spec, columns, side = self.text_spec, self.template.columns, self.truncation_side
-        template = backbone_template(self.template, self.causal_template, spec)
-        to_backbone = Tokenize(spec.tokenizer, template, self._max_tokens(), side)
-        to_instance = None
-        if spec.instance_tokenizer is not None:
-            instance = self.template if self.verbalizer.instance_reads == "template" else plain_template(columns)
-            if instance.has_mask and spec.instance_tokenizer.mask_token is None:
-                raise LoPAError("instance_reads: template needs an instance encoder whose tokenizer has a mask token")
-            to_instance = Tokenize(spec.instance_tokenizer, instance, spec.instance_max_tokens, side)
-        several = len(self.task.labels) if self.task.multi_label else 0
-        return EncodeRows(to_backbone, to_instance, columns, labels, self.allow_empty_text, several)
+        return task_encoder(self.task, self.text_spec, labels, self.allow_empty_text)
 
     def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
         """Returns the label column, and the index or number of each value in it.

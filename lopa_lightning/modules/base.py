@@ -160,6 +160,8 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             LoPAError: See :func:`~lopa_lightning.modules.start.check_before_weights`.
         """
         self.window = Window()
+        if stage == "fit" and self.net is not None:
+            self.train()  # which is in eval mode if it was loaded, and Lightning leaves the mode as it is
         check_before_weights(self, TrainerFn(stage).value)
         write_whole_checkpoints(self.trainer.strategy)
 

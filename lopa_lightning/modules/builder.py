@@ -206,11 +206,14 @@ class Builder:
             "instance_encoder": None,
         }
         if self.skeleton.prompt_encoder.uses_instance:
-            spec = self.encoder_spec
-            told = {key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")}
-            own = {} if spec.is_backbone else {"config": ckpt.config_facts(load_config(spec.pretrained()))}
-            identity["instance_encoder"] = {**told, **own}
+            identity["instance_encoder"] = self.encoder_identity()
         return identity
+
+    def encoder_identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint says of the instance encoder, as far as it is known without weights."""
+        spec = self.encoder_spec
+        told = {key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")}
+        return told if spec.is_backbone else {**told, "config": ckpt.config_facts(load_config(spec.pretrained()))}
 
     def _encoder(self, backbone: Backbone, mesh: DeviceMesh | None) -> tuple[InstanceEncoder, dict[str, Any]]:
         """The instance encoder, and which one it is where the backbone does not say so."""
@@ -219,8 +222,16 @@ class Builder:
             return InstanceEncoder(backbone.body, spec, self.kind, shared=True), {}
         if self.instance_vectors is not None:
             return self.instance_vectors.encoder, self.instance_vectors.facts()
-        encoder = load_model(spec.pretrained(), "encoder", mesh)
-        return InstanceEncoder(encoder, spec, self.kind), ckpt.fingerprint(encoder)
+        return self.own_encoder(mesh)
+
+    def own_encoder(self, mesh: DeviceMesh | None = None) -> tuple[InstanceEncoder, dict[str, Any]]:
+        """Loads an instance encoder with a model of its own, and says which one it is. No backbone is needed.
+
+        Args:
+            mesh: The processes that weights are to be sharded over; None for whole ones.
+        """
+        model = load_model(self.encoder_spec.pretrained(), "encoder", mesh)
+        return InstanceEncoder(model, self.encoder_spec, self.kind), ckpt.fingerprint(model)
 
     def unloaded(self, dropout: bool) -> Parts:
         """Builds all parts without reading weights; their values mean nothing.

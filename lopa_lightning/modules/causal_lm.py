@@ -121,12 +121,12 @@ class CausalLMModule(LoPALightningModule):
 
     def generate(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         generation: Mapping[str, Any] | None = None,
         num_samples: int | None = None,
         seed: int | None = None,
         stop: Sequence[str] | None = None,
-        instance_texts: Sequence[str] | None = None,
+        instance_texts: str | Sequence[str] | None = None,
         batch_size: int = 8,
     ) -> list[list[str]]:
         """Completes texts: instance vector, soft prompt, text.
@@ -136,7 +136,7 @@ class CausalLMModule(LoPALightningModule):
         this, each with as many texts.
 
         Args:
-            texts: Prompts.
+            texts: Prompts; a ``str`` is a list of one.
             generation: Fields of transformers' ``GenerationConfig``, over the module's own.
             num_samples: Completions of each text; by default the module's.
             seed: Of sampling; by default the module's.
@@ -152,10 +152,12 @@ class CausalLMModule(LoPALightningModule):
                 the processes that the backbone is sharded over; if nothing was trained or loaded, or the backbone
                 cannot generate from embeddings.
         """
-        instances = texts if instance_texts is None else instance_texts
+        texts = [texts] if isinstance(texts, str) else listed("texts", texts)
+        instance_texts = [instance_texts] if isinstance(instance_texts, str) else instance_texts
+        instances = texts if instance_texts is None else listed("instance_texts", instance_texts)
         if len(instances) != len(texts):
             raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(texts)}")
-        for place, text in enumerate(listed("texts", texts)):
+        for place, text in enumerate(texts):
             if not isinstance(text, str) or not text:
                 raise LoPAError(f"a text to complete must be a str and not empty; text {place} is {shown(text)}")
         check_generates(self.builder.skeleton.backbone.model)

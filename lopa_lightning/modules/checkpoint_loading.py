@@ -43,27 +43,71 @@ def rebuild(
     Raises:
         LoPAError: If the checkpoint does not fit.
     """
-    saved = ckpt.read(path, map_location)
+    return rebuilt(cls, ckpt.read(path, map_location), shown(str(path)), trust_remote_code, overrides)
+
+
+def rebuilt(
+    cls: type[LoPALightningModule],
+    saved: dict[str, Any],
+    name: str,
+    trust_remote_code: bool,
+    overrides: Mapping[str, Any],
+) -> LoPALightningModule:
+    """Rebuilds a module from what was read of a checkpoint.
+
+    Args:
+        cls: The class asked for; the checkpoint's own may be a subclass.
+        saved: The checkpoint.
+        name: What it is called in messages.
+        trust_remote_code: Whether models may run code of their own, where the checkpoint says that they do.
+        overrides: Hyperparameters to use in place of the checkpoint's.
+
+    Raises:
+        LoPAError: If the checkpoint does not fit.
+    """
     try:
         module = _unloaded(cls, saved, trust_remote_code, overrides)
     except LoPAError as error:
         message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
-        raise LoPAError(f"{shown(str(path))}: {message}") from error
+        raise LoPAError(f"{name}: {message}") from error
     except Exception as error:  # whatever a class makes of arguments that it was never saved with
-        raise LoPAError(f"{shown(str(path))}: no module can be built from it: {shown(error)}") from error
+        raise LoPAError(f"{name}: no module can be built from it: {shown(error)}") from error
     models = {"backbone": module.backbone_spec.name, "instance_encoder": module.instance_spec.name}
     if named := [f"{key} {name!r}" for key, name in models.items() if key not in overrides]:
-        rank_zero_info(f"Loading the models that {shown(str(path))} names: {', '.join(named)}")
+        rank_zero_info(f"Loading the models that {name} names: {', '.join(named)}")
     module.configure_model()
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"])
-    return module
+    return module.eval()
 
 
 def _unloaded(
     asked: type[LoPALightningModule], saved: Mapping[str, Any], trust_remote_code: bool, overrides: Mapping[str, Any]
 ) -> LoPALightningModule:
     """The module of a checkpoint that fits to what the file says beside, before any model is read."""
+    module = constructed(asked, saved, trust_remote_code, overrides)
+    ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)
+    check_trained(saved, module)
+    return module
+
+
+def constructed(
+    asked: type[LoPALightningModule],
+    saved: Mapping[str, Any],
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] = {},
+) -> LoPALightningModule:
+    """Builds the module of a checkpoint, for which no file of a model is opened.
+
+    Args:
+        asked: The class asked for; the checkpoint's own may be a subclass.
+        saved: The checkpoint.
+        trust_remote_code: Whether models may run code of their own, where the checkpoint says that they do.
+        overrides: Hyperparameters to use in place of the checkpoint's.
+
+    Raises:
+        LoPAError: If a class that it names is not imported, or a hyperparameter is not what it must be.
+    """
     hparams = saved[ckpt.HYPERPARAMETERS]
     made_by = _class_of(hparams.get("_class_path"), asked)
     known = arguments(made_by)
@@ -76,8 +120,6 @@ def _unloaded(
     _check_sizes(given, sum(tensor.numel() for tensor in saved["state_dict"].values()))
     module = made_by(**{key: built(value, known[key].hint, key) for key, value in {**given, **overrides}.items()})
     module.restore(hparams)
-    ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)
-    check_trained(saved, module)
     return module
 
 
@@ -173,6 +215,8 @@ def check_restored(
     Raises:
         LoPAError: If the checkpoint holds the state of another optimizer or scheduler, or one that no run writes.
     """
+    if stage == "fit" and "loops" not in saved:
+        raise LoPAError("a bundle holds no state of training; go on from the checkpoint that it was exported from")
     old, new = _of_training(saved[ckpt.HYPERPARAMETERS]), _of_training(module.hparams)
     for key in _BUILT if stage == "fit" else ():
         was, now = ((settings[key] or {}).get("class_path") for settings in (old, new))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,9 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import Pooling, check_pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
+from lopa_lightning.modules.predict import answers, row_encoder
 from lopa_lightning.modules.prompted_model import HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.modules.start import answering
 from lopa_lightning.plain import plain
 from lopa_lightning.task import Task, Verbalizer
 
@@ -76,7 +79,12 @@ class ClassificationModule(LoPALightningModule):
         if self.task is None and hparams.get("task") is not None:
             self._set_task(_task_of(hparams["task"]))
 
-    def _required_task(self) -> Task:
+    def required_task(self) -> Task:
+        """Returns the task.
+
+        Raises:
+            LoPAError: If there is none yet.
+        """
         if self.task is None:
             raise LoPAError("ClassificationModule needs a task: give one, or use a data module that has one")
         return self.task
@@ -92,8 +100,11 @@ class ClassificationModule(LoPALightningModule):
         if self.task is None:
             self._set_task(data_task)
         super().setup(stage)
-        task = self._required_task()
+        task = self.required_task()
         if data_task is not None:
+            if stage == "fit":
+                task = _cut_as(task, data_task)
+                self._set_task(task)
             lines = ckpt.differences(self._reading(task), self._reading(data_task), between=("the model", "the data"))
             if lines:
                 raise LoPAError("the data's task is not the model's:\n  " + "\n  ".join(lines))
@@ -103,7 +114,7 @@ class ClassificationModule(LoPALightningModule):
             raise LoPAError(f"objective {self.objective!r} answers with words; regression needs objective: head")
         if task.words is None:
             raise LoPAError(f"objective {self.objective!r} needs label words, one for each of {task.labels}")
-        self._word_ids(task.words)
+        self.word_ids(task.words)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         kind = self.builder.kind
@@ -111,22 +122,23 @@ class ClassificationModule(LoPALightningModule):
             raise LoPAError(f"objective {self.objective!r} answers with words; this input needs objective: head")
         return kind.tokenizer
 
-    def _word_ids(self, words: list[str]) -> list[int]:
+    def word_ids(self, words: list[str]) -> list[int]:
+        """Returns the backbone's token of each label word."""
         return label_word_ids(self._tokenizer(), words)
 
     def configure_readout(self, backbone: Backbone) -> Readout:
         """Label words at the mask or at the end, or a trained head."""
-        task = self._required_task()
+        task = self.required_task()
         if self.objective == "head":
             return HeadReadout(backbone.hidden_dim, task.num_outputs, self.head_pooling)
         mask_id = self._tokenizer().mask_token_id if self.objective == "masked_lm" else None
-        return LabelWordReadout(self._word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
+        return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Returns the cross entropy of the label, or on average of several labels; of a number the squared error."""
-        if self._required_task().is_regression:
+        if self.required_task().is_regression:
             return F.mse_loss(outputs.squeeze(-1).float(), batch["labels"].float())
-        if self._required_task().multi_label:
+        if self.required_task().multi_label:
             return F.binary_cross_entropy_with_logits(outputs.float(), batch["labels"].float())
         if self.loss_over == "vocabulary":
             return F.nll_loss(outputs, batch["labels"])
@@ -134,30 +146,30 @@ class ClassificationModule(LoPALightningModule):
 
     def configure_metrics(self) -> MetricCollection:
         """The task's official metrics, and with classes accuracy and the majority class's share."""
-        task = self._required_task()
+        task = self.required_task()
         return build_metrics(task.official_metrics, len(task.labels), task.multi_label)
 
     def official_metrics(self) -> list[str]:
         """The task's."""
-        return self._required_task().official_metrics
+        return self.required_task().official_metrics
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Class indices ``[B]``, 1 at each label of several ``[B, labels]``, or numbers ``[B]``."""
-        task = self._required_task()
+        task = self.required_task()
         if task.multi_label:
             return (outputs > 0).long()
         return outputs.squeeze(-1).float() if task.is_regression else outputs.argmax(-1)
 
     def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
         """``probabilities [B, labels]``, or ``value [B]``."""
-        task = self._required_task()
+        task = self.required_task()
         if task.is_regression:
             return {"value": outputs.squeeze(-1).float()}
         return {"probabilities": outputs.float().sigmoid() if task.multi_label else outputs.float().softmax(-1)}
 
     def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Records with ``index``, and ``label`` (or ``labels``) and ``probabilities`` by name, or ``value``."""
-        rows, task = super().prediction_rows(predicted), self._required_task()
+        rows, task = super().prediction_rows(predicted), self.required_task()
         for row in rows if task.labels else []:
             named = dict(zip(task.labels, row.pop("probabilities")))
             if task.multi_label:
@@ -167,9 +179,28 @@ class ClassificationModule(LoPALightningModule):
             row["probabilities"] = named
         return rows
 
+    def predict(self, texts: Any, batch_size: int = 32) -> list[dict[str, Any]]:
+        """Answers for texts, read by the task's template and cut as in training.
+
+        Args:
+            texts: One row or a list of them. A row is a text; for a task on two texts, a tuple of both; or a mapping of
+                columns, whose other entries are not read.
+            batch_size: Rows at a time, of like lengths.
+
+        Returns:
+            A record for each row, in their order: ``label`` (or ``labels``) and ``probabilities`` by name, or
+            ``value``.
+
+        Raises:
+            LoPAError: If a row has not the task's texts, or nothing was trained or loaded.
+        """
+        encoder, rows = row_encoder(self, texts)
+        with answering(self, "predict", {"right"}):
+            return answers(self, encoder, rows, batch_size)
+
     def task_identity(self) -> dict[str, Any]:
         """Objective, labels and what reads them."""
-        return {"objective": self.objective, **self._reading(self._required_task())}
+        return {"objective": self.objective, **self._reading(self.required_task())}
 
     def _reading(self, task: Task) -> dict[str, Any]:
         """What of a task shapes what is learned for it."""
@@ -181,6 +212,14 @@ class ClassificationModule(LoPALightningModule):
             return {"labels": task.labels, "head_pooling": self.head_pooling, **several, **instance}
         template = [says.causal_template] if self.objective == "causal_lm" and says.causal_template else says.template
         return {"labels": task.labels, "words": says.words, "template": template, **instance}
+
+
+def _cut_as(task: Task, data_task: Task) -> Task:
+    """Returns a module's task with the data's say on how texts are cut."""
+    if task.verbalizer is None or (says := data_task.verbalizer) is None:
+        return task
+    cut = dataclasses.replace(task.verbalizer, max_length=says.max_length, truncation_side=says.truncation_side)
+    return dataclasses.replace(task, verbalizer=cut)
 
 
 def _task_of(saved: Mapping[str, Any]) -> Task:

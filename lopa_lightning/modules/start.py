@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lopa_lightning import checkpoint as ckpt
@@ -123,6 +126,30 @@ def check_learned(module: LoPALightningModule, stage: str) -> None:
             "without any"
         )
     rank_zero_warn("nothing was trained or loaded: this validates initial values; --ckpt_path names a checkpoint")
+
+
+@contextlib.contextmanager
+def answering(module: LoPALightningModule, what: str, sides: set[Side]) -> Iterator[None]:
+    """Loads a module if it is not loaded, and keeps it in eval mode while it answers outside of a Trainer.
+
+    Args:
+        module: Of which something is asked.
+        what: What it is, for messages.
+        sides: Where its inputs are padded.
+
+    Raises:
+        LoPAError: If it would answer from initial values, or virtual tokens and padding do not go together here.
+    """
+    if module._trainer is None or module._trainer.state.fn != TrainerFn.FITTING:
+        check_learned(module, what)
+    module.configure_model()
+    check_states(module, sides)
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def check_states(module: LoPALightningModule, sides: set[Side]) -> None:

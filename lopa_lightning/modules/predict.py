@@ -1,0 +1,114 @@
+"""Answers for texts that come from no data module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from tqdm import tqdm
+
+from lopa_lightning.backbones.text_spec import TextSpec
+from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.rows import EncodeRows, TextError, check_texts
+from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
+from lopa_lightning.errors import LoPAError, at_least
+
+if TYPE_CHECKING:
+    from lopa_lightning.modules.classification import ClassificationModule
+
+_AT_ONCE = 4096  # rows whose tokens are in memory
+_LONG = 8  # batches that a progress bar is shown for, on a terminal
+
+
+def row_encoder(module: ClassificationModule, texts: Any) -> tuple[EncodeRows, dict[str, list[Any]]]:
+    """Checks texts, and builds the encoder that training used; no weights are needed.
+
+    Args:
+        module: With a task.
+        texts: See :func:`~lopa_lightning.data.task_rows.rows_of`.
+
+    Returns:
+        The encoder, and the texts by column.
+
+    Raises:
+        LoPAError: If a row has not the task's texts.
+    """
+    spec, task = module.input_spec, module.required_task()
+    if not isinstance(spec, TextSpec):
+        raise LoPAError("predict reads texts, and this module another kind of input; use a Trainer and its data module")
+    rows = rows_of(texts, task_template(task).columns)
+    check_rows(rows)
+    return task_encoder(task, spec), rows
+
+
+def check_rows(rows: dict[str, list[Any]]) -> None:
+    """Raises a LoPAError that names the first row without a text."""
+    try:
+        check_texts(rows)
+    except TextError:
+        for column, texts in rows.items():
+            for place, text in enumerate(texts):
+                try:
+                    check_texts({column: [text]})
+                except TextError as error:
+                    raise LoPAError(f"column {column!r} {error.fault} in row {place} (counted from 0)") from None
+
+
+def answers(
+    module: ClassificationModule, encoder: EncodeRows, rows: dict[str, list[Any]], batch_size: int
+) -> list[dict[str, Any]]:
+    """Returns a module's record for each row, in the rows' order.
+
+    Args:
+        module: With weights, in eval mode.
+        encoder: Of rows.
+        rows: Texts by column.
+        batch_size: Rows at a time, of like lengths.
+
+    Raises:
+        LoPAError: If ``batch_size`` is below 1.
+    """
+    at_least(1, batch_size=batch_size)
+    count = len(next(iter(rows.values())))
+    found: list[dict[str, Any]] = [{}] * count
+    # None: only on a terminal.
+    with tqdm(total=count, unit=" rows", disable=None if count > _LONG * batch_size else True) as bar:
+        for first in range(0, count, _AT_ONCE):
+            part = {name: texts[first : first + _AT_ONCE] for name, texts in rows.items()}
+            for batch in batches(module, encoder, part, first, batch_size):
+                with torch.inference_mode():
+                    predicted = {"index": batch["index"], **module.predict_outputs(module(batch))}
+                for record in module.prediction_rows(predicted):
+                    found[record.pop("index")] = record
+                bar.update(len(batch["index"]))
+    return found
+
+
+def batches(
+    module: ClassificationModule, encoder: EncodeRows, rows: dict[str, list[Any]], first: int, batch_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the batches of rows, the longest first, on the module's device.
+
+    Args:
+        module: Which is to read them.
+        encoder: Of rows.
+        rows: Texts by column.
+        first: Number of the first row.
+        batch_size: Rows at a time.
+    """
+    spec = module.input_spec
+    assert isinstance(spec, TextSpec)
+    count = len(next(iter(rows.values())))
+    encoded = encoder(rows, list(range(first, first + count)))
+    lengths = encoded.pop("length")
+    limits = {"truncated": encoder.max_tokens, "instance_truncated": spec.instance_max_tokens}
+    for name, limit in limits.items():
+        if cut := sum(encoded.pop(name, [])):
+            rank_zero_warn(f"{cut} of {count} texts were cut to {limit} tokens")
+    collate, order = Collate.of(spec), sorted(range(count), key=lambda row: -lengths[row])
+    parts = [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    for part in parts:
+        batch = collate([{name: values[row] for name, values in encoded.items()} for row in part])
+        yield {name: values.to(module.device) for name, values in batch.items()}

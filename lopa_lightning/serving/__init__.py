@@ -1,0 +1,1 @@
+"""From a checkpoint to answers: predictions, a bundle to share, and soft prompts without the backbone."""

@@ -1,0 +1,292 @@
+"""A folder with all that a soft prompt needs: what was trained, and what it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning import bundle_file, checkpoint
+from lopa_lightning.bundle_file import BundleConfig, TokenizerFacts
+from lopa_lightning.errors import LoPAError, one_line, shown
+from lopa_lightning.files import new_folder
+from lopa_lightning.modules import LoPALightningModule
+from lopa_lightning.modules.checkpoint_loading import constructed, rebuilt
+from lopa_lightning.prompts.base import PromptEncoder
+
+CARD, PARITY, PARITY_TENSORS = "README.md", "parity.json", "parity.safetensors"
+FILES = (bundle_file.CONFIG, bundle_file.TENSORS, CARD, PARITY, PARITY_TENSORS)
+PROMPTS = "prompts"  # name of the soft prompts in the last one
+_PROBES = ("A café costs 12.50 €;\n\tis it   OK?", "你好 <s>[MASK]</s> <|im_start|>")
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A trained soft prompt to share. Read one by :meth:`from_pretrained`, make one by ``lopa export``.
+
+    Attributes:
+        config: What ``config.json`` says.
+        tensors: What was trained, by the names of a checkpoint.
+        card: The model card, Markdown.
+        rows: To compare with elsewhere: for each, ``input`` and the module's answer: a record of ``predict``, or for
+            completions ``first_tokens``: the ``ids`` of the likeliest and their ``log_probabilities``.
+        prompts: The rows' soft prompts ``[N, m, d]``; None where :meth:`check_prompts` refuses.
+    """
+
+    config: BundleConfig
+    tensors: dict[str, Tensor]
+    card: str
+    rows: list[dict[str, Any]]
+    prompts: Tensor | None = None
+
+    # Reading and writing
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        revision: str | None = None,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Bundle:
+        """Reads and checks a bundle.
+
+        Args:
+            name: A folder, or a repository on the hub.
+            revision: Branch, tag or commit on the hub.
+            token: Of the hub.
+            cache_dir: Where what is downloaded is kept.
+            local_files_only: Whether nothing is downloaded.
+
+        Raises:
+            LoPAError: If there is none, or it is no bundle.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            try:
+                found = huggingface_hub.snapshot_download(
+                    str(name),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=list(FILES),
+                )
+            except Exception as error:  # of the hub's client, the network or the name
+                what = f"no bundle found for {shown(str(name))}, as a folder or a reachable hub id"
+                raise LoPAError(f"{what}: {one_line(error)}") from error
+            folder = Path(str(found))
+        if not bundle_file.is_bundle(folder):
+            raise LoPAError(f"{shown(str(name))} is no bundle: it has no {bundle_file.CONFIG}")
+        config, tensors = bundle_file.read(folder)
+        try:
+            rows, prompts = _parity(folder, config)
+        except LoPAError as error:
+            raise LoPAError(f"{shown(str(folder))} cannot be read as a bundle: {error}") from None
+        card = folder / CARD
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        return cls(config, tensors, text, rows, prompts)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the bundle, whole or not at all.
+
+        Args:
+            folder: Must not be there, or be empty.
+
+        Raises:
+            LoPAError: If it is there and not empty, or cannot be written to.
+        """
+        with new_folder(Path(folder), "the folder of a bundle") as new:
+            config = dataclasses.asdict(self.config)
+            (new / bundle_file.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (new / CARD).write_text(self.card, encoding="utf-8")
+            (new / PARITY).write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            prompts = {} if self.prompts is None else {PROMPTS: self.prompts}
+            for name, tensors in ((bundle_file.TENSORS, self.tensors), (PARITY_TENSORS, prompts)):
+                whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+                safetensors.torch.save_file(whole, new / name, metadata={"format": "pt"})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a LoPA bundle",
+    ) -> str:
+        """Uploads the bundle to a repository on the hub, which is made if it is not there.
+
+        Args:
+            repo_id: ``user/name``.
+            private: Whether a new repository is private.
+            token: Of the hub.
+            revision: Branch to commit to.
+            commit_message: The commit's.
+
+        Returns:
+            The commit's address.
+        """
+        api = huggingface_hub.HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch, "bundle"))
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=Path(scratch, "bundle"), revision=revision, commit_message=commit_message
+            )
+        return str(commit.commit_url)
+
+    # What can be done with it
+
+    @cached_property
+    def unloaded(self) -> LoPALightningModule:
+        """The module that it was made of, for its settings: no file of a model is opened.
+
+        Raises:
+            LoPAError: If a class that it names is not imported, or a setting is not what it must be.
+        """
+        return self.unloaded_module()
+
+    def unloaded_module(self, trust_remote_code: bool = False, **overrides: Any) -> LoPALightningModule:
+        """Builds the module that it was made of, for its settings: no file of a model is opened.
+
+        Args:
+            trust_remote_code: Whether models may run code of their own, where the bundle says that they do.
+            **overrides: Hyperparameters to use in place of the bundle's.
+
+        Raises:
+            LoPAError: If a class that it names is not imported, or a setting is not what it must be.
+        """
+        saved = bundle_file.as_checkpoint(self.config, self.tensors)
+        try:
+            return constructed(LoPALightningModule, saved, trust_remote_code, overrides)  # type: ignore[type-abstract]
+        except LoPAError:
+            raise
+        except Exception as error:  # whatever a class makes of arguments that it was never saved with
+            raise LoPAError(f"no module can be built from the bundle: {shown(error)}") from error
+
+    def module(self, trust_remote_code: bool = False, **overrides: Any) -> LoPALightningModule:
+        """Loads the module that it was made of, with its backbone, in eval mode.
+
+        Args:
+            trust_remote_code: See ``load_from_checkpoint``.
+            **overrides: See ``load_from_checkpoint``.
+
+        Raises:
+            LoPAError: See ``load_from_checkpoint``.
+        """
+        saved = bundle_file.as_checkpoint(self.config, self.tensors)
+        return rebuilt(LoPALightningModule, saved, "the bundle", trust_remote_code, overrides)  # type: ignore[type-abstract]
+
+    def prompt_encoder(self) -> PromptEncoder:
+        """Builds the trained prompt encoder, in eval mode.
+
+        Raises:
+            LoPAError: If its settings and the trained tensors do not go together.
+        """
+        facts, make = self.config.prompt, self.unloaded.make_prompt_encoder
+        trained = self.part("prompt_encoder")
+        try:
+            with torch.device("meta"):  # sizes are looked at before anything of such a size is built
+                shapes = make(facts.embedding_dim, facts.instance_dim)
+            checkpoint.check_tensors(trained, dict(shapes.named_parameters()))
+            encoder = make(facts.embedding_dim, facts.instance_dim)
+        except LoPAError:
+            raise
+        except Exception as error:  # as of sizes that no tensor can have
+            raise LoPAError(f"no prompt encoder can be built from the bundle: {shown(error)}") from error
+        encoder.load_state_dict(trained, strict=False)  # the names are checked; buffers are not saved
+        if encoder.num_virtual_tokens != facts.num_virtual_tokens:
+            said, got = facts.num_virtual_tokens, encoder.num_virtual_tokens
+            raise LoPAError(f"the bundle's prompt says num_virtual_tokens {said}, and its method makes {got}")
+        return encoder.requires_grad_(False).eval()
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Returns the trained tensors of a part of the model, by their names in it.
+
+        Args:
+            name: ``prompt_encoder``, ``readout``, ``instance_encoder`` or ``backbone``.
+        """
+        prefix = f"net.{name}."
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def check_prompts(self) -> None:
+        """Refuses a bundle whose soft prompt is not all that the backbone must be given, or needs the backbone.
+
+        Raises:
+            LoPAError: If virtual tokens stand in every layer, the text's embeddings are changed as well, the backbone
+                was changed, there is no soft prompt, or the backbone itself is the instance encoder.
+        """
+        module, method = self.unloaded, self.prompt_encoder()
+        backbone = module.backbone_spec.name
+        works = "load_from_checkpoint loads it with the backbone"
+        if module.adapter is not None or module.train_backbone:
+            raise LoPAError(f"{backbone!r} was changed (adapter or train_backbone), and no prompt says so; {works}")
+        if method.num_virtual_tokens == 0:
+            raise LoPAError(f"the bundle has no soft prompt; {works}")
+        if self.config.prompt.placement == "every_layer":
+            raise LoPAError(f"placement every_layer is keys and values in every layer, and no soft prompt; {works}")
+        if method.token_offset() is not None:
+            name = type(method).__name__
+            raise LoPAError(f"{name} also changes the embeddings of the text, and no prompt says so; {works}")
+        if method.uses_instance and module.builder.encoder_spec.is_backbone:
+            raise LoPAError(
+                f"the instance encoder is the backbone {backbone!r} itself, without which no prompt can be made; train "
+                "with a small one (instance_encoder.name: sentence-transformers/all-MiniLM-L6-v2) to make prompts "
+                f"apart from it; {works}"
+            )
+
+    def check_served(self) -> None:
+        """Refuses a bundle that an inference server cannot answer with: soft prompts in, tokens out.
+
+        Raises:
+            LoPAError: As :meth:`check_prompts`, or if a head is read, or the mask of a masked LM.
+        """
+        self.check_prompts()
+        if (objective := self.config.answer.get("objective")) not in ("causal_lm", "completion"):
+            what = "a head reads hidden states" if objective == "head" else "a masked LM is read at its mask"
+            raise LoPAError(
+                f"{what}, which no inference server sends; `lopa predict --ckpt_path` and module.predict answer with "
+                "it, or train with objective: causal_lm"
+            )
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
+    """Returns which tokenizer it is: by its vocabulary and by what it does, not by how its files are written."""
+    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in _PROBES]
+    what = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens), encoded]
+    template = tokenizer.chat_template
+    return TokenizerFacts(_sha256(what), None if template is None else _sha256(template))
+
+
+def _sha256(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parity(folder: Path, config: BundleConfig) -> tuple[list[dict[str, Any]], Tensor | None]:
+    """The rows to compare with; a bundle may lack them."""
+    if not (folder / PARITY).is_file():
+        return [], None
+    rows = bundle_file.read_json(folder / PARITY)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "input" in row for row in rows):
+        raise LoPAError(f"its {PARITY} must be a list of rows with an input, got {shown(rows)}")
+    found = bundle_file.read_tensors(folder / PARITY_TENSORS).get(PROMPTS)
+    wanted = (len(rows), config.prompt.num_virtual_tokens, config.prompt.embedding_dim)
+    if found is not None and found.shape != wanted:
+        raise LoPAError(f"its {PARITY_TENSORS} must have {PROMPTS} {wanted}, got {tuple(found.shape)}")
+    return rows, found

@@ -1,0 +1,211 @@
+"""Writes a checkpoint as a folder to share: a bundle, or an adapter of PEFT."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lopa_lightning import __version__
+from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
+from lopa_lightning.backbones.text import TextBackbone
+from lopa_lightning.backbones.text_spec import TextSpec
+from lopa_lightning.backbones.tokens import running_ids
+from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.files import check_new
+from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
+from lopa_lightning.modules.predict import batches, row_encoder
+from lopa_lightning.plain import without_defaults
+from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
+from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
+from lopa_lightning.serving.command import Options
+from lopa_lightning.serving.peft_export import write_peft
+from lopa_lightning.stopping import stoppable
+
+_TEXTS = ("The film was a pleasure to watch.", "Where is the nearest station?", "def add(a, b):")
+_OF_TRAINING = ("optimizer", "lr_scheduler", "warmup", "learning_rates", "nonfinite_loss")
+_TOP = 20  # first tokens of a completion whose probabilities are kept
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns what reads the options."""
+    parser = Options("export", "Writes all that a soft prompt needs into a folder.")
+    parser.add_argument("checkpoint", help="the .ckpt file")
+    parser.add_argument("out", help="the folder, which must not be there or be empty")
+    parser.add_argument("--to", choices=["bundle", "peft"], default="bundle", help="form (default: bundle)")
+    parser.add_argument("--text", action="append", help="a text of the rows to compare with; several times")
+    parser.add_argument("--backbone", help="hub id to name the backbone by, in place of the checkpoint's")
+    parser.add_argument("--instance_encoder", help="hub id to name the instance encoder by")
+    parser.add_argument("--license", help="of what was trained, for the model card")
+    parser.add_argument("--push", metavar="REPO", help="hub id of a repository that the bundle is uploaded to as well")
+    parser.add_argument("--private", action="store_true", help="makes a new repository private")
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs ``lopa export``.
+
+    Args:
+        args: What follows on the command line.
+
+    Raises:
+        LoPAError: If the folder is not empty, or the checkpoint cannot be read or exported so.
+    """
+    given = options().parse_args(args)
+    with stoppable():
+        out = Path(given.out)
+        check_new(out, "OUT")
+        if given.to == "peft":
+            if given.push:
+                raise LoPAError("--push goes with --to bundle; an adapter of PEFT is uploaded by PEFT's push_to_hub")
+            write_peft(LoPALightningModule.load_from_checkpoint(given.checkpoint), out, given.backbone)
+            print(f"{out} is an adapter for peft.PeftModel.from_pretrained")
+            return
+        names = {key: name for key in ("backbone", "instance_encoder") if (name := getattr(given, key))}
+        bundle = export_bundle(given.checkpoint, given.text, names, given.license)
+        bundle.save_pretrained(out)
+        print(f"{out} is a bundle of {sum(tensor.nbytes for tensor in bundle.tensors.values()) / 1e6:.1f} MB")
+        if given.push:
+            print(f"uploaded: {bundle.push_to_hub(given.push, private=given.private or None)}")
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    texts: Sequence[Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    license: str | None = None,
+) -> Bundle:
+    """Makes a bundle of a checkpoint.
+
+    Args:
+        checkpoint: The ``.ckpt`` file.
+        texts: Rows to compare with elsewhere, as ``predict`` takes them; by default three sentences.
+        names: Hub ids of ``backbone`` and ``instance_encoder``, where others find them.
+        license: Of what was trained, for the model card.
+
+    Raises:
+        LoPAError: If the checkpoint cannot be loaded, or is no task on texts.
+    """
+    module = LoPALightningModule.load_from_checkpoint(checkpoint)
+    saved = ckpt.read(checkpoint)
+    if not isinstance(module, CausalLMModule | ClassificationModule) or not isinstance(module.input_spec, TextSpec):
+        raise LoPAError(f"{type(module).__name__} is no task on texts, of which bundles are made")
+    tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    bundle = Bundle(_config(module, names or {}, metrics_in(saved)), tensors, "", [])
+    rows = _rows(module, texts)
+    prompts, unserved = None, None
+    try:
+        bundle.check_prompts()
+        prompts = torch.cat([each for _, each in rows])
+        bundle.check_served()
+    except LoPAError as error:
+        unserved = str(error)
+        rank_zero_warn(f"the bundle is for module.predict and generate, not for a server: {error}")
+    specs = {"backbone": module.backbone_spec}
+    if module.builder.skeleton.prompt_encoder.uses_instance:
+        encoder = module.instance_spec
+        specs["instance_encoder"] = module.backbone_spec if encoder.is_backbone else encoder.pretrained()
+    models, given = {}, dict(names or {})
+    for key, spec in specs.items():
+        name = given.get("backbone" if spec is module.backbone_spec else key, spec.name)
+        models[key] = name, license_of(spec)
+        is_new = key == "backbone" or spec is not module.backbone_spec
+        if is_new and name == spec.name and Path(spec.location()).is_dir() and not name.startswith("package:"):
+            rank_zero_warn(f"the bundle names a folder of this machine: {name}; --{key} gives its hub id")
+    card = model_card(bundle.config, models, unserved, run_facts(Path(checkpoint)), license)
+    return dataclasses.replace(bundle, card=card, rows=[row for row, _ in rows], prompts=prompts)
+
+
+def _config(
+    module: CausalLMModule | ClassificationModule, names: Mapping[str, str], metrics: dict[str, float]
+) -> BundleConfig:
+    backbone, spec, builder = module._net().backbone, module.input_spec, module.builder
+    assert isinstance(backbone, TextBackbone)
+    assert isinstance(spec, TextSpec)
+    arguments, identity = without_defaults(type(module), module.hparams), copy.deepcopy(module._identity)
+    arguments = {key: copy.deepcopy(value) for key, value in arguments.items() if key not in _OF_TRAINING}
+    made_by = arguments.pop("_class_path")
+    sources = {"backbone": module.backbone_spec}
+    if spec.instance_tokenizer is not None and not module.instance_spec.is_backbone:
+        sources["instance_encoder"] = module.instance_spec.pretrained()
+    for key, source in sources.items():
+        if not isinstance(arguments.get(key), dict) or not isinstance(identity.get(key), dict):
+            continue
+        if key in names:
+            arguments[key]["name"] = identity[key]["name"] = names[key]
+        elif (commit := _commit(source)) is not None:  # a branch may move
+            arguments[key]["revision"] = identity[key]["revision"] = commit
+    answer: dict[str, Any] = {"objective": module.task_identity()["objective"]}
+    if isinstance(module, ClassificationModule):
+        task = module.required_task()
+        answer |= {"labels": task.labels}
+        if module.objective != "head" and task.words is not None:
+            answer |= {"words": task.words, "word_ids": module.word_ids(task.words)}
+    return BundleConfig(
+        FORMAT_VERSION,
+        f"lopa-lightning {__version__}",
+        {"class_path": made_by, "init_args": arguments},
+        PromptFacts(
+            module._net().prompt_encoder.num_virtual_tokens,
+            backbone.prompt_dim,
+            builder.instance_dim(backbone),
+            module.placement,
+            str(backbone.embedding_weight.dtype).removeprefix("torch."),
+        ),
+        identity,
+        {
+            "backbone": tokenizer_facts(spec.tokenizer),
+            "instance_encoder": None if spec.instance_tokenizer is None else tokenizer_facts(spec.instance_tokenizer),
+        },
+        answer,
+        metrics,
+    )
+
+
+def _commit(source: PretrainedSpec) -> str | None:
+    """Returns the commit that a model of the hub was loaded at; None of a folder."""
+    return None if Path(source.location()).is_dir() else getattr(load_config(source), "_commit_hash", None)
+
+
+@torch.no_grad()
+def _rows(
+    module: CausalLMModule | ClassificationModule, texts: Sequence[Any] | None
+) -> list[tuple[dict[str, Any], Tensor]]:
+    """Rows with the module's answers, and their soft prompts ``[1, m, d]``; one at a time: nothing is padded."""
+    net, found = module._net(), []
+    if isinstance(module, CausalLMModule):
+        for text in texts or _TEXTS:
+            batch, likeliest = _first_tokens(module, text)
+            found.append(({"input": text, "first_tokens": likeliest}, net.soft_prompt(batch)[0].cpu()))
+        return found
+    encoder, columns = row_encoder(module, [] if texts is None else list(texts))
+    if texts is None:
+        columns = {name: list(_TEXTS) for name in columns}
+    for values in zip(*columns.values()):
+        row = {name: [value] for name, value in zip(columns, values)}
+        (batch,) = batches(module, encoder, row, 0, 1)
+        (record,) = module.predict(dict(zip(columns, values)))
+        found.append(({"input": dict(zip(columns, values)), **record}, net.soft_prompt(batch)[0].cpu()))
+    return found
+
+
+def _first_tokens(module: CausalLMModule, text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A text as a batch, and the likeliest tokens that follow it."""
+    net, spec = module._net(), module.input_spec
+    backbone = net.backbone
+    assert isinstance(backbone, TextBackbone)
+    ids = torch.tensor([[*spec.start_ids, *running_ids(spec.tokenizer, [text])[0]]], device=module.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **spec.instance_batch([text], module.device)}
+    states = backbone(net.soft_prompt(batch)[0], batch, net.prompt_encoder.token_offset())
+    every = torch.arange(len(backbone.embedding_weight), device=ids.device)
+    values, tokens = backbone.label_log_probabilities(states.hidden[:, -1], every)[0].topk(min(_TOP, len(every)))
+    return batch, {"ids": tokens.tolist(), "log_probabilities": values.tolist()}
