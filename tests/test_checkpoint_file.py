@@ -164,7 +164,7 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "identity of no format": (lambda saved: saved["lopa_identity"].pop("format"), "its format is None"),
     "later format": (
         lambda saved: saved["lopa_identity"].update(format=99),
-        "it has format 99.*reads up to 2; update it",
+        "it has format 99.*reads up to 3; update it",
     ),
     "no state_dict": (lambda saved: saved.pop("state_dict"), "its state_dict must be a dict, got a NoneType"),
     "state_dict None": (lambda saved: saved.update(state_dict=None), "its state_dict must be a dict, got a NoneType"),
