@@ -16,8 +16,22 @@ if TYPE_CHECKING:
         TextClassificationDataModule,
     )
     from lopa_lightning.instances.encoder import InstanceEncoderSpec
-    from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
-    from lopa_lightning.prompts import IDPG, DePT, LoPA, NoPrompt, PromptEncoder, PromptTuning, PTuning
+    from lopa_lightning.modules import (
+        CausalLMModule,
+        ClassificationModule,
+        ImageClassificationModule,
+        LoPALightningModule,
+    )
+    from lopa_lightning.prompts import (
+        IDPG,
+        DePT,
+        LoPA,
+        NoPrompt,
+        PromptEncoder,
+        PromptTuning,
+        PTuning,
+        VisualPromptTuning,
+    )
     from lopa_lightning.serving.bundle import Bundle
     from lopa_lightning.serving.prompter import LoPAPrompter
     from lopa_lightning.task import Task, Verbalizer
@@ -33,6 +47,7 @@ _HOMES = {
     "DePT": "prompts",
     "GLUEDataModule": "data",
     "IDPG": "prompts",
+    "ImageClassificationModule": "modules",
     "InstanceEncoderSpec": "instances.encoder",
     "LoPA": "prompts",
     "LoPALightningModule": "modules",
@@ -46,6 +61,7 @@ _HOMES = {
     "TextClassificationDataModule": "data",
     "Task": "task",
     "Verbalizer": "task",
+    "VisualPromptTuning": "prompts",
     "default_callbacks": "callbacks",
 }
 
@@ -58,6 +74,7 @@ __all__ = [
     "CompletionDataModule",
     "DePT",
     "GLUEDataModule",
+    "ImageClassificationModule",
     "InstanceEncoderSpec",
     "LoPA",
     "LoPALightningModule",
@@ -71,6 +88,7 @@ __all__ = [
     "Task",
     "TextClassificationDataModule",
     "Verbalizer",
+    "VisualPromptTuning",
     "default_callbacks",
 ]
 

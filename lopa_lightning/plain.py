@@ -87,6 +87,13 @@ def plain(value: Any) -> Any:
     raise TypeError(f"hyperparameter {value!r} of type {type(value).__name__} cannot be stored in a checkpoint")
 
 
+def made_class(factory: Callable[..., Any]) -> type | None:
+    """Returns the class that a factory makes objects of; None if it is neither a class nor a partial of one."""
+    # The CLI's partials call a helper with the class among its arguments.
+    parts = (factory.func, *factory.args) if isinstance(factory, functools.partial) else (factory,)
+    return next((part for part in reversed(parts) if isinstance(part, type)), None)
+
+
 def factory_spec(factory: Callable[..., Any]) -> dict[str, Any]:
     """Describes a class, or a ``functools.partial`` of one, as ``class_path`` and ``init_args``.
 
@@ -99,13 +106,8 @@ def factory_spec(factory: Callable[..., Any]) -> dict[str, Any]:
     Raises:
         TypeError: If it is neither, such as a lambda, and so could not be rebuilt from a checkpoint.
     """
-    given: dict[str, Any] = {}
-    target: Any = factory
-    if isinstance(factory, functools.partial):
-        # The CLI's partials call a helper with the class among its arguments.
-        classes = [part for part in (factory.func, *factory.args) if isinstance(part, type)]
-        target, given = (classes[-1] if classes else None), factory.keywords
-    if not isinstance(target, type):
+    given = factory.keywords if isinstance(factory, functools.partial) else {}
+    if (target := made_class(factory)) is None:
         raise TypeError(f"{factory!r} cannot be stored in a checkpoint; pass a class or a functools.partial of one")
     return {"class_path": class_name(target), "init_args": {**defaults(target), **plain(given)}}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.pretrained import Family, PretrainedSpec, hidden_size
 from lopa_lightning.backbones.transformer_layers import transformer_layers
-from lopa_lightning.prompts.base import Vocabulary
+from lopa_lightning.prompts.base import UniformTokens, Vocabulary
 
 if TYPE_CHECKING:
     from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
@@ -72,16 +72,33 @@ class Backbone(nn.Module, ABC):
     placement: str
     dropout: bool = False
     """Whether the model's own dropout is active in training."""
+    adapted: Sequence[nn.Module] = ()
+    """Layers that an adapter has changed."""
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in eval mode, unless the model's dropout was asked for."""
+        """Stays in eval mode, unless the model's dropout was asked for; an adapter's dropout is its own."""
         super().train(mode and self.dropout)
+        for layer in self.adapted:
+            layer.train(mode)
         return self
 
     @property
     @abstractmethod
     def prompt_dim(self) -> int:
         """Width d of a virtual token."""
+
+    @property
+    def prompt_layers(self) -> int:
+        """Number of layers that share a prompt encoder's gate, where a virtual token has as much for each of them.
+
+        A soft prompt is then ``[B, m, layers · d]``. It is 1 where virtual tokens are keys and values.
+        """
+        return 1
+
+    @property
+    def takes_offset(self) -> bool:
+        """Whether ``forward`` takes an offset of the input's embeddings."""
+        return self.placement != "every_layer"
 
     @property
     def hidden_dim(self) -> int:
@@ -112,8 +129,8 @@ class Backbone(nn.Module, ABC):
         """Returns how many tokens of their own the inputs of a batch have, without waiting for a device."""
         return batch[self.input_keys[0]].numel()
 
-    def vocabulary(self) -> Vocabulary | None:
-        """Returns the tokens that soft prompts can start from; None if there are none."""
+    def vocabulary(self) -> Vocabulary | UniformTokens | None:
+        """Returns what soft prompts can be initialised from: tokens, or how they are drawn; None if there is none."""
         return None
 
     def check_padding(self, num_virtual_tokens: int, sides: Iterable[Side]) -> None:

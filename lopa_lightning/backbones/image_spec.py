@@ -1,42 +1,39 @@
-"""Images as a kind of input: what a model's image processor does to them, and what a batch of them is made of."""
+"""Images as a kind of input: their backbones, and what a data module must know to make batches for them."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import BaseImageProcessor
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from lopa_lightning.backbones.base import InputSpec
-from lopa_lightning.backbones.pretrained import PretrainedSpec
+from lopa_lightning.backbones.base import Backbone, Batch, InputKind, InputSpec
+from lopa_lightning.backbones.image_processing import ImageProcessing, load_processing
+from lopa_lightning.backbones.pretrained import PretrainedSpec, checked_shapes, load_config
+from lopa_lightning.backbones.vision import VisionBackbone, has_cls, image_states, last_hidden_states, num_patches
 from lopa_lightning.errors import LoPAError, one_line
 
-_PROCESSORS = ("Beit", "Bit", "CLIP", "DINOv3ViT", "DeiT", "Siglip", "ViT")
-"""Whose image processors resize, crop, scale and normalise, in this order, and do nothing else."""
+if TYPE_CHECKING:
+    from lopa_lightning.instances.encoder import InstanceEncoderSpec
+    from lopa_lightning.instances.vectors import VectorCache
 
+__all__ = ["ARCHITECTURES", "ImageKind", "ImageProcessing", "ImageSpec", "load_processing"]
 
-@dataclass(frozen=True)
-class ImageProcessing:
-    """What a model's image processor does to an image, as plain numbers.
-
-    Attributes:
-        size: Height and width of what the model reads, in pixels.
-        resize: Height and width to resize to, or the length of the shortest edge.
-        crop: Whether a centre crop to ``size`` follows.
-        resample: PIL's filter for resizing.
-        scale: Pixel values are multiplied by it.
-        mean: Then subtracted, by channel.
-        std: Then divided by, by channel.
-    """
-
-    size: tuple[int, int]
-    resize: tuple[int, int] | int
-    crop: bool
-    resample: int
-    scale: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+ARCHITECTURES = (
+    "beit",
+    "clip_vision_model",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "siglip_vision_model",
+    "vit",
+)
+"""Kinds of models, by ``model_type``: one stack of layers that attend to all tokens, the patches last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,69 +46,104 @@ class ImageSpec(InputSpec):
     Attributes:
         processing: The backbone's.
         instance_processing: Of an instance encoder that is another model with another processing, which reads
-            ``instance_pixels [B, 3, H, W]``; None where it reads what the backbone reads.
+            ``instance_pixels [B, 3, H, W]``; None where it reads ``pixels``, or ``instance_pixels`` of the backbone's
+            processing where a batch has them, such as another view.
     """
 
     processing: ImageProcessing
     instance_processing: ImageProcessing | None = None
 
 
-def load_processing(spec: PretrainedSpec) -> ImageProcessing:
-    """Reads what a model's image processor does.
+@dataclass(frozen=True)
+class ImageKind(InputKind):
+    """Images, read as pixels.
 
-    Args:
-        spec: The model, with a ``preprocessor_config.json``.
-
-    Raises:
-        LoPAError: If there is none, or it does something else than to resize, crop, scale and normalise.
+    Attributes:
+        instance: The instance encoder; None for the backbone.
     """
-    try:
-        found, _ = BaseImageProcessor.get_image_processor_dict(spec.location(), revision=spec.revision)
-    except Exception as error:
-        raise LoPAError(
-            f"no image processor found for {spec.name!r}: preprocessor_config.json is missing ({one_line(error)})"
-        ) from error
-    return _plain(spec.name, found)
 
+    instance: InstanceEncoderSpec | None = None
 
-def _plain(name: str, settings: dict[str, Any]) -> ImageProcessing:
-    """Returns an image processor's settings as plain numbers, with its class's defaults."""
-    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type"))
-    family = kind.partition("ImageProcessor")[0].partition("FeatureExtractor")[0]
-    if family not in _PROCESSORS:
-        raise LoPAError(
-            f"the images of {name!r} are processed by {kind}; allowed are the processors of {', '.join(_PROCESSORS)}"
+    @functools.cached_property
+    def processing(self) -> ImageProcessing:
+        """What the backbone's image processor does."""
+        return load_processing(self.spec)
+
+    @functools.cached_property
+    def instance_processing(self) -> ImageProcessing | None:
+        """What the instance encoder's does, where that is something else."""
+        if self.instance is None or self.instance.is_backbone:
+            return None
+        own = load_processing(self.instance.pretrained())
+        return None if own == self.processing else own
+
+    def check(self) -> None:
+        """Raises a LoPAError if there is no head to answer, or the architecture is none that reads virtual tokens."""
+        if self.objective != "head":
+            raise LoPAError(f"images need objective: head, got {self.objective!r}")
+        check_architecture(self.spec)
+
+    def backbone(self, model: PreTrainedModel, **settings: Any) -> VisionBackbone:
+        """Builds the backbone, see :class:`~lopa_lightning.backbones.vision.VisionBackbone`."""
+        return VisionBackbone(model, self.processing, **settings)
+
+    def input_spec(
+        self,
+        backbone: Backbone,
+        num_virtual_tokens: int,
+        encoder: InstanceEncoderSpec | None,
+        vectors: VectorCache | None,
+    ) -> ImageSpec:
+        """Returns the image processing of the frozen models.
+
+        Raises:
+            LoPAError: If a model does not read images of the size that its image processor makes, or the instance
+                encoder is none for images.
+        """
+        prompt = torch.empty(1, num_virtual_tokens, backbone.prompt_dim, device="meta")
+        _check_size(self.spec, self.processing, lambda pixels: backbone(prompt, {"pixels": pixels}).hidden)
+        other = None
+        if encoder is not None and not encoder.is_backbone:
+            source, other = encoder.pretrained(), self.instance_processing
+            check_architecture(source)
+            model = checked_shapes(source, "encoder")
+            _check_size(
+                source, other or self.processing, lambda pixels: self.instance_states(model, {"pixels": pixels})[0]
+            )
+        return ImageSpec(
+            virtual_tokens=num_virtual_tokens,
+            instance_vectors=vectors,
+            processing=self.processing,
+            instance_processing=other,
         )
-    # DINOv3's needs torchvision, and has the settings of ViT's. The others have a version without it in new releases.
-    class_name = f"{family.replace('DINOv3ViT', 'ViT')}ImageProcessor"
-    processor_class: Any = getattr(transformers, f"{class_name}Pil", None) or getattr(transformers, class_name)
+
+    def instance_states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Runs an instance encoder's model on ``instance_pixels``, or on ``pixels`` where there are none.
+
+        CLS and patches count. No virtual token is there, also if the model is the backbone's.
+        """
+        processing = self.instance_processing or self.processing
+        pixels = batch["instance_pixels"] if "instance_pixels" in batch else batch["pixels"]
+        hidden = last_hidden_states(model, pixels, processing)
+        return hidden, image_states(hidden, 0, num_patches(model, processing), has_cls(model)).content_mask
+
+
+def check_architecture(spec: PretrainedSpec) -> None:
+    """Raises a LoPAError if a model is none that reads virtual tokens among the patches of images."""
+    if (kind := load_config(spec).model_type) not in ARCHITECTURES:
+        raise LoPAError(
+            f"{spec.name!r} is of kind {kind!r}, in which virtual tokens have no place among an image's patches; "
+            f"allowed are {', '.join(ARCHITECTURES)}"
+        )
+
+
+def _check_size(spec: PretrainedSpec, processing: ImageProcessing, run: Callable[[Tensor], Tensor]) -> None:
+    """Raises a LoPAError if a model on the meta device does not read the images that its image processor makes."""
     try:
-        processor = processor_class(**{key: value for key, value in settings.items() if not key.endswith("_type")})
-    except Exception as error:
-        raise LoPAError(f"the image processor of {name!r} is not usable: {one_line(error)}") from error
-    asked = [key for key in ("do_pad", "do_splits", "do_flip_channel_order") if getattr(processor, key, False)]
-    if asked or not processor.do_resize:
-        raise LoPAError(f"the image processor of {name!r} must resize and not {', '.join(asked) or 'leave sizes'}")
-    size, crop = dict(processor.size), bool(getattr(processor, "do_center_crop", False))
-    resize: Any = (size.get("height"), size.get("width")) if size.get("height") else size.get("shortest_edge")
-    final: Any = tuple(dict(processor.crop_size)[edge] for edge in ("height", "width")) if crop else resize
-    if not isinstance(final, tuple) or not isinstance(resize, int | tuple) or size.get("longest_edge"):
-        raise LoPAError(f"the image processor of {name!r} makes images of no fixed size: {size}")
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0, 0, 0), (1, 1, 1))
-    return ImageProcessing(
-        size=final,
-        resize=resize,
-        crop=crop,
-        resample=int(processor.resample),
-        scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
-        mean=_channels(name, mean),
-        std=_channels(name, std),
-    )
-
-
-def _channels(name: str, values: Any) -> tuple[float, float, float]:
-    """Returns one number for each of the three channels."""
-    if len(values) != 3:
-        raise LoPAError(f"the image processor of {name!r} has {len(values)} channels; images have 3")
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+        run(torch.empty(1, 3, *processing.size, dtype=torch.uint8, device="meta"))
+    except (RuntimeError, ValueError, IndexError) as error:
+        height, width = processing.size
+        raise LoPAError(
+            f"{spec.name!r} does not read the images of {height} x {width} pixels that its image processor makes: "
+            f"{one_line(error)}"
+        ) from error

@@ -114,6 +114,8 @@ def load_config(spec: PretrainedSpec) -> PretrainedConfig:
         LoPAError: If there is no such model.
     """
     config: PretrainedConfig = _from_pretrained(AutoConfig, "model", spec)
+    if config.model_type in ("clip", "siglip"):  # of the two models in it, the one that reads images
+        config = config.vision_config
     if (layers := getattr(config, "num_hidden_layers", 1)) < 1:
         raise LoPAError(f"the config of {spec.name!r} has {layers} layers; there must be at least 1")
     return config

@@ -95,7 +95,7 @@ class TextBackbone(Backbone, LanguageModel):
                     "use placement 'before' or 'after_first', or gradient_checkpointing: false"
                 )
             recompute(transformer_layers(self.body))
-        self._adapted = adapter_layers(model)
+        self.adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
 
@@ -113,13 +113,6 @@ class TextBackbone(Backbone, LanguageModel):
     def max_positions(self) -> int | None:
         """How many tokens, virtual ones included, the model has positions for; None if that is not limited."""
         return max_positions(self.body)
-
-    def train(self, mode: bool = True) -> TextBackbone:
-        """Stays in eval mode, unless the model's dropout was asked for; an adapter's dropout is its own."""
-        super().train(mode)
-        for layer in self._adapted:
-            layer.train(mode)
-        return self
 
     def embedding_table(self) -> Tensor:
         """The vectors that token ids stand for at the model's input, ``[V, d]``.

@@ -127,7 +127,7 @@ class PromptMonitor(Callback):
         logger.experiment.add_scalar("prompt/mean_norm", shared.norm(dim=-1).mean(), step)
         logger.experiment.add_image("prompt/cosines", cosine_picture(shared), step)
         vocabulary = net.backbone.vocabulary()
-        if vocabulary is None or vocabulary.table is None:
+        if not isinstance(vocabulary, Vocabulary) or vocabulary.table is None:
             return
         words = nearest_words(shared, vocabulary)
         table = "| virtual token | nearest words |\n|-|-|\n" + "\n".join(

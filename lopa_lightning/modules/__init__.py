@@ -3,6 +3,7 @@
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.causal_lm import CausalLMModule
 from lopa_lightning.modules.classification import ClassificationModule
+from lopa_lightning.modules.image_classification import ImageClassificationModule
 from lopa_lightning.modules.prompted_model import (
     CompletionReadout,
     HeadReadout,
@@ -16,6 +17,7 @@ __all__ = [
     "ClassificationModule",
     "CompletionReadout",
     "HeadReadout",
+    "ImageClassificationModule",
     "LabelWordReadout",
     "LoPALightningModule",
     "PromptedModel",

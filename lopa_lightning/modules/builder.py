@@ -31,7 +31,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
 from lopa_lightning.instances.vectors import VectorCache
 from lopa_lightning.migrations import FORMAT
-from lopa_lightning.plain import plain, with_arguments, without_defaults
+from lopa_lightning.plain import arguments, made_class, plain, with_arguments, without_defaults
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
 
 _TRAINED_BYTES = 16  # of a parameter in float32: itself, its gradient and Adam's two moments
@@ -274,10 +274,14 @@ class Builder:
         return backbone.hidden_dim if spec.is_backbone else hidden_size(load_config(spec.pretrained()))
 
     def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
-        prompt_encoder = self.make_prompt_encoder(backbone.prompt_dim, self.instance_dim(backbone))
-        if self.placement == "every_layer" and prompt_encoder.token_offset() is not None:
-            name = type(prompt_encoder).__name__
-            raise LoPAError(f"{name} changes the text's embeddings; placement 'every_layer' does not reach them")
+        make: Any = self.make_prompt_encoder
+        options = {}
+        if (made := made_class(make)) is not None and "backbone_layers" in arguments(made):
+            options["backbone_layers"] = backbone.prompt_layers
+        prompt_encoder: PromptEncoder = make(backbone.prompt_dim, self.instance_dim(backbone), **options)
+        if not backbone.takes_offset and prompt_encoder.token_offset() is not None:
+            name, where = type(prompt_encoder).__name__, f"{type(backbone).__name__}, placement {self.placement!r}"
+            raise LoPAError(f"{name} changes the text's embeddings, which {where}, does not have")
         return prompt_encoder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,8 +15,8 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch, Objective
 from lopa_lightning.backbones.text_spec import TextKind
 from lopa_lightning.backbones.tokens import label_word_ids
-from lopa_lightning.errors import LoPAError
-from lopa_lightning.instances.encoder import Pooling, check_pooling
+from lopa_lightning.errors import LoPAError, one_of
+from lopa_lightning.instances.encoder import Pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.predict import answers, row_encoder
@@ -48,6 +48,9 @@ class ClassificationModule(LoPALightningModule):
 
     short_name = "classification"
 
+    head_poolings: ClassVar[tuple[str, ...]] = get_args(Pooling)
+    """What ``head_pooling`` may be."""
+
     def __init__(
         self,
         objective: Objective = "masked_lm",
@@ -63,10 +66,10 @@ class ClassificationModule(LoPALightningModule):
             raise LoPAError(f"loss_over must be one of {', '.join(get_args(LossOver))}, got {loss_over!r}")
         if loss_over == "vocabulary" and objective == "head":
             raise LoPAError("loss_over: vocabulary needs objective: masked_lm or causal_lm; a head has no vocabulary")
-        check_pooling(head_pooling, "head_pooling")
+        one_of("head_pooling", head_pooling, self.head_poolings)
         self.objective = objective
         self.loss_over = loss_over
-        self.head_pooling = head_pooling
+        self.head_pooling: str = head_pooling
         self._set_task(task)
 
     def _set_task(self, task: Task | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class HeadReadout(Readout):
         pooling: How hidden states become one vector.
     """
 
-    def __init__(self, hidden_dim: int, num_outputs: int, pooling: Pooling = "mean") -> None:
+    def __init__(self, hidden_dim: int, num_outputs: int, pooling: str = "mean") -> None:
         super().__init__()
         self.pooling = pooling
         self.linear = nn.Linear(hidden_dim, num_outputs)
@@ -79,9 +79,12 @@ class HeadReadout(Readout):
 
     def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
         """Outputs ``[B, num_outputs]``."""
-        pooled = pool(states.hidden, states.content_mask, self.pooling)
-        outputs: Tensor = self.linear(pooled.to(self.linear.weight.dtype))
+        outputs: Tensor = self.linear(self.pooled(states).to(self.linear.weight.dtype))
         return outputs
+
+    def pooled(self, states: States) -> Tensor:
+        """Returns the vector that the layer reads, ``[B, h]``."""
+        return pool(states.hidden, states.content_mask, cast(Pooling, self.pooling))
 
 
 class CompletionReadout(Readout):
@@ -148,6 +151,7 @@ class PromptedModel(nn.Module):
             The read-out's outputs, and the instance vectors (None without an instance encoder).
         """
         prompt, instance = self.soft_prompt(batch)
+        prompt = self.prompt_encoder.for_batch(prompt, len(batch[self.backbone.input_keys[0]]))
         states = self.backbone(prompt, batch, self.prompt_encoder.token_offset())
         return self.readout(states, self.backbone, batch), instance
 

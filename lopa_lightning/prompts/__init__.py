@@ -3,13 +3,14 @@
 import importlib
 import pkgutil
 
-from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory, Vocabulary
+from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory, UniformTokens, Vocabulary
 from lopa_lightning.prompts.dept import DePT
 from lopa_lightning.prompts.idpg import IDPG
 from lopa_lightning.prompts.lopa import LoPA
 from lopa_lightning.prompts.none import NoPrompt
 from lopa_lightning.prompts.p_tuning import PTuning
 from lopa_lightning.prompts.prompt_tuning import PromptTuning
+from lopa_lightning.prompts.visual import VisualPromptTuning
 
 __all__ = [
     "IDPG",
@@ -20,6 +21,8 @@ __all__ = [
     "PromptEncoder",
     "PromptEncoderFactory",
     "PromptTuning",
+    "UniformTokens",
+    "VisualPromptTuning",
     "Vocabulary",
 ]
 

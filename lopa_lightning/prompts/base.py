@@ -32,12 +32,37 @@ class Vocabulary:
     table: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class UniformTokens:
+    """Stands in for a vocabulary where there is none: initial values are those of Visual Prompt Tuning.
+
+    Attributes:
+        patch_values: Numbers in a patch of an image, 3·p·p.
+        width: Width d of a virtual token in one layer.
+
+    Example:
+        >>> UniformTokens(patch_values=3 * 16 * 16, width=768).bound
+        0.0625
+    """
+
+    patch_values: int
+    width: int
+
+    @property
+    def bound(self) -> float:
+        """Initial values are U(-bound, bound): √(6 / (3·p·p + d)), as if virtual tokens were filters of patches."""
+        return float((6 / (self.patch_values + self.width)) ** 0.5)
+
+
 class PromptEncoder(nn.Module, ABC):
     """Makes a soft prompt for every instance. It is the only part of the model that must be trained.
 
     A subclass gives ``forward`` and ``parameter_groups``. Its first two arguments are ``embedding_dim`` (d) and
     ``instance_dim`` (e), which the backbone and the instance encoder decide; every other one has a default, so that a
     config can name the class and the options to change. It never sees the backbone, and holds nothing of a batch.
+
+    A class that has an argument ``backbone_layers`` is told how many layers' virtual tokens lie side by side in
+    ``embedding_dim``: of an image model with placement ``every_layer``, all; else 1.
 
     Args:
         num_virtual_tokens: Number m of virtual tokens that ``forward`` returns; 0 where there are none.
@@ -75,12 +100,22 @@ class PromptEncoder(nn.Module, ABC):
         Every parameter is in exactly one group.
         """
 
-    def initialize(self, vocabulary: Vocabulary | None) -> None:
+    def initialize(self, vocabulary: Vocabulary | UniformTokens | None) -> None:
         """Sets the initial values that depend on the backbone. Called once, before training.
 
         Args:
-            vocabulary: The backbone's tokens, or None if it has none.
+            vocabulary: The backbone's tokens; of an image model, which has none, what the initial values' size is; None
+                for neither.
         """
+
+    def for_batch(self, prompt: Tensor, size: int) -> Tensor:
+        """Changes what ``forward`` made as the inputs of a batch read it, such as by dropout for each.
+
+        Args:
+            prompt: ``[B, m, d]``, or ``[1, m, d]``.
+            size: Number B of inputs.
+        """
+        return prompt
 
     def token_offset(self) -> Tensor | None:
         """Returns what is added to the embeddings of a text's first s tokens, ``[s, d]``, or None for nothing."""

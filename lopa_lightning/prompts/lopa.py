@@ -45,6 +45,9 @@ class LoPA(PromptTuning):
     - ``max``: the larger of Z_S and U Vᵀ, entry by entry. It is max(Z_S, 0) at first.
     - ``instance_only``: U Vᵀ without a Z_S and its m·d parameters. It is 0 at first.
 
+    Where the backbone says that a virtual token has a part of d for each of L layers, Z_S is ``[m, L·d]``, and one
+    ``U Vᵀ [B, m, d]`` goes with each part: L·m·d + 2·(e + 1)·h + (h + 1)·(m + d)·r parameters.
+
     Args:
         embedding_dim: Width d of a virtual token.
         instance_dim: Width e of the instance vector.
@@ -56,6 +59,7 @@ class LoPA(PromptTuning):
         combine: How Z_S and U Vᵀ become the soft prompt.
         heads_init: Initial values of the two MLPs. ``zero_u``: as above. ``normal``, as in the released code: all
             weights N(0, 0.02²), the last biases 0, the first ones as torch's ``Linear`` draws them.
+        backbone_layers: Number L of layers that share U Vᵀ. The backbone says it.
         **init: Initial values of Z_S, as of :class:`PromptTuning`. The released code's are ``init="normal"`` with
             ``init_std=1``.
 
@@ -86,12 +90,15 @@ class LoPA(PromptTuning):
         dropout: float = 0.1,
         combine: Combine = "gate",
         heads_init: HeadsInit = "zero_u",
+        backbone_layers: int = 1,
         **init: Any,
     ) -> None:
         one_of("combine", combine, _COMBINATIONS)
         one_of("heads_init", heads_init, get_args(HeadsInit))
         super().__init__(embedding_dim, instance_dim, num_virtual_tokens, **init)
-        self.combine, self.rank = combine, positive("rank", rank, embedding_dim)
+        self.backbone_layers = positive("backbone_layers", backbone_layers)
+        layer_dim = embedding_dim // backbone_layers
+        self.combine, self.rank = combine, positive("rank", rank, layer_dim)
         if combine == "gate":
             self.initial_scale = 2.0
         elif combine == "concat":
@@ -100,7 +107,7 @@ class LoPA(PromptTuning):
             self.shared_prompt = None
         width = instance_dim if hidden_dim is None else hidden_dim
         self.row_head = mlp(instance_dim, width, num_virtual_tokens * rank, dropout)
-        self.column_head = mlp(instance_dim, width, embedding_dim * rank, dropout)
+        self.column_head = mlp(instance_dim, width, layer_dim * rank, dropout)
         if heads_init == "normal":
             for part in (self.row_head, self.column_head):
                 nn.init.uniform_([*part[1].parameters()][1], -(instance_dim**-0.5), instance_dim**-0.5)
@@ -122,8 +129,10 @@ class LoPA(PromptTuning):
         return self.low_rank(instance).sigmoid()
 
     def forward(self, instance: Tensor | None) -> Tensor:
-        """Makes the soft prompts ``[B, m, d]`` of instance vectors ``[B, e]``; ``[B, 2m, d]`` for ``concat``."""
-        return _COMBINATIONS[self.combine](self.shared_virtual_tokens(), self.low_rank(instance))
+        """Makes the soft prompts ``[B, m, L·d]`` of instance vectors ``[B, e]``; ``[B, 2m, L·d]`` for ``concat``."""
+        shared, low_rank, layers = self.shared_virtual_tokens(), self.low_rank(instance), self.backbone_layers
+        parts = [None] * layers if shared is None else shared.chunk(layers, dim=-1)
+        return torch.cat([_COMBINATIONS[self.combine](part, low_rank) for part in parts], dim=-1)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Returns Z_S as ``shared_prompt``, where there is one, and the two MLPs as ``low_rank``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lopa_lightning.errors import one_of
-from lopa_lightning.prompts.base import Vocabulary, positive
+from lopa_lightning.prompts.base import UniformTokens, Vocabulary, positive
 from lopa_lightning.prompts.prompt_tuning import PromptTuning
 
 Reparameterization = Literal["mlp", "lstm"]
@@ -89,7 +89,7 @@ class PTuning(PromptTuning):
         return {"shared_prompt": [self.inputs], "generator": network}
 
     @torch.no_grad()
-    def initialize(self, vocabulary: Vocabulary | None) -> None:
+    def initialize(self, vocabulary: Vocabulary | UniformTokens | None) -> None:
         """Solves for a last layer with which the soft prompt has the initial values that ``init`` says."""
         weight, bias = self.mlp[-1].parameters()
         target = torch.empty(self.num_virtual_tokens, len(weight)).normal_(std=self.init_std)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lopa_lightning.errors import LoPAError, one_of
-from lopa_lightning.prompts.base import PromptEncoder, Vocabulary, positive
+from lopa_lightning.prompts.base import PromptEncoder, UniformTokens, Vocabulary, positive
 
 PromptInit = Literal["vocabulary", "text", "normal"]
 
@@ -23,8 +23,8 @@ class PromptTuning(PromptEncoder):
         instance_dim: Width e of the instance vector, which prompt tuning does not read.
         num_virtual_tokens: Number m of virtual tokens.
         init: Initial values of the shared soft prompt. ``vocabulary``: embeddings of randomly drawn ordinary tokens,
-            as in the paper; ``text``: embeddings of the tokens of ``init_text``, repeated or cut to m; ``normal``:
-            N(0, ``init_std``²).
+            as in the paper, or of an image model, which has none, U(-a, a) as in Visual Prompt Tuning; ``text``:
+            embeddings of the tokens of ``init_text``, repeated or cut to m; ``normal``: N(0, ``init_std``²).
         init_text: The text of ``init="text"``.
         init_std: Standard deviation of ``init="normal"``.
 
@@ -78,7 +78,7 @@ class PromptTuning(PromptEncoder):
         """Returns one group, ``shared_prompt``: Z_S."""
         return {} if self.shared_prompt is None else {"shared_prompt": [*self.shared_prompt.parameters()]}
 
-    def initialize(self, vocabulary: Vocabulary | None) -> None:
+    def initialize(self, vocabulary: Vocabulary | UniformTokens | None) -> None:
         """Sets the initial values of Z_S, unless they are drawn from a normal distribution.
 
         Raises:
@@ -88,11 +88,14 @@ class PromptTuning(PromptEncoder):
             self.set_to_tokens(self.shared_prompt.weight, vocabulary)
 
     @torch.no_grad()
-    def set_to_tokens(self, prompt: Tensor, vocabulary: Vocabulary | None) -> None:
+    def set_to_tokens(self, prompt: Tensor, vocabulary: Vocabulary | UniformTokens | None) -> None:
         """Sets a soft prompt ``[m, d]`` to the embeddings that ``init`` says, in place; to none if it is ``normal``."""
         if self.init == "normal":
             return
-        if vocabulary is None:
+        if isinstance(vocabulary, UniformTokens) and self.init == "vocabulary":
+            prompt.uniform_(-vocabulary.bound, vocabulary.bound).mul_(self.initial_scale)
+            return
+        if not isinstance(vocabulary, Vocabulary):
             raise LoPAError(f"init={self.init!r} needs a backbone with a vocabulary; use init='normal'")
         m, text = len(prompt), self.init_text
         words = None if text is None else vocabulary.encode(text)
