@@ -97,6 +97,11 @@ class VisionBackbone(Backbone):
         self.adapted = adapter_layers(model)
 
     @property
+    def body(self) -> PreTrainedModel:
+        """The model: it has no head."""
+        return self.model  # DINOv3's ``base_model`` is without its embeddings
+
+    @property
     def prompt_layers(self) -> int:
         """Number L of layers that a virtual token is made for: 1, or all."""
         return int(self.body.config.num_hidden_layers) if self.placement == "every_layer" else 1
@@ -145,7 +150,7 @@ def last_hidden_states(model: PreTrainedModel, pixels: Tensor, processing: Image
         pixels: ``[B, 3, H, W]``, from 0 to 255.
         processing: The model's.
     """
-    dtype = next(part for part in model.modules() if isinstance(part, nn.Conv2d)).weight.dtype
+    dtype = next(model.get_input_embeddings().parameters()).dtype  # of what cuts it into patches
     hidden: Tensor = model(pixel_values=normalised(pixels, processing, dtype)).last_hidden_state
     if model.config.model_type == "clip_vision_model":  # whose pooler applies the norm, to CLS alone
         norm: Any = next(part for name, part in model.named_modules() if name.endswith("post_layernorm"))

@@ -294,4 +294,5 @@ def _physical_memory() -> int | None:
 
 
 def _body(source: PretrainedSpec, family: Family) -> PreTrainedModel:
-    return cast(PreTrainedModel, load_model(source, family).base_model)
+    model = load_model(source, family)
+    return model if family == "encoder" else cast(PreTrainedModel, model.base_model)
