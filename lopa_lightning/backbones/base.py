@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.pretrained import Family, PretrainedSpec, hidden_size
 from lopa_lightning.backbones.transformer_layers import transformer_layers
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.prompts.base import UniformTokens, Vocabulary
 
 if TYPE_CHECKING:
@@ -276,6 +277,22 @@ class InputKind(ABC):
         Returns:
             Hidden states ``[B, S, h]``, and 1 at those that count, ``[B, S]``.
         """
+
+    def blank_batch(self, examples: int, tokens: int) -> dict[str, Tensor]:
+        """Returns a batch for the backbone that means nothing, for a look at what a step takes.
+
+        Args:
+            examples: Number B of inputs.
+            tokens: Of each, where inputs differ in length.
+
+        Raises:
+            LoPAError: If there is none.
+        """
+        raise LoPAError(f"{type(self).__name__} makes no blank batch, so that a step's sizes are not known")
+
+    def blank_instances(self, examples: int, tokens: int) -> dict[str, Tensor]:
+        """Returns what the instance encoder reads beside it."""
+        return {}
 
     def check_instances(self, encoder: InstanceEncoder) -> None:  # noqa: B027 - most kinds have nothing to check
         """Warns if an instance's vector depends on those that it is computed with.

@@ -117,6 +117,16 @@ class ImageKind(InputKind):
             instance_processing=other,
         )
 
+    def blank_batch(self, examples: int, tokens: int) -> dict[str, Tensor]:
+        """Returns black images; all have as many tokens."""
+        return {"pixels": torch.zeros(examples, 3, *self.processing.size, dtype=torch.uint8)}
+
+    def blank_instances(self, examples: int, tokens: int) -> dict[str, Tensor]:
+        """Returns black images of an instance encoder with another processing."""
+        if (own := self.instance_processing) is None:
+            return {}
+        return {"instance_pixels": torch.zeros(examples, 3, *own.size, dtype=torch.uint8)}
+
     def instance_states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Runs an instance encoder's model on ``instance_pixels``, or on ``pixels`` where there are none.
 

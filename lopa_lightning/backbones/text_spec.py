@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -128,6 +129,18 @@ class TextKind(InputKind):
             extra["token_type_ids"] = types
         hidden = model(input_ids=batch["instance_input_ids"], attention_mask=mask, **extra).last_hidden_state
         return hidden, mask
+
+    def blank_batch(self, examples: int, tokens: int) -> dict[str, Tensor]:
+        """Returns ids and mask with a token of padding, as most have: without any, some attentions take no mask."""
+        ids = torch.zeros(examples, tokens, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        mask[0, 1:][-1:] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def blank_instances(self, examples: int, tokens: int) -> dict[str, Tensor]:
+        """Returns ids and mask, without padding."""
+        ids = torch.zeros(examples, tokens, dtype=torch.long)
+        return instance_inputs(ids, torch.ones_like(ids))
 
     def check_instances(self, encoder: InstanceEncoder) -> None:
         """Warns if a text's vector depends on the texts that it is padded with."""

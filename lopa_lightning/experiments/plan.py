@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.command_line.parser import UsageError
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Sizes, Step, sizes
@@ -95,18 +96,26 @@ def main(args: Sequence[str]) -> None:
     """
     options, rest = own_options(args)
     module, data = built(rest)
+    step = _step(options, module, data)
+    found = sizes(module, step)
+    figures = {**dataclasses.asdict(step), **dataclasses.asdict(found), "places": places(found, options.devices)}
+    print(json.dumps(figures, indent=2) if options.json else report(found, step, options.devices))
+
+
+def _step(options: argparse.Namespace, module: Any, data: Any) -> Step:
+    """Returns the batch that options and configuration say; other inputs than texts have as many tokens each."""
     spec = module.input_spec
+    if not isinstance(spec, TextSpec):
+        tokens = int(module.builder.skeleton.backbone.count_tokens(module.builder.kind.blank_batch(1, 1)))
+        return Step(data.batch_size, tokens, tokens, tokens)
     tokens = _least(spec.max_tokens, options.tokens or data.max_length or _TOKENS)
     by_tokens = data.batch_tokens and max(1, data.batch_tokens // (tokens + spec.virtual_tokens))
-    step = Step(
+    return Step(
         examples=by_tokens or data.batch_size,
         tokens=tokens,
         instance_tokens=_least(spec.instance_max_tokens, options.instance_tokens or tokens),
         completion_tokens=_least(options.completion_tokens or max(1, tokens // 2), tokens),
     )
-    found = sizes(module, step)
-    figures = {**dataclasses.asdict(step), **dataclasses.asdict(found), "places": places(found, options.devices)}
-    print(json.dumps(figures, indent=2) if options.json else report(found, step, options.devices))
 
 
 def _count(text: str) -> int:

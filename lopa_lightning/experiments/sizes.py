@@ -37,8 +37,8 @@ class Step:
     """Sizes of a batch of one device.
 
     Attributes:
-        examples: Texts.
-        tokens: Of each text, virtual ones not counted.
+        examples: Inputs.
+        tokens: Of each input, virtual ones not counted.
         instance_tokens: Tokens of each that the instance encoder reads.
         completion_tokens: Labelled tokens of each text, for a module that learns completions.
     """
@@ -230,19 +230,17 @@ def size_of(tensors: nn.Module | Iterable[Tensor]) -> int:
 
 
 def _batch(module: LoPALightningModule, net: Any, step: Step) -> dict[str, Tensor]:
-    """Makes a batch with a token of padding, as most have: without any, some attentions take no mask."""
-    ids, rows = torch.zeros(step.examples, step.tokens, dtype=torch.long), torch.zeros(step.examples, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[0, 1:][-1:] = 0
-    labels = rows
+    """Makes a batch that means nothing."""
+    kind, rows = module.builder.kind, torch.zeros(step.examples, dtype=torch.long)
+    read, labels = kind.blank_batch(step.examples, step.tokens), rows
     if isinstance(net.readout, CompletionReadout):
+        mask = read["attention_mask"]
         to_come = mask.flip(1).cumsum(1).flip(1)
         labels = torch.where((to_come <= step.completion_tokens) & (mask == 1), 0, IGNORED)
-    batch = {"index": rows, "labels": labels, "input_ids": ids, "attention_mask": mask}
+    batch = {"index": rows, "labels": labels, **read}
     vectors = module.builder.instance_vectors
     if vectors is not None and agrees_with(vectors, module.trainer):
         batch["instance"] = torch.zeros(step.examples, module.builder.instance_dim(net.backbone))
     elif net.instance_encoder is not None:
-        read = ids.new_zeros(step.examples, step.instance_tokens)
-        batch |= {"instance_input_ids": read, "instance_attention_mask": torch.ones_like(read)}
+        batch |= kind.blank_instances(step.examples, step.instance_tokens)
     return batch

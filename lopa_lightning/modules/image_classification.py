@@ -14,7 +14,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import pool
 from lopa_lightning.modules.classification import ClassificationModule
 from lopa_lightning.modules.prompted_model import HeadReadout
-from lopa_lightning.task import TextTask
+from lopa_lightning.task import Task
 
 ImagePooling = Literal["cls", "patches", "prompts", "all"]
 
@@ -53,7 +53,7 @@ class ImageClassificationModule(ClassificationModule):
         self,
         objective: Objective = "head",
         head_pooling: ImagePooling = "cls",
-        task: TextTask | None = None,
+        task: Task | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(objective=objective, head_pooling=head_pooling, task=task, **kwargs)  # type: ignore[arg-type]
