@@ -17,11 +17,14 @@ from tests.mini_glue import write_mini_glue
 Tiny = Callable[[str], str]
 
 ROOT = Path(__file__).parent.parent
-# Those of the paper's code tasks are run by tests/test_paper.py.
+# Those of the paper's code tasks are run by tests/test_paper.py, those of images by
+# tests/modules/test_image_classification.py.
 METHODS = [
     path
     for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))
     if path.stem not in ("lopa_paper_code", "lopa_paper_cruxeval")
+    and "vision" not in path.stem
+    and path.stem[:3] != "vpt"
 ]
 RTE = ROOT / "configs" / "glue_rte.yaml"
 CPU_SMALL = ROOT / "configs" / "cpu_small.yaml"

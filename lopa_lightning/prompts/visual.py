@@ -53,7 +53,7 @@ class VisualPromptTuning(PromptTuning):
     ) -> None:
         if not 0 <= dropout < 1:
             raise LoPAError(f"dropout must be from 0 to below 1, got {dropout!r}")
-        layer_dim = embedding_dim // positive("backbone_layers", backbone_layers)
+        layer_dim = positive("embedding_dim", embedding_dim, 2**31) // positive("backbone_layers", backbone_layers)
         own_dim = layer_dim if project_dim is None else positive("project_dim", project_dim)
         super().__init__(backbone_layers * own_dim, instance_dim, num_virtual_tokens, **init)
         self.backbone_layers = backbone_layers
@@ -84,7 +84,13 @@ class VisualPromptTuning(PromptTuning):
         return {**super().parameter_groups(), **rest}
 
     def initialize(self, vocabulary: Vocabulary | UniformTokens | None) -> None:
-        """Draws the initial values; with a projection those of its width."""
+        """Draws the initial values; with a projection those of its width.
+
+        Raises:
+            LoPAError: If tokens of text are to be what a projection makes.
+        """
+        if self.projection is not None and isinstance(vocabulary, Vocabulary) and self.init != "normal":
+            raise LoPAError(f"project_dim goes with images or init='normal', got a text model and init={self.init!r}")
         if self.projection is not None and isinstance(vocabulary, UniformTokens):
             vocabulary = dataclasses.replace(vocabulary, width=self.projection.in_features)
         super().initialize(vocabulary)

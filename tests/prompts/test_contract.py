@@ -24,6 +24,7 @@ from lopa_lightning.prompts import (
     PromptEncoderFactory,
     PromptTuning,
     PTuning,
+    VisualPromptTuning,
     Vocabulary,
 )
 from tests.prompts.checks import WORDS, randomized
@@ -66,6 +67,7 @@ METHODS: dict[str, Case] = {
         ["inputs", *LSTM, *(f"mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))],
     ),
     "dept": (partial(DePT, **OPTIONS, max_length=9, rank=2), ["shared_prompt.weight", "offset_a", "offset_b"]),
+    "visual": (partial(VisualPromptTuning, **OPTIONS, dropout=0.5), ["shared_prompt.weight"]),
     "none": (NoPrompt, []),
 }
 
