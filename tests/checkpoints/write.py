@@ -150,9 +150,14 @@ def write_defaults(into: Path) -> None:
     """Adds the defaults of new arguments; one that is there stays, whatever it is now."""
     path = into / "defaults.json"
     written = json.loads(path.read_text()) if path.is_file() else {}
-    for name, values in known_defaults().items():
-        written[name] = {**values, **written.get(name, {})}
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(_with_new(written, known_defaults()), indent=2, sort_keys=True) + "\n")
+
+
+def _with_new(written: Any, now: Any) -> Any:
+    """Adds what is new, also among the arguments of an argument."""
+    if not isinstance(written, dict) or not isinstance(now, dict):
+        return written
+    return {**now, **{key: _with_new(value, now.get(key)) for key, value in written.items()}}
 
 
 NAMES = ("lopa", "prompt_tuning", "idpg", "deep", "head", "causal_lm")
