@@ -14,6 +14,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import pool
 from lopa_lightning.modules.classification import ClassificationModule
 from lopa_lightning.modules.prompted_model import HeadReadout
+from lopa_lightning.plain import plain
 from lopa_lightning.task import Task
 
 ImagePooling = Literal["cls", "patches", "prompts", "all"]
@@ -61,6 +62,14 @@ class ImageClassificationModule(ClassificationModule):
     def input_kind(self, backbone: PretrainedSpec) -> ImageKind:
         """Says that images are read."""
         return ImageKind(backbone, self.objective, self.instance_spec)
+
+    def task_identity(self) -> dict[str, Any]:
+        """Labels, what reads them, and what is done to pixels: the model's files say it, and may change."""
+        kind = self.builder.kind
+        assert isinstance(kind, ImageKind)
+        other = kind.instance_processing if self.builder.skeleton.prompt_encoder.uses_instance else None
+        instance = {} if other is None else {"instance_processing": plain(other)}
+        return {**super().task_identity(), "processing": plain(kind.processing), **instance}
 
     def configure_readout(self, backbone: Backbone) -> ImageReadout:
         """Builds the trained head.

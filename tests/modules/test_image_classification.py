@@ -250,6 +250,12 @@ def test_it_is_planned_trained_resumed_and_predicts(
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
     main(["predict", *config, "--ckpt_path", "runs/lopa/version_0/checkpoints/last.ckpt", "--predictions.folder", "."])
+    settings = Path(folder("beit_relative"), "preprocessor_config.json")
+    before = settings.read_text()
+    settings.write_text(before.replace("0.25", "0.5"))
+    with pytest.raises(LoPAError, match=r"std: the checkpoint has .*0\.25"):
+        LoPALightningModule.load_from_checkpoint("runs/lopa/version_0/checkpoints/last.ckpt")
+    settings.write_text(before)
     rows = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
     assert sum(row["label"] == whole.task.labels[row["index"] % CLASSES] for row in rows) >= len(rows) / 2
     assert len(rows) == 16
