@@ -239,5 +239,6 @@ def test_lopa_tiny_is_a_partial_that_hyperparameters_describe(tiny: Tiny) -> Non
             "init_std": 1.0,
             "combine": "gate",
             "heads_init": "zero_u",
+            "backbone_layers": 1,
         },
     }
