@@ -82,4 +82,4 @@ class ImageClassificationModule(ClassificationModule):
             raise LoPAError(f"{type(backbone.body).__name__} has no CLS token; use head_pooling: patches")
         if self.head_pooling == "prompts" and not self.builder.skeleton.prompt_encoder.num_virtual_tokens:
             raise LoPAError("head_pooling: prompts needs virtual tokens; use head_pooling: cls or patches")
-        return ImageReadout(backbone.hidden_dim, self._required_task().num_outputs, self.head_pooling)
+        return ImageReadout(backbone.hidden_dim, self.required_task().num_outputs, self.head_pooling)
