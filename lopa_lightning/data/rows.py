@@ -6,25 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lopa_lightning.data.cache import Encoder
 from lopa_lightning.data.template import Tokenize
 
 LabelLookup = tuple[str, dict[Any, int | float]]
 """The label column, and what each value in it means: an index or a number."""
 
 
-class RowEncoder(Protocol):
-    """Encodes a batch of rows, for ``datasets.map``."""
+class RowEncoder(Encoder, Protocol):
+    """Encodes a batch of rows into ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
 
-    columns: Sequence[str]
-    """The columns that it reads."""
     max_tokens: int | None
     """Tokens of a row at most."""
-
-    def key(self) -> list[Any]:
-        """Returns all that its result depends on beside the rows."""
-
-    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Encodes rows: ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
 
 
 class TextError(Exception):
