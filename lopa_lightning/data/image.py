@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,12 +12,11 @@ import pyarrow.compute as pc
 
 from lopa_lightning.backbones.image_spec import ImageProcessing, ImageSpec
 from lopa_lightning.data.cache import encoded_rows
-from lopa_lightning.data.image_rows import RowError, EncodeImages, ImageCollate
-from lopa_lightning.data.labels import LabelLookup, class_lookup, drawn_per_label, label_names
-from lopa_lightning.data.labels import label_values as own_values
+from lopa_lightning.data.image_rows import EncodeImages, ImageCollate, RowError
+from lopa_lightning.data.labels import LabelLookup, class_lookup, drawn_per_label, label_names, values_of_labels
 from lopa_lightning.data.splits import Role, SplitsDataModule, select
 from lopa_lightning.errors import LoPAError, at_least, listed, one_of
-from lopa_lightning.task import TextTask
+from lopa_lightning.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,15 +72,15 @@ class ImageClassificationDataModule(SplitsDataModule):
         if labels is not None and not (labels := label_names("labels", labels)):
             raise LoPAError("labels must name the classes, got none")
         self.labels, self.metrics = labels, None if metrics is None else listed("metrics", metrics)
-        self.label_values = None if labels is None else own_values(labels, label_values)
+        self.label_values = None if labels is None else values_of_labels(labels, label_values)
         if labels is not None:
             _ = self.task  # refuses what labels cannot be
 
     @functools.cached_property
-    def task(self) -> TextTask | None:  # type: ignore[override]
+    def task(self) -> Task | None:  # type: ignore[override]
         """Labels and metrics; None to predict where nothing names the labels, and the model knows them."""
         labels = self.labels or self._labels_of_data()
-        return None if labels is None else TextTask(labels, metrics=self.metrics)
+        return None if labels is None else Task(labels, metrics=self.metrics)
 
     def _labels_of_data(self) -> list[str] | None:
         from datasets import ClassLabel
@@ -143,6 +142,16 @@ class ImageClassificationDataModule(SplitsDataModule):
         assert self.task is not None
         return class_lookup(data, self.label_column, self.label_values or self.task.labels, what)
 
+    def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Adds the ``file`` of each image that has one."""
+        split = self.splits_of("predict")[set_index]
+        files = self._files(self.load_split(split, "predict"), split)
+        paths = [path for path, _ in _paths(files, self.image_column)]
+        return [
+            row if paths[row["index"]] is None else {"index": row["index"], "file": paths[row["index"]], **row}
+            for row in rows
+        ]
+
     def training_subset(self, data: Dataset) -> Dataset:
         """Draws the examples to train on, so many of each label or in all."""
         if self.shots_per_label is None:
@@ -189,21 +198,26 @@ def viewed(processing: ImageProcessing, view: View) -> ImageProcessing:
     return processing
 
 
+def _paths(files: Dataset, column: str) -> Iterator[tuple[str | None, bool]]:
+    """Yields the path of each row's image, and whether its content is there; it is not read."""
+    for table in files.select_columns([column]).with_format("arrow").iter(10_000):
+        for chunk in table[column].chunks:
+            has_content = pc.is_valid(pc.struct_field(chunk, "bytes")).to_pylist()
+            yield from zip(pc.struct_field(chunk, "path").to_pylist(), has_content)
+
+
 def _versions(files: Dataset, column: str, what: str) -> list[tuple[int, int]]:
-    """Returns the size and time of each file that rows name, without their content.
+    """Returns the size and time of each file that rows name.
 
     Raises:
         LoPAError: If one is not there.
     """
     found = []
-    for table in files.select_columns([column]).with_format("arrow").iter(10_000):
-        for chunk in table[column].chunks:
-            has_content = pc.is_valid(pc.struct_field(chunk, "bytes")).to_pylist()
-            for path, known in zip(pc.struct_field(chunk, "path").to_pylist(), has_content):
-                if path is not None and not known:
-                    try:
-                        stat = os.stat(path)
-                    except OSError as error:
-                        raise LoPAError(f"{what}: image {path!r} cannot be read: {error.strerror}") from error
-                    found.append((stat.st_size, stat.st_mtime_ns))
+    for path, has_content in _paths(files, column):
+        if path is not None and not has_content:
+            try:
+                stat = os.stat(path)
+            except OSError as error:
+                raise LoPAError(f"{what}: image {path!r} cannot be read: {error.strerror}") from error
+            found.append((stat.st_size, stat.st_mtime_ns))
     return found

@@ -29,7 +29,7 @@ def label_names(argument: str, values: Sequence[Any]) -> list[str]:
     return [_spelled(value) for value in values]
 
 
-def label_values(names: Sequence[str], values: Sequence[Any] | None) -> list[str]:
+def values_of_labels(names: Sequence[str], values: Sequence[Any] | None) -> list[str]:
     """Returns what stands in the label column for each label: by default its name.
 
     Raises:
@@ -43,27 +43,31 @@ def label_values(names: Sequence[str], values: Sequence[Any] | None) -> list[str
     return spelled
 
 
-def unique_labels(data: Dataset, column: str, what: str) -> list[Any]:
+def unique_labels(data: Dataset, column: str, what: str, several: bool = False) -> list[Any]:
     """Returns the values of a label column, each once.
 
     Args:
         data: The split.
         column: With the labels.
         what: The split's name, for messages.
+        several: Whether a row has a list of labels.
 
     Raises:
-        LoPAError: If there is no such column, or a row has several labels, or some other structure.
+        LoPAError: If there is no such column, or a row has several labels where one is wanted, or one for several, or
+            some other structure.
     """
     if column not in data.column_names:
         raise LoPAError(f"{what}: no column {column!r} with labels; there are {', '.join(data.column_names)}")
     values: list[Any] = data.select_columns([column])[column][:]
+    wanted = "a list of labels in each row" if several else "one label in each row (multi_label: true takes lists)"
     for value in values:
-        if isinstance(value, (list, dict)):
-            raise LoPAError(f"{what}: column {column!r} must hold one label in each row, got {shown(value)}")
-    return list(dict.fromkeys(values))
+        inner = value if several and isinstance(value, list) else [value]
+        if several is not isinstance(value, list) or any(isinstance(label, (list, dict)) for label in inner):
+            raise LoPAError(f"{what}: column {column!r} must hold {wanted}, got {shown(value)}")
+    return list(dict.fromkeys([label for row in values for label in row] if several else values))
 
 
-def class_lookup(data: Dataset, column: str, known: Sequence[str], what: str) -> LabelLookup:
+def class_lookup(data: Dataset, column: str, known: Sequence[str], what: str, several: bool = False) -> LabelLookup:
     """Returns the label column, and the index of each value in it.
 
     Args:
@@ -71,13 +75,15 @@ def class_lookup(data: Dataset, column: str, known: Sequence[str], what: str) ->
         column: With the labels.
         known: What may stand there, in the order of the indices.
         what: The split's name, for messages.
+        several: Whether a row has a list of labels.
 
     Raises:
         LoPAError: If there is a label that must not be there.
     """
-    values = unique_labels(data, column, what)
+    values = unique_labels(data, column, what, several)
     index = {name: number for number, name in enumerate(known)}
-    names = {value: _class_name(data.features[column], value) for value in values}
+    feature = data.features[column].feature if several else data.features[column]
+    names = {value: _class_name(feature, value) for value in values}
     if unknown := sorted({name for name in names.values() if name not in index}):
         allowed = ", ".join(map(repr, known))
         raise LoPAError(f"{what}: column {column!r} has labels {some(unknown)} beside the allowed {allowed}")

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lopa_lightning.data.cache import Encoder
+from lopa_lightning.data.labels import LabelLookup
 from lopa_lightning.data.template import Tokenize
-
-LabelLookup = tuple[str, dict[Any, int | float]]
-"""The label column, and what each value in it means: an index or a number."""
 
 
 class RowEncoder(Encoder, Protocol):

@@ -181,6 +181,15 @@ class SplitsDataModule(LightningDataModule, ABC):
         """
         return None
 
+    def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Adds to predictions what tells a reader which examples they are of, beside their ``index``.
+
+        Args:
+            set_index: Which of the sets to predict.
+            rows: Predictions in the input's order.
+        """
+        return rows
+
     def training_subset(self, data: Dataset) -> Dataset:
         """Draws the examples to train on."""
         if self.max_train_examples is None:
