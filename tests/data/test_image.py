@@ -29,7 +29,8 @@ from lopa_lightning.data.pixels import processed, read_image
 from lopa_lightning.data.text_classification import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError
 from tests.data.conftest import SpecOf
-from tests.data.test_pixels import CLIP, VIT, colours, saved
+from tests.data.image_files import LABELS, colours, saved, write_images
+from tests.data.test_pixels import CLIP, VIT
 from tests.modules.helpers import LoPATiny, trainer
 from tests.refusals import Refused
 from tests.test_resume import Keep, equal
@@ -38,25 +39,11 @@ from tests.test_third_input import NumbersBackbone, embed
 Tiny = Callable[[str], str]
 
 SPEC = ImageSpec(processing=CLIP)
-LABELS = ("cat", "dog", "eel")
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def write_images(folder: str, labels: tuple[str, ...] = LABELS, each: int = 4) -> str:
-    """Writes an image folder with three splits: of unlike sizes, and of a colour for each label."""
-    for number, split in enumerate(("train", "validation", "test")):
-        for label, name in enumerate(labels):
-            path = Path(folder, split, name)
-            path.mkdir(parents=True)
-            for i in range(each):
-                values = colours(9 + i, 12 + number) // 4
-                values[..., label % 3] += 190
-                Image.fromarray(values).save(path / f"{i}.png")
-    return folder
 
 
 def prepared(stage: str = "fit", spec: Any = SPEC, **options: Any) -> ImageClassificationDataModule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from typing import Any
 
@@ -13,22 +12,13 @@ from PIL import Image
 
 from lopa_lightning.backbones.image_spec import ImageProcessing
 from lopa_lightning.data.pixels import ImageError, processed, random_view, read_image
+from tests.data.image_files import colours, saved
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.27, 0.28)
 CLIP = ImageProcessing((8, 8), 8, True, 3, 1 / 255, MEAN, STD)
 VIT = ImageProcessing((8, 6), (8, 6), False, 2, 1 / 255, MEAN, STD)
 PADDED = replace(CLIP, size=(11, 10), resize=7)
 SIZES = [(1, 1), (1, 60), (60, 1), (7, 9), (9, 7), (8, 8), (100, 33), (33, 101)]  # width, height
-
-
-def colours(width: int, height: int, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng([width, height]).integers(0, 256, (height, width, channels), np.uint8)
-
-
-def saved(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def read(content: bytes) -> np.ndarray:
