@@ -43,6 +43,7 @@ class ImageClassificationDataModule(SplitsDataModule):
             model's, and then the middle is cut out, in training any part, mirrored every second time.
         metrics: Official metrics, whose mean is the score.
         shots_per_label: Train on that many examples of each label, drawn at random.
+        multi_label: Whether the label column has a list of labels, of any number.
         **kwargs: See :class:`~lopa_lightning.data.splits.SplitsDataModule`.
 
     Raises:
@@ -58,6 +59,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         view: View = "model",
         metrics: Sequence[str] | None = None,
         shots_per_label: int | None = None,
+        multi_label: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -65,6 +67,9 @@ class ImageClassificationDataModule(SplitsDataModule):
         at_least(1, shots_per_label=shots_per_label)
         if shots_per_label is not None and self.max_train_examples is not None:
             raise LoPAError("give max_train_examples or shots_per_label, not both")
+        if shots_per_label is not None and multi_label:
+            raise LoPAError("shots_per_label needs rows with one label each")
+        self.multi_label = multi_label
         self.image_column, self.label_column, self.view = image_column, label_column, view
         self.shots_per_label = shots_per_label
         if labels is None and label_values is not None:
@@ -80,14 +85,16 @@ class ImageClassificationDataModule(SplitsDataModule):
     def task(self) -> Task | None:  # type: ignore[override]
         """Labels and metrics; None to predict where nothing names the labels, and the model knows them."""
         labels = self.labels or self._labels_of_data()
-        return None if labels is None else Task(labels, metrics=self.metrics)
+        return None if labels is None else Task(labels, metrics=self.metrics, multi_label=self.multi_label)
 
     def _labels_of_data(self) -> list[str] | None:
-        from datasets import ClassLabel
+        from datasets import ClassLabel, List
 
         column, splits = self.label_column, self.raw()
         for split in splits.values():
-            if isinstance(feature := split.features.get(column), ClassLabel):
+            feature = split.features.get(column)
+            feature = feature.feature if self.multi_label and isinstance(feature, List) else feature
+            if isinstance(feature, ClassLabel):
                 return list(feature.names)
         if self.trainer is not None and self.trainer.state.fn == "predict":
             return None
@@ -132,6 +139,7 @@ class ImageClassificationDataModule(SplitsDataModule):
             instance,
             None if role == "predict" else self._label_lookup(data, what),
             _versions(files, self.image_column, what),
+            len(self.task.labels) if self.multi_label and self.task is not None else 0,
         )
         try:
             return encoded_rows(files, encoder, what, "Decoding", batch_size=_AT_ONCE, writer_batch_size=_AT_ONCE)
@@ -140,7 +148,8 @@ class ImageClassificationDataModule(SplitsDataModule):
 
     def _label_lookup(self, data: Dataset, what: str) -> LabelLookup:
         assert self.task is not None
-        return class_lookup(data, self.label_column, self.label_values or self.task.labels, what)
+        names = self.label_values or self.task.labels
+        return class_lookup(data, self.label_column, names, what, self.multi_label)
 
     def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Adds the ``file`` of each image that has one."""

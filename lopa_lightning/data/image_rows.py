@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopa_lightning.backbones.image_spec import ImageProcessing
-from lopa_lightning.data.labels import LabelLookup
+from lopa_lightning.data.labels import LabelLookup, encoded_labels
 from lopa_lightning.data.pixels import ImageError, Pixels, processed, random_view, read_image
 
 
@@ -42,6 +42,7 @@ class EncodeImages:
         instance_processing: And for the instance encoder, where that is something else.
         labels: What the labels mean; None if there are none.
         versions: Size and time of each file that a row names.
+        several: Number of labels where a row has a list of them, which becomes 0s and 1s; 0 where it has one.
     """
 
     column: str
@@ -49,6 +50,7 @@ class EncodeImages:
     instance_processing: ImageProcessing | None
     labels: LabelLookup | None
     versions: Sequence[tuple[int, int]] = ()
+    several: int = 0
 
     @property
     def columns(self) -> Sequence[str]:
@@ -58,7 +60,7 @@ class EncodeImages:
     def key(self) -> list[Any]:
         """Returns all that the pixels depend on beside the rows."""
         how = [None if each is None else _spatial(each) for each in (self.processing, self.instance_processing)]
-        return [how, self.labels, list(self.versions)]
+        return [how, self.labels, self.several, list(self.versions)]
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows, on all cores.
@@ -75,7 +77,7 @@ class EncodeImages:
         columns = {name: [row[name] for row in encoded] for name in encoded[0]}
         if self.labels is not None:
             column, lookup = self.labels
-            columns["labels"] = [lookup[value] for value in rows[column]]
+            columns["labels"] = encoded_labels(rows[column], lookup, self.several)
         return {**columns, "index": indices}
 
     def _encode(self, stored: dict[str, Any] | None) -> dict[str, Any]:
@@ -146,8 +148,8 @@ class ImageCollate:
             table: Of :class:`EncodeImages`, perhaps with an ``epoch`` and vectors, ``instance``.
 
         Returns:
-            ``pixels [B, 3, H, W]`` and perhaps ``instance_pixels`` in uint8; ``labels`` and ``index [B]``; perhaps
-            ``instance [B, e]``.
+            ``pixels [B, 3, H, W]`` and perhaps ``instance_pixels`` in uint8; ``index`` and ``labels [B]``, or
+            ``labels [B, labels]``; perhaps ``instance [B, e]``.
         """
         batch = {}
         if "pixels" in table.column_names:
@@ -160,7 +162,7 @@ class ImageCollate:
             batch["instance"] = torch.tensor(vectors.flatten().to_numpy().reshape(len(vectors), -1))
         for name in ("labels", "index"):
             if name in table.column_names:
-                batch[name] = torch.tensor(table[name].to_numpy())
+                batch[name] = torch.tensor(table[name].to_pylist())
         return batch
 
     def _views(self, table: pa.Table) -> Tensor:

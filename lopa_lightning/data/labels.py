@@ -90,6 +90,20 @@ def class_lookup(data: Dataset, column: str, known: Sequence[str], what: str, se
     return column, {value: index[name] for value, name in names.items()}
 
 
+def encoded_labels(values: Sequence[Any], lookup: dict[Any, int | float], several: int) -> list[Any]:
+    """Returns rows' labels as indices or numbers.
+
+    Args:
+        values: Of the label column.
+        lookup: What each means.
+        several: Number of labels where a row has a list of them, which becomes 0s and 1s; 0 where it has one.
+    """
+    if not several:
+        return [lookup[value] for value in values]
+    chosen = [{lookup[value] for value in row} for row in values]
+    return [[int(index in row) for index in range(several)] for row in chosen]
+
+
 def drawn_per_label(
     data: Dataset, found: LabelLookup, names: Sequence[str], count: int, seed: int
 ) -> list[NDArray[np.int64]]:

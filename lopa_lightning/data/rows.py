@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lopa_lightning.data.cache import Encoder
-from lopa_lightning.data.labels import LabelLookup
+from lopa_lightning.data.labels import LabelLookup, encoded_labels
 from lopa_lightning.data.template import Tokenize
 
 
@@ -101,12 +101,7 @@ class EncodeRows:
             encoded |= {f"instance_{key}": values for key, values in self.to_instance(texts).items()}
         if self.labels is not None:
             column, lookup = self.labels
-            values = rows[column]
-            if self.several:
-                chosen = [{lookup[value] for value in row} for row in values]
-                encoded["labels"] = [[int(index in row) for index in range(self.several)] for row in chosen]
-            else:
-                encoded["labels"] = [lookup[value] for value in values]
+            encoded["labels"] = encoded_labels(rows[column], lookup, self.several)
         return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
 
 

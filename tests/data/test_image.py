@@ -132,6 +132,15 @@ def test_class_names_of_the_data_and_images_without_labels() -> None:
     assert set(batches(data.predict_dataloader()[0])) == {"pixels", "index"}
 
 
+def test_several_labels_of_an_image() -> None:
+    content = [saved(Image.fromarray(colours(8, 8)))] * 3
+    options = parquet("test.parquet", content, [[1, 0], [], [1]], datasets.List(ClassLabel(names=["a", "b"])))
+    data = prepared("test", **options, multi_label=True)
+    assert batches(data.test_dataloader()[0])["labels"].tolist() == [[1, 1], [0, 0], [0, 1]]
+    with pytest.raises(LoPAError, match=r"must hold one label in each row \(multi_label: true takes lists\), got"):
+        prepared("test", **options, labels=["a", "b"])
+
+
 # Views
 
 
