@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -81,7 +80,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         if labels is not None:
             _ = self.task  # refuses what labels cannot be
 
-    @functools.cached_property
+    @property
     def task(self) -> Task | None:  # type: ignore[override]
         """Labels and metrics; None to predict where nothing names the labels, and the model knows them."""
         labels = self.labels or self._labels_of_data()
