@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CompletionDataModule,
         CRUXEvalDataModule,
         GLUEDataModule,
+        ImageClassificationDataModule,
         MBPPDataModule,
         TextClassificationDataModule,
     )
@@ -47,6 +48,7 @@ _HOMES = {
     "DePT": "prompts",
     "GLUEDataModule": "data",
     "IDPG": "prompts",
+    "ImageClassificationDataModule": "data",
     "ImageClassificationModule": "modules",
     "InstanceEncoderSpec": "instances.encoder",
     "LoPA": "prompts",
@@ -74,6 +76,7 @@ __all__ = [
     "CompletionDataModule",
     "DePT",
     "GLUEDataModule",
+    "ImageClassificationDataModule",
     "ImageClassificationModule",
     "InstanceEncoderSpec",
     "LoPA",

@@ -24,8 +24,10 @@ from lopa_lightning.command_line.parser import with_shipped_files
 from lopa_lightning.data.glue import GLUE_TASKS
 from lopa_lightning.experiments.resolve import resolve
 from lopa_lightning.files import write_whole
+from tests.data.image_files import write_images
 from tests.mini_glue import write_mini_glue
 from tests.modules.helpers import write_reviews
+from tests.tiny_images import save_vision, vision_model
 
 Tiny = Callable[[str], str]
 
@@ -57,6 +59,10 @@ def mini_glue(tmp_path_factory: pytest.TempPathFactory) -> str:
 def small(config: Path, tiny: Tiny, mini_glue: str, head: bool = False) -> list[str]:
     """Arguments that put a tiny model and tiny data in a shipped config's place."""
     settings = yaml.safe_load(config.read_text())
+    if config.stem == "own_images":
+        write_images("images")
+        backbone = save_vision(vision_model("clip"), Path("clip"))
+        return ["--config", str(config), f"--model.backbone.name={backbone}"]
     kind = "bert_base" if head or settings["model"]["init_args"]["objective"] == "head" else "roberta"
     arguments = ["--config", str(config), f"--model.backbone.name={tiny(kind)}", "--data.max_length=40"]
     if config in GLUE:

@@ -135,6 +135,8 @@ class PredictionWriter(BasePredictionWriter):
                 continue
             rows += self._stream.found if self._stream is not None else []
             rows = list({row["index"]: row for row in sorted(rows, key=lambda row: row["index"])}.values())
+            if pl_module.data is not None:
+                rows = pl_module.data.named(set_index, rows)
             files = {f"predictions{suffix}.{self.format}": _formatted(rows, self.format)}
             submission = None if pl_module.data is None else pl_module.data.submission(set_index, rows)
             files |= [submission] if submission is not None else []

@@ -5,6 +5,7 @@ from lopa_lightning.data.code.mbpp import MBPPDataModule
 from lopa_lightning.data.completion import CompletionDataModule
 from lopa_lightning.data.docstrings import DocstringDataModule
 from lopa_lightning.data.glue import GLUEDataModule
+from lopa_lightning.data.image import ImageClassificationDataModule
 from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.data.text_classification import TextClassificationDataModule
 
@@ -13,6 +14,7 @@ __all__ = [
     "CompletionDataModule",
     "DocstringDataModule",
     "GLUEDataModule",
+    "ImageClassificationDataModule",
     "MBPPDataModule",
     "TextClassificationDataModule",
     "TextDataModule",

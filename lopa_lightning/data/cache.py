@@ -1,18 +1,66 @@
-"""The data sets' cache: a damaged file, and a full disk, are named as such and not blamed on the data."""
+"""The data sets' cache: rows are encoded once, and a damaged file or a full disk is not blamed on the data."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import causes_of, is_full_disk
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_FORMAT = 3  # of encoded rows; a new number makes cached ones stale
+
+
+class Encoder(Protocol):
+    """Encodes a batch of rows, for ``datasets.map``."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that it reads."""
+
+    def key(self) -> list[Any]:
+        """Returns all that its result depends on beside the rows."""
+
+    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Encodes rows: columns of numbers, ``index`` among them."""
+
+
+def encoded_rows(data: Dataset, encoder: Encoder, what: str, doing: str, **options: Any) -> Dataset:
+    """Encodes the rows of a split, from the cache where that was done before.
+
+    Args:
+        data: The rows.
+        encoder: Encodes them.
+        what: The split's name, for messages.
+        doing: What is shown meanwhile, such as ``Tokenising``.
+        **options: Of ``datasets.map``.
+
+    Raises:
+        LoPAError: If a column is missing, or what was cached is damaged.
+    """
+    from datasets.fingerprint import Hasher
+
+    if missing := [name for name in encoder.columns if name not in data.column_names]:
+        raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
+    # Named by what it depends on: datasets' own hash of a tokenizer changes when the tokenizer is used.
+    key = Hasher.hash([_FORMAT, data._fingerprint, *encoder.key()])
+    encoded = data.map(
+        encoder,
+        batched=True,
+        with_indices=True,
+        remove_columns=data.column_names,
+        new_fingerprint=key,
+        desc=f"{doing} {what}",
+        **options,
+    )
+    check_cached(encoded, len(data))
+    return encoded
 
 
 @contextmanager

@@ -26,7 +26,9 @@ _ROWS_AT_ONCE = 10_000  # are copied to be summed up
 
 
 class Rows:
-    """Gives tokenised rows as a batch's columns, without a Python object for each token.
+    """Gives encoded rows as a batch's columns, without a Python object for each token.
+
+    Rows may be asked for with their ``epoch``, which then is a column too.
 
     Args:
         data: The rows.
@@ -42,20 +44,26 @@ class Rows:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, rows: list[int]) -> pa.Table:
+    def __getitem__(self, rows: list[int] | tuple[int, list[int]]) -> pa.Table:
+        epoch, rows = rows if isinstance(rows, tuple) else (None, rows)
         table: pa.Table = self.data[rows]
+        if epoch is not None:
+            table = table.append_column("epoch", pa.array(np.full(len(table), epoch)))
         return table if self.vectors is None else table.append_column("instance", self.vectors.at(rows))
 
     __getitems__ = __getitem__  # torch asks so for the rows of a batch that it has made up itself
 
     @functools.cached_property
     def checksum(self) -> int:
-        """CRC-32 of all that the backbone reads and is to answer, in the rows' order."""
+        """CRC-32 of all that the backbone reads and is to answer, in the rows' order; of pixels, of their digests."""
         total = 0
-        for table in self.data.iter(_ROWS_AT_ONCE):
-            for name in sorted(table.column_names):
-                if not name.startswith("instance_"):
-                    values = table.column(name).combine_chunks()
+        names = sorted(n for n in self.data.column_names if not n.startswith("instance_") and n != "pixels")
+        for table in self.data.select_columns(names).iter(_ROWS_AT_ONCE):
+            for name in names:
+                values = table.column(name).combine_chunks()
+                if pa.types.is_binary(values.type):
+                    total = zlib.crc32(b"".join(values.to_pylist()), total)
+                else:
                     is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
                     numbers = (values.flatten() if is_list else values).to_numpy(zero_copy_only=False)
                     total = zlib.crc32(numbers.tobytes(), total)

@@ -6,25 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lopa_lightning.data.cache import Encoder
+from lopa_lightning.data.labels import LabelLookup, encoded_labels
 from lopa_lightning.data.template import Tokenize
 
-LabelLookup = tuple[str, dict[Any, int | float]]
-"""The label column, and what each value in it means: an index or a number."""
 
+class RowEncoder(Encoder, Protocol):
+    """Encodes a batch of rows into ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
 
-class RowEncoder(Protocol):
-    """Encodes a batch of rows, for ``datasets.map``."""
-
-    columns: Sequence[str]
-    """The columns that it reads."""
     max_tokens: int | None
     """Tokens of a row at most."""
-
-    def key(self) -> list[Any]:
-        """Returns all that its result depends on beside the rows."""
-
-    def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Encodes rows: ``input_ids``, ``index``, ``length``, and what else a batch is to have."""
 
 
 class TextError(Exception):
@@ -110,12 +101,7 @@ class EncodeRows:
             encoded |= {f"instance_{key}": values for key, values in self.to_instance(texts).items()}
         if self.labels is not None:
             column, lookup = self.labels
-            values = rows[column]
-            if self.several:
-                chosen = [{lookup[value] for value in row} for row in values]
-                encoded["labels"] = [[int(index in row) for index in range(self.several)] for row in chosen]
-            else:
-                encoded["labels"] = [lookup[value] for value in values]
+            encoded["labels"] = encoded_labels(rows[column], lookup, self.several)
         return {**encoded, "index": indices, "length": [len(ids) for ids in encoded["input_ids"]]}
 
 

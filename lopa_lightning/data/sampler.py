@@ -33,6 +33,8 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         rank: This process.
         seed: Of the shuffling.
         batch_tokens: Most tokens of a batch of one process, padding included.
+        with_epoch: Whether a batch is ``(epoch, examples)``: for views that are others in each epoch, also where a
+            worker process makes them, which knows no epoch.
 
     Raises:
         LoPAError: If one example has more than ``batch_tokens``, or the processes cannot have as many batches.
@@ -57,11 +59,13 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         rank: int = 0,
         seed: int = 0,
         batch_tokens: int | None = None,
+        with_epoch: bool = False,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         super().__init__(self.lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
+        self.with_epoch = with_epoch
         if batch_tokens is not None and self.lengths.max() > batch_tokens:
             raise LoPAError(
                 f"batch_tokens is {batch_tokens}, and one of the examples has {self.lengths.max()} tokens, virtual "
@@ -79,7 +83,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         """Returns the number of this process's batches in an epoch."""
         return self._count
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int] | tuple[int, list[int]]]:  # type: ignore[override]
         """Yields this process's batches."""
         if self._evaluated is not None:
             random, steps = np.random.default_rng(0), self._evaluated
@@ -90,7 +94,8 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         # Reached at the first batch: a loader with workers makes two iterators, and uses the second.
         start, self.start_at = self.start_at, 0
         for i in order[start:]:
-            yield steps[i][self.rank :: self.num_replicas].tolist()
+            rows = steps[i][self.rank :: self.num_replicas].tolist()
+            yield (self.epoch, rows) if self.with_epoch else rows
 
     @property
     def mean_batch_size(self) -> float:

@@ -73,6 +73,9 @@ class SplitsDataModule(LightningDataModule, ABC):
     padding_side: Side = "right"
     """Where inputs of unlike lengths are padded."""
 
+    varies = False
+    """Whether training examples look different in each epoch, so that batches are made by epoch."""
+
     def __init__(
         self,
         path: str | None = None,
@@ -178,6 +181,15 @@ class SplitsDataModule(LightningDataModule, ABC):
         """
         return None
 
+    def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Adds to predictions what tells a reader which examples they are of, beside their ``index``.
+
+        Args:
+            set_index: Which of the sets to predict.
+            rows: Predictions in the input's order.
+        """
+        return rows
+
     def training_subset(self, data: Dataset) -> Dataset:
         """Draws the examples to train on."""
         if self.max_train_examples is None:
@@ -282,7 +294,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         batch_size = self.batch_size if role == "train" else self.eval_batch_size
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
         make = trainer is None or reads_all(trainer, role, batch_size, len(data))
-        if vectors := stored_vectors(cache, data, f"the {role} set", device, make):
+        if vectors := stored_vectors(cache, data, f"the {role} set", device, self.collate(), make):
             self.vectors[data._fingerprint] = vectors
 
     # Loading
@@ -317,9 +329,15 @@ class SplitsDataModule(LightningDataModule, ABC):
             shuffle=is_training,
             num_replicas=world_size,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            seed=self.seed,
             batch_tokens=self.batch_tokens if is_training else self.eval_batch_tokens,
+            with_epoch=is_training and self.varies,
         )
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def _loader(self, data: Dataset, role: Role) -> Loader:
         assert self.input_spec is not None

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.text_spec import TextSpec
-from lopa_lightning.data.rows import EncodeRows, LabelLookup
+from lopa_lightning.data.labels import LabelLookup
+from lopa_lightning.data.rows import EncodeRows
 from lopa_lightning.data.template import Template, Tokenize, backbone_template, plain_template
 from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.task import Task, Verbalizer

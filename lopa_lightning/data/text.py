@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lopa_lightning.backbones.text_spec import TextSpec
-from lopa_lightning.data.cache import check_cached
+from lopa_lightning.data.cache import encoded_rows
 from lopa_lightning.data.collate import Collate
 from lopa_lightning.data.rows import RowEncoder, TextError, fault_of
 from lopa_lightning.data.splits import Role, SplitsDataModule
@@ -18,8 +18,6 @@ from lopa_lightning.errors import LoPAError, at_least, one_of, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_FORMAT = 3  # of tokenised data; a new number makes cached data stale
 
 
 class TextDataModule(SplitsDataModule):
@@ -86,26 +84,12 @@ class TextDataModule(SplitsDataModule):
 
     def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
         """Tokenises the rows of a split, from the cache where that was done before."""
-        from datasets.fingerprint import Hasher
-
         what = f"{role} ({split})"
         encoder = self.row_encoder(data, what, role)
-        if missing := [name for name in encoder.columns if name not in data.column_names]:
-            raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
-        # Named by what it depends on: datasets' own hash of a tokenizer changes when the tokenizer is used.
-        key = Hasher.hash([_FORMAT, data._fingerprint, *encoder.key()])
         try:
-            tokenised = data.map(
-                encoder,
-                batched=True,
-                with_indices=True,
-                remove_columns=data.column_names,
-                new_fingerprint=key,
-                desc=f"Tokenising {what}",
-            )
+            tokenised = encoded_rows(data, encoder, what, "Tokenising")
         except TextError as error:
             raise self._refused(what, split, error) from None
-        check_cached(tokenised, len(data))
         for column, message in self.warnings_of(encoder).items():
             if column in tokenised.column_names:
                 if count := int(np.sum(tokenised.with_format("numpy")[column][:])):

@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lopa_lightning.data.rows import LabelLookup, RowEncoder
+from lopa_lightning.data.labels import (
+    LabelLookup,
+    class_lookup,
+    drawn_per_label,
+    label_names,
+    some,
+    unique_labels,
+    values_of_labels,
+)
+from lopa_lightning.data.rows import RowEncoder
 from lopa_lightning.data.splits import Role, select
 from lopa_lightning.data.task_rows import task_encoder
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.data.text import TextDataModule
-from lopa_lightning.errors import LoPAError, at_least, listed, shown
+from lopa_lightning.errors import LoPAError, at_least, listed
 from lopa_lightning.task import InstanceReads, Task, Verbalizer
 
 if TYPE_CHECKING:
@@ -60,16 +69,13 @@ class TextClassificationDataModule(TextDataModule):
         super().__init__(**kwargs)
         if labels is None:
             raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
-        names = _label_names("labels", labels)
+        names = label_names("labels", labels)
         if shots_per_label is not None and self.max_train_examples is not None:
             raise LoPAError("give max_train_examples or shots_per_label, not both")
         at_least(1, shots_per_label=shots_per_label)
         if shots_per_label is not None and (not names or multi_label):
             raise LoPAError("shots_per_label needs rows with one label each")
-        self.label_values = names if label_values is None else _label_names("label_values", label_values)
-        values = self.label_values
-        if label_values is not None and (len(values) != len(names) or len(set(values)) < len(values)):
-            raise LoPAError(f"there must be one label value for each label, got {label_values} for {labels}")
+        self.label_values = values_of_labels(names, label_values)
         self.label_column = label_column
         pieces = None if template is None else tuple(listed("template", template))
         self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
@@ -111,81 +117,22 @@ class TextClassificationDataModule(TextDataModule):
         Raises:
             LoPAError: If there is a label that must not be there.
         """
-        column = self.label_column
-        if column not in data.column_names:
-            raise LoPAError(f"{what}: no column {column!r} with labels; there are {', '.join(data.column_names)}")
-        values = _unique(data, column, what, self.task.multi_label)
-        if self.task.is_regression:
-            try:
-                numbers = {value: float(value) for value in values}
-            except (TypeError, ValueError):
-                numbers = {}
-            if not numbers or not np.isfinite(list(numbers.values())).all():
-                raise LoPAError(f"{what}: column {column!r} must hold numbers, got {_some(values)}")
-            return column, numbers
-        known = {value: index for index, value in enumerate(self.label_values)}
-        feature = data.features[column].feature if self.task.multi_label else data.features[column]
-        shown = {value: _class_name(feature, value) for value in values}
-        if unknown := sorted({name for name in shown.values() if name not in known}):
-            allowed = ", ".join(map(repr, known))
-            raise LoPAError(f"{what}: column {column!r} has labels {_some(unknown)} beside the allowed {allowed}")
-        return column, {value: known[name] for value, name in shown.items()}
+        column, several = self.label_column, self.task.multi_label
+        if not self.task.is_regression:
+            return class_lookup(data, column, self.label_values, what, several)
+        values = unique_labels(data, column, what)
+        try:
+            numbers = {value: float(value) for value in values}
+        except (TypeError, ValueError):
+            numbers = {}
+        if not numbers or not np.isfinite(list(numbers.values())).all():
+            raise LoPAError(f"{what}: column {column!r} must hold numbers, got {some(values)}")
+        return column, numbers
 
     def training_subset(self, data: Dataset) -> Dataset:
         """Draws the examples to train on, so many of each label or in all."""
         if self.shots_per_label is None:
             return super().training_subset(data)
-        random = np.random.default_rng(self.subset_seed)
-        column, lookup = self.label_lookup(data, "train")
-        labels = np.array([lookup[value] for value in data[column]])
-        chosen = []
-        for index, label in enumerate(self.task.labels):
-            rows = np.flatnonzero(labels == index)
-            if len(rows) < self.shots_per_label:
-                raise LoPAError(f"shots_per_label asks for {self.shots_per_label} of {label!r}, there are {len(rows)}")
-            chosen.append(random.permutation(rows)[: self.shots_per_label])
-        return select(data, chosen)
-
-
-def _label_names(argument: str, values: Sequence[Any]) -> list[str]:
-    for value in listed(argument, values):
-        if not isinstance(value, (str, int, float)):
-            raise LoPAError(f"{argument} must be names or numbers, got {value!r}")
-    return [_spelled(value) for value in values]
-
-
-def _unique(data: Dataset, column: str, what: str, several: bool) -> list[Any]:
-    """Returns the values of a label column, each once.
-
-    Raises:
-        LoPAError: If a row has several labels where one is wanted, or one for several, or some other structure.
-    """
-    values: list[Any] = data[column][:]
-    wanted = "a list of labels in each row" if several else "one label in each row (multi_label: true takes lists)"
-    for value in values:
-        inner = value if several and isinstance(value, list) else [value]
-        if several is not isinstance(value, list) or any(isinstance(label, (list, dict)) for label in inner):
-            raise LoPAError(f"{what}: column {column!r} must hold {wanted}, got {shown(value)}")
-    each = [label for row in values for label in row] if several else values
-    return list(dict.fromkeys(each))
-
-
-def _class_name(feature: Any, value: Any) -> str:
-    from datasets import ClassLabel
-
-    if isinstance(feature, ClassLabel) and value is not None and 0 <= value < len(feature.names):
-        return str(feature.names[value])
-    return _spelled(value)
-
-
-def _spelled(value: Any) -> str:
-    """Returns a label as a config and a column both spell it: 1 and 1.0 are the same, true and True too."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return "a missing label" if value is None else str(value)
-
-
-def _some(values: Sequence[Any]) -> str:
-    return ", ".join(repr(value) for value in list(values)[:5]) + (" ..." if len(values) > 5 else "")
+        found = self.label_lookup(data, "train")
+        rows = drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
+        return select(data, rows)

@@ -59,7 +59,7 @@ def cache(folder: str, calls: list[int] | None = None, **options: Any) -> Vector
 
 def found_by(made: VectorCache, data: Dataset, what: str = "x") -> np.ndarray:
     """The vectors of all rows of a data set."""
-    vectors = stored_vectors(made, data, what, CPU)
+    vectors = stored_vectors(made, data, what, CPU, Collate(0))
     assert vectors is not None
     return np.stack(vectors.at(list(range(len(data)))).to_numpy())
 
@@ -174,10 +174,10 @@ def test_the_second_time_no_weight_is_read(tiny: Tiny, kept: Path, monkeypatch: 
 
 def test_vectors_that_are_not_there_are_not_made_where_none_are_wanted(tiny: Tiny, kept: Path) -> None:
     data, made = rows(tiny("bert_base")), cache(tiny("bert_base"))
-    assert stored_vectors(made, data, "x", CPU, make=False) is None
+    assert stored_vectors(made, data, "x", CPU, Collate(0), make=False) is None
     assert not list(kept.rglob("*"))
     found_by(made, data)
-    assert stored_vectors(made, data, "x", CPU, make=False) is not None
+    assert stored_vectors(made, data, "x", CPU, Collate(0), make=False) is not None
 
 
 def test_whatever_a_vector_depends_on_makes_another_file(tiny: Tiny, kept: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_of_processes_at_the_same_time_one_makes_them(tiny: Tiny, kept: Path) ->
 def test_workers_are_sent_a_path_and_no_vectors(tiny: Tiny, kept: Path) -> None:
     data, made = rows(tiny("bert_base"), TEXTS * 50), cache(tiny("bert_base"))
     wanted = found_by(made, data)
-    vectors = stored_vectors(made, data, "x", CPU)
+    vectors = stored_vectors(made, data, "x", CPU, Collate(0))
     sent = pickle.dumps(vectors)
     assert len(sent) < 16 * len(data) + 3000 < wanted.nbytes / 4
     np.testing.assert_array_equal(np.stack(pickle.loads(sent).at([399, 0]).to_numpy()), wanted[[399, 0]])
@@ -309,7 +309,7 @@ def test_workers_are_sent_a_path_and_no_vectors(tiny: Tiny, kept: Path) -> None:
 def test_a_row_has_its_vector_in_place_of_the_encoder_tokens(tiny: Tiny, kept: Path) -> None:
     data, made = rows(tiny("bert_base")), cache(tiny("bert_base"))
     wanted = torch.from_numpy(found_by(made, data))
-    several = Rows(data.add_column("input_ids", [[1]] * len(ROWS)), stored_vectors(made, data, "x", CPU))
+    several = Rows(data.add_column("input_ids", [[1]] * len(ROWS)), stored_vectors(made, data, "x", CPU, Collate(0)))
     assert len(several) == len(ROWS)
     batch = Collate(pad_id=0)(several.__getitems__([2, 9, 2]))
     assert set(batch) == {"input_ids", "attention_mask", "index", "instance"}

@@ -1,0 +1,231 @@
+"""A user's own images and labels: a folder of images, Parquet, or a data set on the hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import pyarrow.compute as pc
+
+from lopa_lightning.backbones.image_spec import ImageProcessing, ImageSpec
+from lopa_lightning.data.cache import encoded_rows
+from lopa_lightning.data.image_rows import EncodeImages, ImageCollate, RowError
+from lopa_lightning.data.labels import LabelLookup, class_lookup, drawn_per_label, label_names, values_of_labels
+from lopa_lightning.data.splits import Role, SplitsDataModule, select
+from lopa_lightning.errors import LoPAError, at_least, listed, one_of
+from lopa_lightning.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+View = Literal["model", "resize", "crop_flip"]
+
+_STORED = {"bytes", "path"}
+_AT_ONCE = 64  # images that are decoded, and written, together
+
+
+class ImageClassificationDataModule(SplitsDataModule):
+    """Images with a class each.
+
+    Each image is decoded, resized and cropped once, and kept in the data sets' cache.
+
+    Args:
+        image_column: Column of images.
+        label_column: Column with the label.
+        labels: Names of the classes, in the order of their indices; by default those that the data itself names, such
+            as the folders of an image folder.
+        label_values: What stands in the label column for each label, where that is not its name.
+        view: What of an image a model reads: ``model``: what its own image processor makes; ``resize``: all of it,
+            resized to the model's height and width; ``crop_flip``: its shorter edge is resized to 256/224 of the
+            model's, and then the middle is cut out, in training any part, mirrored every second time.
+        metrics: Official metrics, whose mean is the score.
+        shots_per_label: Train on that many examples of each label, drawn at random.
+        multi_label: Whether the label column has a list of labels, of any number.
+        **kwargs: See :class:`~lopa_lightning.data.splits.SplitsDataModule`.
+
+    Raises:
+        LoPAError: If arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        image_column: str = "image",
+        label_column: str = "label",
+        labels: Sequence[str | int | bool] | None = None,
+        label_values: Sequence[str | int | bool] | None = None,
+        view: View = "model",
+        metrics: Sequence[str] | None = None,
+        shots_per_label: int | None = None,
+        multi_label: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        one_of("view", view, get_args(View))
+        at_least(1, shots_per_label=shots_per_label)
+        if shots_per_label is not None and self.max_train_examples is not None:
+            raise LoPAError("give max_train_examples or shots_per_label, not both")
+        if shots_per_label is not None and multi_label:
+            raise LoPAError("shots_per_label needs rows with one label each")
+        self.multi_label = multi_label
+        self.image_column, self.label_column, self.view = image_column, label_column, view
+        self.shots_per_label = shots_per_label
+        if labels is None and label_values is not None:
+            raise LoPAError("label_values needs labels, which they stand for")
+        if labels is not None and not (labels := label_names("labels", labels)):
+            raise LoPAError("labels must name the classes, got none")
+        self.labels, self.metrics = labels, None if metrics is None else listed("metrics", metrics)
+        self.label_values = None if labels is None else values_of_labels(labels, label_values)
+        if labels is not None:
+            _ = self.task  # refuses what labels cannot be
+
+    @property
+    def task(self) -> Task | None:  # type: ignore[override]
+        """Labels and metrics; None to predict where nothing names the labels, and the model knows them."""
+        labels = self.labels or self._labels_of_data()
+        return None if labels is None else Task(labels, metrics=self.metrics, multi_label=self.multi_label)
+
+    def _labels_of_data(self) -> list[str] | None:
+        from datasets import ClassLabel, List
+
+        column, splits = self.label_column, self.raw()
+        for split in splits.values():
+            feature = split.features.get(column)
+            feature = feature.feature if self.multi_label and isinstance(feature, List) else feature
+            if isinstance(feature, ClassLabel):
+                return list(feature.names)
+        if self.trainer is not None and self.trainer.state.fn == "predict":
+            return None
+        raise LoPAError(
+            f"labels must name the classes: nothing in the data names those of column {column!r}; there are columns "
+            f"{', '.join(next(iter(splits.values())).column_names)}"
+        )
+
+    @property
+    def varies(self) -> bool:  # type: ignore[override]
+        """Whether training examples look different in each epoch."""
+        return self.view == "crop_flip"
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """The image processing of the module that is connected."""
+        if not isinstance(self.input_spec, ImageSpec):
+            raise LoPAError(f"{type(self).__name__} gives images, and the module reads another kind of input")
+        return self.input_spec
+
+    @property
+    def processing(self) -> ImageProcessing:
+        """What is done to an image to validate, test and predict."""
+        return viewed(self.image_spec.processing, self.view)
+
+    def collate(self) -> ImageCollate:
+        """Returns the function that makes a batch."""
+        spec = self.image_spec
+        other = spec.instance_processing
+        return ImageCollate(spec.processing.size, None if other is None else other.size, self.seed)
+
+    def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
+        """Decodes the images of a split, from the cache where that was done before."""
+        what, spec, shown = f"{role} ({split})", self.image_spec, self.processing
+        files, drawn = self._files(data, what), role == "train" and self.varies
+        instance = spec.instance_processing
+        if drawn and instance is None and spec.instance_vectors is not None:
+            instance = shown  # a vector that is kept must be that of one view
+        encoder = EncodeImages(
+            self.image_column,
+            replace(shown, crop=False) if drawn else shown,
+            instance,
+            None if role == "predict" else self._label_lookup(data, what),
+            _versions(files, self.image_column, what),
+            len(self.task.labels) if self.multi_label and self.task is not None else 0,
+        )
+        try:
+            return encoded_rows(files, encoder, what, "Decoding", batch_size=_AT_ONCE, writer_batch_size=_AT_ONCE)
+        except RowError as error:
+            raise self._refused(what, split, error) from None
+
+    def _label_lookup(self, data: Dataset, what: str) -> LabelLookup:
+        assert self.task is not None
+        names = self.label_values or self.task.labels
+        return class_lookup(data, self.label_column, names, what, self.multi_label)
+
+    def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Adds the ``file`` of each image that has one."""
+        split = self.splits_of("predict")[set_index]
+        files = self._files(self.load_split(split, "predict"), split)
+        paths = [path for path, _ in _paths(files, self.image_column)]
+        return [
+            row if paths[row["index"]] is None else {"index": row["index"], "file": paths[row["index"]], **row}
+            for row in rows
+        ]
+
+    def training_subset(self, data: Dataset) -> Dataset:
+        """Draws the examples to train on, so many of each label or in all."""
+        if self.shots_per_label is None:
+            return super().training_subset(data)
+        assert self.task is not None
+        found = self._label_lookup(data, "train")
+        rows = drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
+        return select(data, rows)
+
+    def _files(self, data: Dataset, what: str) -> Dataset:
+        """Returns the columns that are read, images as files or their content."""
+        from datasets import Image, Value
+
+        column = self.image_column
+        if column not in data.column_names:
+            raise LoPAError(f"{what}: no column {column!r} with images; there are {', '.join(data.column_names)}")
+        feature = data.features[column]
+        is_content = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+        if not (isinstance(feature, Image) or is_content or (isinstance(feature, dict) and {*feature} == _STORED)):
+            raise LoPAError(
+                f"{what}: column {column!r} must hold images, got {feature}; names of files go into the metadata.csv "
+                "of an image folder"
+            )
+        columns = [name for name in (column, self.label_column) if name in data.column_names]
+        files: Dataset = data.select_columns(columns).cast_column(column, Image(decode=False))
+        return files
+
+    def _refused(self, what: str, split: str, error: RowError) -> LoPAError:
+        """Names the file, or the row as it is counted in the whole split."""
+        path, content = (error.stored or {}).get("path"), (error.stored or {}).get("bytes")
+        if path is not None and content is None:
+            return LoPAError(f"{what}: image {path!r} {error.fault}")
+        rows = self._files(self.load_split(split, "test"), what)[self.image_column]
+        row = next(number for number, stored in enumerate(rows) if stored == error.stored)
+        return LoPAError(f"{what}: the image in row {row} (counted from 0) {error.fault}")
+
+
+def viewed(processing: ImageProcessing, view: View) -> ImageProcessing:
+    """Returns what is done to an image in a view of it that is not drawn at random."""
+    if view == "resize":
+        return replace(processing, resize=processing.size, crop=False)
+    if view == "crop_flip":
+        return replace(processing, resize=256 * max(processing.size) // 224, crop=True)
+    return processing
+
+
+def _paths(files: Dataset, column: str) -> Iterator[tuple[str | None, bool]]:
+    """Yields the path of each row's image, and whether its content is there; it is not read."""
+    for table in files.select_columns([column]).with_format("arrow").iter(10_000):
+        for chunk in table[column].chunks:
+            has_content = pc.is_valid(pc.struct_field(chunk, "bytes")).to_pylist()
+            yield from zip(pc.struct_field(chunk, "path").to_pylist(), has_content)
+
+
+def _versions(files: Dataset, column: str, what: str) -> list[tuple[int, int]]:
+    """Returns the size and time of each file that rows name.
+
+    Raises:
+        LoPAError: If one is not there.
+    """
+    found = []
+    for path, has_content in _paths(files, column):
+        if path is not None and not has_content:
+            try:
+                stat = os.stat(path)
+            except OSError as error:
+                raise LoPAError(f"{what}: image {path!r} cannot be read: {error.strerror}") from error
+            found.append((stat.st_size, stat.st_mtime_ns))
+    return found
