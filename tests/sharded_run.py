@@ -103,6 +103,12 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "gradient_checkpointing": True,
             "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
         },
+        "adapted": {
+            "model": "bert",
+            "instance_encoder": InstanceEncoderSpec(
+                models["bert_base"], dtype="bfloat16", adapter={"peft_type": "LORA", "r": 2}
+            ),
+        },
         "head": {
             "model": "bert_base",
             "objective": "head",
@@ -158,7 +164,7 @@ def fit(
 
 def main(folder: Path, models: dict[str, str]) -> None:
     results: dict[str, Any] = {}
-    for kind in ("decoder", "encoder", "lora"):
+    for kind in ("decoder", "encoder", "adapted", "lora"):
         for how in ("ddp", "fsdp"):
             results[f"{kind}-{how}"] = fit(kind, how, models, folder)
     for name, hows in {"all": ("ddp", "fsdp"), "ddp": ("ddp", "ddp"), "stock": ("stock", "stock")}.items():

@@ -366,6 +366,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "repository": {"adapters": {"0": "x/y"}},
         }.items()
     },
+    "a pattern in an encoder's adapter": (
+        {"instance_encoder": {"name": "bert", "adapter": {"peft_type": "LORA", "target_modules": "(a|a)+b"}}},
+        "its instance_encoder.adapter asks for code from outside (a search by a pattern)",
+    ),
+    "code of an encoder's adapter": (
+        {"instance_encoder": {"adapter": {"peft_type": "LORA", "megatron_core": "s1_evil"}}},
+        "its instance_encoder.adapter asks for code from outside (megatron_core)",
+    ),
+    "an encoder's adapter without end": (
+        {"instance_encoder": {"adapter": {"peft_type": "LORA", "r": 10**9}}},
+        "its instance_encoder.adapter has 'r' 1000000000, and 110 trained values",
+    ),
+    "an encoder's adapter that is a text": (
+        {"instance_encoder": {"adapter": "LORA"}},
+        "instance_encoder.adapter must be",
+    ),
+    "an encoder's adapter that was not trained": (
+        {"instance_encoder": {"adapter": {"peft_type": "LORA"}}},
+        "instance_encoder.adapter: the checkpoint has None, this run {'peft_type': 'LORA'}",
+    ),
     "adapters of an adapter": ({"adapter": {"peft_type": "XLORA", "adapters": {"0": "x"}}}, "peft_type must be one of"),
     "code of an adapter": ({"adapter": {"peft_type": "LORA", "megatron_core": "s1_evil"}}, "its adapter asks for code"),
     "a kernel": ({"backbone": {"name": "bert", "attn_implementation": "x/y:z"}}, "attn_implementation 'x/y:z'"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lopa_lightning import LoPALightningModule, NoPrompt
-from tests.distributed_run import MATCHING
+from tests.distributed_run import MATCHING, adapted
 from tests.modules.helpers import causal, completions, reviews, trainer
 from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, as_one_batch, rows_of
 
@@ -56,6 +56,8 @@ def _half_right(backbone: str) -> list[dict[str, str]]:
 def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ddp")
     reviews(folder, rows=21)  # written once, before two processes would write it
+    (folder / "adapted").mkdir()
+    reviews(folder / "adapted", rows=12)
     completions(folder / "completions")
     completions(folder / "unequal", UNEQUAL)
     (folder / "matching.json").write_text(json.dumps(_half_right(tiny("llama"))))
@@ -105,6 +107,15 @@ def test_one_process_encodes_each_text_and_training_is_as_if_all_had(ranks: Rank
     for result in ranks[1]:
         for name, value in result["plain_state"].items():
             torch.testing.assert_close(result["state"][name], value, rtol=0, atol=1e-6)
+
+
+def test_an_adapted_encoder_on_two_processes_is_that_of_one(ranks: Ranks, tiny: Tiny) -> None:
+    alone = adapted(tiny("bert_base"), ranks[0] / "adapted", 12)
+    assert max(float(value.abs().max()) for name, value in alone.items() if "lora_B" in name) > 1e-5
+    for result in ranks[1]:
+        assert set(result["adapted"]) == set(alone)
+        for name, value in alone.items():
+            torch.testing.assert_close(result["adapted"][name], value, rtol=0, atol=1e-6)
 
 
 def test_each_example_is_evaluated_once(ranks: Ranks) -> None:

@@ -70,6 +70,21 @@ SAVED: dict[str, set[str]] = {
         for part in ("query", "value")
         for side in "AB"
     },
+    "lopa_adapted_encoder": SOFT
+    | in_prompt_encoder(*HEADS)
+    | {
+        f"net.instance_encoder.model.encoder.layer.{layer}.attention.self.{part}.lora_{side}.default.weight"
+        for layer in (0, 1)
+        for part in ("query", "value")
+        for side in "AB"
+    },
+    "encoder_alone": {
+        f"net.backbone.model.encoder.layer.{layer}.attention.self.{part}.lora_{side}.default.weight"
+        for layer in (0, 1)
+        for part in ("query", "value")
+        for side in "AB"
+    }
+    | {"net.readout.linear.weight", "net.readout.linear.bias"},
     "ia3": {
         f"{LAYER}.{layer}.{part}.ia3_l.default"
         for layer in (0, 1)

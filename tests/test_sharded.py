@@ -25,6 +25,10 @@ KINDS = {
         *("", "instance_encoder.model.encoder.layer.0", "instance_encoder.model.encoder.layer.1"),
         *("backbone.model.bert.encoder.layer.0", "backbone.model.bert.encoder.layer.1"),
     ],
+    "adapted": [
+        *("", "instance_encoder.model.encoder.layer.0", "instance_encoder.model.encoder.layer.1"),
+        *("backbone.model.bert.encoder.layer.0", "backbone.model.bert.encoder.layer.1"),
+    ],
     "lora": ["", "backbone.model.transformer.h.0", "backbone.model.transformer.h.1"],
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Adapters inside the backbone, by PEFT: the baselines that soft prompts are compared with."""
+"""Adapters by PEFT: in the instance encoder, and in the backbone as baselines that soft prompts are compared with."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 from lopa_lightning.errors import LoPAError, one_line
 
 
-def adapt(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
+def adapt(model: PreTrainedModel, config: Mapping[str, Any], name: str = "adapter") -> None:
     """Puts an adapter into a model, in place. Its weights alone are trained, in float32.
 
     Args:
         model: A frozen model.
         config: As in PEFT's ``adapter_config.json``, such as ``{"peft_type": "LORA", "r": 8}``.
+        name: Of the setting, for messages.
 
     Raises:
         LoPAError: If PEFT is not installed, or does not know such an adapter for this model.
@@ -30,11 +31,11 @@ def adapt(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
     # AdaLoRA moves its ranks by a call after each step of its own training loop; without that it is a bad LoRA.
     # X-LoRA mixes adapters that it reads from elsewhere.
     if kind not in (known := sorted({entry.value for entry in tuners} - {"ADALORA", "XLORA"})):
-        raise LoPAError(f"adapter.peft_type must be one of {', '.join(known)}, got {config.get('peft_type')!r}")
+        raise LoPAError(f"{name}.peft_type must be one of {', '.join(known)}, got {config.get('peft_type')!r}")
     try:
         peft.inject_adapter_in_model(peft.get_peft_config({**config, "peft_type": kind}), model)
     except (TypeError, ValueError, AttributeError) as error:
-        raise LoPAError(f"adapter {dict(config)}: {one_line(error)}") from error
+        raise LoPAError(f"{name} {dict(config)}: {one_line(error)}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

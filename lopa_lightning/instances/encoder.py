@@ -1,17 +1,18 @@
-"""The frozen instance encoder: an instance in, one vector out."""
+"""The instance encoder, frozen, adapted or trained: an instance in, one vector out."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lopa_lightning.backbones.adapters import adapt, adapter_layers
 from lopa_lightning.backbones.base import Batch, InputKind
 from lopa_lightning.backbones.pretrained import Dtype, PretrainedSpec, check_dtype
 from lopa_lightning.errors import LoPAError
@@ -37,6 +38,8 @@ class InstanceEncoderSpec:
             the encoder is then not in memory while prompts are trained. False to encode every batch again.
         dropout: Whether a frozen encoder's own dropout is active in training, as in the paper's released code; every
             batch is then encoded. A trainable encoder's always is.
+        adapter: A PEFT adapter in the encoder, as in ``adapter_config.json``, such as ``{peft_type: LORA, r: 8}``. It
+            is trained, and of the encoder it alone is saved; the backbone is left as it is.
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.
         revision: Branch, tag or commit on the hub.
         dtype: Dtype of the weights; ``auto`` takes the one they were saved in.
@@ -44,8 +47,8 @@ class InstanceEncoderSpec:
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
-        LoPAError: If ``pooling`` or ``dtype`` is unknown, ``max_length`` below 1, or the backbone is the encoder and
-            is to have a dropout of its own.
+        LoPAError: If ``pooling`` or ``dtype`` is unknown, ``max_length`` below 1, all of the encoder is to be trained
+            beside its adapter, or the backbone is the encoder and is to have a dropout of its own.
     """
 
     name: str = BACKBONE
@@ -59,19 +62,27 @@ class InstanceEncoderSpec:
     trust_remote_code: bool = False
     cache: bool = True
     dropout: bool = False
+    adapter: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_pooling(self.pooling)
         check_dtype(self.dtype)
         if self.max_length is not None and self.max_length < 1:
             raise LoPAError(f"instance_encoder.max_length must be at least 1, got {self.max_length}")
-        if self.dropout and self.is_backbone and not self.trainable:
+        if self.adapter is not None and self.trainable:
+            raise LoPAError("give instance_encoder.adapter or instance_encoder.trainable, not both")
+        if self.dropout and self.is_backbone and not self.is_trained:
             raise LoPAError("instance_encoder.dropout needs a model of its own, not name: backbone")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything in the encoder is trained: all of it, or its adapter."""
+        return self.trainable or self.adapter is not None
 
     @property
     def is_varying(self) -> bool:
         """Whether an instance's vector changes in training."""
-        return self.trainable or self.dropout
+        return self.is_trained or self.dropout
 
     @property
     def is_backbone(self) -> bool:
@@ -119,7 +130,7 @@ class InstanceEncoder(nn.Module):
 
     Args:
         model: A model without a head, or what loads one once it is needed.
-        spec: Pooling and normalisation.
+        spec: Pooling and normalisation; with an adapter, ``model`` is given it.
         kind: Of input that it reads.
         shared: Whether ``model`` belongs to the backbone. It is then not registered here a second time; nor is
             one that is loaded later, which comes and goes.
@@ -147,6 +158,9 @@ class InstanceEncoder(nn.Module):
             self._unregistered.append(model)
         else:
             self.model = model.requires_grad_(spec.trainable)
+            if spec.adapter is not None:
+                adapt(self.model, spec.adapter, "instance_encoder.adapter")
+        self._adapted = adapter_layers(self.model) if spec.adapter is not None else []
 
     @property
     def own_model(self) -> PreTrainedModel | None:
@@ -182,37 +196,40 @@ class InstanceEncoder(nn.Module):
                 cast(nn.Module, model).to(next(iter(batch.values())).device)
         if not self.is_checked:
             self.is_checked = True
-            with torch.no_grad(), _eval_unless(False, model):
+            with torch.no_grad(), _in_eval_mode(model):
                 self._kind.check_instances(self)
         return self.vectors(batch)
 
     def vectors(self, batch: Batch) -> Tensor:
         """Encodes instances with a model that is in its place; see :meth:`forward`."""
         model = self.loaded()
+        # A backbone may be in training mode while it serves as a frozen encoder.
+        is_still = model.training and not self.spec.is_varying
         with (
-            _eval_unless(self.spec.is_varying, model),
-            torch.set_grad_enabled(self.spec.trainable and torch.is_grad_enabled()),
+            _in_eval_mode(model) if is_still else contextlib.nullcontext(),
+            torch.set_grad_enabled(self.spec.is_trained and torch.is_grad_enabled()),
         ):
             vector = pool(*self._kind.instance_states(model, batch), self.spec.pooling).float()
             return F.rms_norm(vector, vector.shape[-1:]) if self.spec.normalize else vector
 
     def train(self, mode: bool = True) -> InstanceEncoder:
-        """Keeps a frozen encoder in eval mode, unless its dropout was asked for."""
-        super().train(mode and self.spec.is_varying)
+        """Keeps a frozen encoder in eval mode, unless its dropout was asked for; an adapter's dropout is its own."""
+        super().train(mode and (self.spec.trainable or self.spec.dropout))
+        for layer in self._adapted:
+            layer.train(mode)
         return self
 
 
 @contextlib.contextmanager
-def _eval_unless(varying: bool, model: PreTrainedModel) -> Iterator[None]:
-    """Switches off the dropout of a backbone in training, while it serves as a frozen encoder."""
-    switch = model.training and not varying
-    if switch:
-        model.train(False)
+def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switches dropout off in its block, an adapter's too."""
+    training = [part for part in model.modules() if part.training]
+    model.train(False)
     try:
         yield
     finally:
-        if switch:
-            model.train(True)
+        for part in training:
+            part.training = True
 
 
 def check_pooling(pooling: str, name: str = "pooling") -> None:

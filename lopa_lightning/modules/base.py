@@ -53,7 +53,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
     Args:
         backbone: The frozen model.
         prompt_encoder: Makes soft prompts; a class or partial that still wants ``(embedding_dim, instance_dim)``.
-        instance_encoder: The frozen model that reads instances; by default the backbone itself.
+        instance_encoder: The model that reads instances, frozen unless it says otherwise; by default the backbone.
         placement: Where virtual tokens go: ``before`` the text's first token, ``after_first``, or in
             ``every_layer`` (prefix tuning, P-tuning v2).
         adapter: A PEFT adapter in the backbone, as in ``adapter_config.json``, such as
@@ -66,7 +66,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run, as long as
             it was to be when it began: a run that is resumed keeps the number of steps.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
-            ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder``, ``backbone`` (all of it or its adapter).
+            ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder`` and ``backbone`` (all of it or its adapter).
         nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, with the step and
             the rows, or ``skip`` the optimizer step, all batches that it accumulates, and count it in
             ``train/skipped_steps``.

@@ -96,7 +96,7 @@ class Builder:
     def encoder_spec(self) -> InstanceEncoderSpec:
         """The instance encoder's, as a copy of the backbone where the two cannot be one: either is trained."""
         spec, backbone = self.instance_encoder, self.backbone
-        if not spec.is_backbone or not (spec.trainable or self.train_backbone or self.adapter is not None):
+        if not spec.is_backbone or not (spec.is_trained or self.train_backbone or self.adapter is not None):
             return spec
         names = {field.name for field in dataclasses.fields(backbone)} & {
             field.name for field in dataclasses.fields(spec)
@@ -123,12 +123,15 @@ class Builder:
         with torch.device("meta"):
             backbone = self._backbone(model, dataclasses.replace(self.backbone, compile=False))
             prompt_encoder = self._prompt_encoder(backbone)
+            is_adapted = prompt_encoder.uses_instance and self.encoder_spec.adapter is not None
+            encoder = [self._unloaded_encoder(backbone)] if is_adapted else []
         # All of what is frozen has room somewhere, or it could not have been saved.
-        added = [*prompt_encoder.parameters(), *([] if self.train_backbone else backbone.parameters())]
+        frozen = [*encoder, *([] if self.train_backbone else [backbone])]
+        added = [parameter for part in (prompt_encoder, *frozen) for parameter in part.parameters()]
         needed, memory = sum(_TRAINED_BYTES * p.numel() for p in added if p.requires_grad), _physical_memory()
         if memory is not None and needed > memory:
             raise LoPAError(
-                f"prompt encoder and adapter would take {needed / 1e9:,.0f} GB in training, and this machine has "
+                f"prompt encoder and adapters would take {needed / 1e9:,.0f} GB in training, and this machine has "
                 f"{memory / 1e9:,.0f} GB of memory; choose smaller sizes"
             )
         return Skeleton(backbone, prompt_encoder)
@@ -154,7 +157,7 @@ class Builder:
         skeleton = self.skeleton
         parts: list[nn.Module] = [skeleton.backbone, skeleton.prompt_encoder, readout]
         trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
-        return trained or (skeleton.prompt_encoder.uses_instance and self.encoder_spec.trainable)
+        return trained or (skeleton.prompt_encoder.uses_instance and self.encoder_spec.is_trained)
 
     def check(self) -> None:
         """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be, or cannot be made."""
@@ -212,7 +215,8 @@ class Builder:
     def encoder_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint says of the instance encoder, as far as it is known without weights."""
         spec = self.encoder_spec
-        told = {key: getattr(spec, key) for key in ("name", "revision", "pooling", "normalize", "trainable")}
+        keys = ("name", "revision", "pooling", "normalize", "trainable", "adapter")
+        told = {key: plain(getattr(spec, key)) for key in keys}
         return told if spec.is_backbone else {**told, "config": ckpt.config_facts(load_config(spec.pretrained()))}
 
     def _encoder(self, backbone: Backbone, mesh: DeviceMesh | None) -> tuple[InstanceEncoder, dict[str, Any]]:
@@ -230,8 +234,10 @@ class Builder:
         Args:
             mesh: The processes that weights are to be sharded over; None for whole ones.
         """
-        model = load_model(self.encoder_spec.pretrained(), "encoder", mesh)
-        return InstanceEncoder(model, self.encoder_spec, self.kind), ckpt.fingerprint(model)
+        spec = self.encoder_spec
+        model = load_model(spec.pretrained(), "encoder", mesh if spec.adapter is None else None)  # whole, as in load
+        facts = ckpt.fingerprint(model)  # before an adapter comes in, so that they are the plain encoder's
+        return InstanceEncoder(model, spec, self.kind), facts
 
     def unloaded(self, dropout: bool) -> Parts:
         """Builds all parts without reading weights; their values mean nothing.
@@ -244,13 +250,17 @@ class Builder:
         prompt_encoder = self._prompt_encoder(backbone)
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, {})
-        spec = self.encoder_spec
-        if self.instance_vectors is not None and not spec.is_backbone:
+        if self.instance_vectors is not None and not self.encoder_spec.is_backbone:
             return Parts(backbone, prompt_encoder, self.instance_vectors.encoder, {})
+        return Parts(backbone, prompt_encoder, self._unloaded_encoder(backbone), {})
+
+    def _unloaded_encoder(self, backbone: Backbone) -> InstanceEncoder:
+        """The instance encoder on the ``meta`` device."""
+        spec = self.encoder_spec
         model = backbone.body if spec.is_backbone else meta_model(spec.pretrained(), "encoder")
         encoder = InstanceEncoder(model, spec, self.kind, shared=spec.is_backbone)
         encoder.is_checked = True
-        return Parts(backbone, prompt_encoder, encoder, {})
+        return encoder
 
     def _backbone(self, model: PreTrainedModel, spec: PretrainedSpec, dropout: bool = False) -> Backbone:
         if self.adapter is not None:

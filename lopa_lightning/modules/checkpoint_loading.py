@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
 _BUILT: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}
+_ADAPTERS = ("adapter", "instance_encoder.adapter")
 _ANY_SIZE = 4096
 """Sizes up to this one are harmless, whatever was trained."""
 
@@ -134,17 +135,16 @@ def _check_no_code(given: dict[str, Any]) -> None:
 
     In place, nothing is compiled: that is for training alone.
     """
-    for key, spec in given.items():
+    given |= {key: {**spec, "compile": False} for key, spec in given.items() if "compile" in _mapping(spec)}
+    for key, spec in {**given, **_adapters(given)}.items():
         if not isinstance(spec, Mapping):
             continue
-        if "compile" in spec:
-            given[key] = {**spec, "compile": False}
         kernel = spec.get("attn_implementation")  # may be a repository on the hub
         wanted = [name for name in ("trust_remote_code", "megatron_core", "megatron_config") if spec.get(name)]
         if kernel is not None and not str(kernel).isidentifier():
             wanted.append(f"attn_implementation {shown(kernel)}")
         # PEFT searches names of modules by regular expressions, of which some do not end; plain names are none.
-        if key == "adapter" and re.search(r"[^\w\s.,:'{}\[\]-]|[\w.]\{", str(dict(spec))):
+        if key in _ADAPTERS and re.search(r"[^\w\s.,:'{}\[\]-]|[\w.]\{", str(dict(spec))):
             wanted.append("a search by a pattern")
         if wanted:
             raise LoPAError(
@@ -155,15 +155,21 @@ def _check_no_code(given: dict[str, Any]) -> None:
 
 def _check_sizes(given: Mapping[str, Any], trained: int) -> None:
     """Refuses sizes that the trained weights contradict, before anything of such a size is built."""
-    method = given.get("prompt_encoder")
-    settings = {
-        "prompt_encoder": method.get("init_args") if isinstance(method, Mapping) else None,
-        "adapter": given.get("adapter"),
-    }
+    settings = {"prompt_encoder": _mapping(given.get("prompt_encoder")).get("init_args"), **_adapters(given)}
     for key, values in settings.items():
-        for name, value in values.items() if isinstance(values, Mapping) else ():
+        for name, value in _mapping(values).items():
             if isinstance(value, int) and abs(value) > max(trained, _ANY_SIZE):
                 raise LoPAError(f"its {key} has {shown(name)} {value}, and {trained} trained values")
+
+
+def _adapters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of adapters, by name."""
+    return dict(zip(_ADAPTERS, (given.get("adapter"), _mapping(given.get("instance_encoder")).get("adapter"))))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A file's value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def check_resume(saved: dict[str, Any], module: LoPALightningModule, stage: str) -> None:

@@ -57,7 +57,7 @@ def step_of(module: Any) -> tuple[int, int]:
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # as in most batches: without any padding, an encoder's attention takes no mask
     batch = {"index": rows, "labels": rows, "input_ids": ids, "attention_mask": mask}
-    if module.instance_spec.cache:
+    if module.builder.instance_vectors is not None:
         batch["instance"] = torch.ones(BATCH, WIDTH)
     else:
         batch |= {"instance_input_ids": ids[:, :READ], "instance_attention_mask": mask[:, :READ]}
@@ -86,6 +86,7 @@ def step_of(module: Any) -> tuple[int, int]:
         ("llama", ("--trainer.precision=bf16-true",)),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
         ("bert_base", ("--model.instance_encoder.cache=false",)),
+        ("bert_base", ("--model.instance_encoder.adapter={peft_type: LORA, r: 2}",)),
     ],
 )
 def test_it_says_what_a_step_takes(

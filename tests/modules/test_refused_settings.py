@@ -98,14 +98,15 @@ def fit_checked(model: str, method: Any) -> None:
         {"prompt_encoder": functools.partial(LoPA, num_virtual_tokens=9, rank=32, hidden_dim=999_999)},
         {"prompt_encoder": functools.partial(IDPG, num_virtual_tokens=9, hidden_dim=999_999)},
         {"prompt_encoder": NoPrompt, "adapter": {"peft_type": "LORA", "r": 10**9}},
+        {"instance_encoder": InstanceEncoderSpec(adapter={"peft_type": "LORA", "r": 10**9})},
     ],
-    ids=["lopa", "idpg", "lora"],
+    ids=["lopa", "idpg", "lora", "lora in the encoder"],
 )
 def test_more_than_the_machine_has_memory_for(
     options: dict[str, Any], tiny: Tiny, refused: Refused, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("lopa_lightning.modules.builder._physical_memory", lambda: 2_000_000_000)
-    with refused("prompt encoder and adapter would take", "GB in training, and this machine has 2 GB of memory"):
+    with refused("prompt encoder and adapters would take", "GB in training, and this machine has 2 GB of memory"):
         fit(tiny("bert"), **options)
 
 
@@ -121,6 +122,14 @@ def test_more_than_the_machine_has_memory_for(
         ({"adapter": {"peft_type": "LORA", "target_modules": ["nope"]}}, "Target modules {'nope'} not found"),
         ({"adapter": {"peft_type": "LORA", "rr": 8}}, "unexpected keyword argument 'rr'"),
         ({"adapter": {"peft_type": "LORA", "lora_dropout": 2.0}}, "between 0 and 1, but got 2.0"),
+        (
+            {"instance_encoder": InstanceEncoderSpec(adapter={"peft_type": "LORA", "target_modules": ["nope"]})},
+            "instance_encoder.adapter {'peft_type': 'LORA', 'target_modules': ['nope']}: Target modules {'nope'} not",
+        ),
+        (
+            {"instance_encoder": InstanceEncoderSpec(adapter={"r": 8})},
+            "instance_encoder.adapter.peft_type must be one of",
+        ),
         (
             {"data": {"metrics": ["acuracy"]}},
             "metrics of classification must be of accuracy, f1, matthews; got ac",
