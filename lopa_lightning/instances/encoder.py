@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from lopa_lightning.backbones.adapters import adapt, adapter_layers
 from lopa_lightning.backbones.base import Batch, InputKind
 from lopa_lightning.backbones.pretrained import Dtype, PretrainedSpec, check_dtype
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_of
 
 Pooling = Literal["cls", "mean", "last", "max"]
+
+Control = Literal["shuffled", "constant"]
 
 BACKBONE = "backbone"
 
@@ -40,6 +42,8 @@ class InstanceEncoderSpec:
             batch is then encoded. A trainable encoder's always is.
         adapter: A PEFT adapter in the encoder, as in ``adapter_config.json``, such as ``{peft_type: LORA, r: 8}``. It
             is trained, and of the encoder it alone is saved; the backbone is left as it is.
+        control: For experiments that ask whether the instance matters, in training and evaluation alike: each example
+            is given the vector of the one before it in its batch (``shuffled``), or all get one (``constant``).
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.
         revision: Branch, tag or commit on the hub.
         dtype: Dtype of the weights; ``auto`` takes the one they were saved in.
@@ -48,7 +52,8 @@ class InstanceEncoderSpec:
 
     Raises:
         LoPAError: If ``pooling`` or ``dtype`` is unknown, ``max_length`` below 1, all of the encoder is to be trained
-            beside its adapter, or the backbone is the encoder and is to have a dropout of its own.
+            beside its adapter, the backbone is the encoder and is to have a dropout of its own, ``control`` is unknown,
+            or all examples get one vector and the encoder is to be trained.
     """
 
     name: str = BACKBONE
@@ -63,6 +68,7 @@ class InstanceEncoderSpec:
     cache: bool = True
     dropout: bool = False
     adapter: dict[str, Any] | None = None
+    control: Control | None = None
 
     def __post_init__(self) -> None:
         check_pooling(self.pooling)
@@ -73,6 +79,12 @@ class InstanceEncoderSpec:
             raise LoPAError("give instance_encoder.adapter or instance_encoder.trainable, not both")
         if self.dropout and self.is_backbone and not self.is_trained:
             raise LoPAError("instance_encoder.dropout needs a model of its own, not name: backbone")
+        if self.control is not None:
+            one_of("instance_encoder.control", self.control, get_args(Control))
+        if self.control == "constant" and self.is_trained:
+            raise LoPAError(
+                "instance_encoder.control: constant gives a trained or adapted encoder nothing to learn from"
+            )
 
     @property
     def is_trained(self) -> bool:
@@ -123,6 +135,26 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
     first = mask.argmax(1) if pooling == "cls" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
     return hidden[torch.arange(len(hidden), device=hidden.device), first]
+
+
+def controlled(vectors: Tensor, control: Control | None) -> Tensor:
+    """Replaces instance vectors by those of a control.
+
+    Args:
+        vectors: ``[B, e]``.
+        control: ``shuffled``: each row gets the one before it, the first the last one's, so that no example of a batch
+            of two or more keeps its own; a batch of one gets zeros. ``constant``: all get ones, whose root mean square
+            is that of normalised vectors. None: as they are.
+
+    Example:
+        >>> controlled(torch.tensor([[1.0], [2.0], [3.0]]), "shuffled").flatten().tolist()
+        [3.0, 1.0, 2.0]
+    """
+    if control == "constant":
+        return torch.ones_like(vectors)
+    if control == "shuffled":
+        return vectors.roll(1, 0) if len(vectors) > 1 else vectors * 0.0
+    return vectors
 
 
 class InstanceEncoder(nn.Module):

@@ -215,7 +215,7 @@ class Builder:
     def encoder_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint says of the instance encoder, as far as it is known without weights."""
         spec = self.encoder_spec
-        keys = ("name", "revision", "pooling", "normalize", "trainable", "adapter")
+        keys = ("name", "revision", "pooling", "normalize", "trainable", "adapter", "control")
         told = {key: plain(getattr(spec, key)) for key in keys}
         return told if spec.is_backbone else {**told, "config": ckpt.config_facts(load_config(spec.pretrained()))}
 

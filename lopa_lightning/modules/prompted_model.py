@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
-from lopa_lightning.instances.encoder import InstanceEncoder, Pooling, pool
+from lopa_lightning.instances.encoder import InstanceEncoder, Pooling, controlled, pool
 from lopa_lightning.prompts.base import PromptEncoder
 from lopa_lightning.task import IGNORED
 
@@ -133,13 +133,11 @@ class PromptedModel(nn.Module):
         self.backbone = backbone
 
     def encode_instance(self, batch: Batch) -> Tensor | None:
-        """Instance vectors ``[B, e]``: the batch's own if it has them, else computed."""
+        """Instance vectors ``[B, e]``: the batch's own if it has them, else computed; a control's in their place."""
         if self.instance_encoder is None:
             return None
-        if "instance" in batch:
-            return batch["instance"]
-        vectors: Tensor = self.instance_encoder(batch)
-        return vectors
+        vectors = batch["instance"] if "instance" in batch else self.instance_encoder(batch)
+        return controlled(vectors, self.instance_encoder.spec.control)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Computes outputs.
