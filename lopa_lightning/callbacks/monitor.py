@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a prompt encoder while it learns."""
+"""What TensorBoard shows of a prompt encoder while it learns, and warnings that say what to change."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lopa_lightning.backbones.sharding import gathered, whole
+from lopa_lightning.callbacks.advice import Advice, of_gate, of_norms
 from lopa_lightning.prompts.base import Vocabulary
 
 _NEAREST = 5
 _ROWS_AT_ONCE = 8192  # of the embedding table
+_SAMPLE = 1000  # embeddings that stand for all
 _PIXELS = 16  # of a cell of the cosine matrix
 
 
@@ -30,6 +33,9 @@ class PromptMonitor(Callback):
     the shared virtual tokens, and the vocabulary's words nearest to them. At the end: hyperparameters
     with the best score.
 
+    It warns, once of each: at a validation of a saturated gate and of virtual tokens far longer or shorter than
+    embeddings, at the steps that are logged of a group whose gradient stays 0.
+
     Args:
         enabled: False to log none of it.
     """
@@ -41,6 +47,8 @@ class PromptMonitor(Callback):
         self._since = 0.0
         self._measured = 0
         self._instance: Tensor | None = None
+        self._embeddings: Tensor | None = None
+        self._advice = Advice()
 
     @property
     def state_key(self) -> str:
@@ -55,9 +63,12 @@ class PromptMonitor(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Draws the soft prompt, and restarts the clock: validation is not training time."""
-        if self._logger(trainer) is not None and not trainer.sanity_checking:
+        if self.enabled and not trainer.sanity_checking and not trainer.fast_dev_run:
             with torch.no_grad(), gathered(pl_module.net):
-                self._draw(trainer, pl_module)
+                if trainer.state.fn == TrainerFn.FITTING:
+                    self._advise(pl_module.net)
+                if self._logger(trainer) is not None:
+                    self._draw(trainer, pl_module)
         self._instance = None
         self._restart()
 
@@ -71,6 +82,7 @@ class PromptMonitor(Callback):
         for group in optimizer.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             norm = whole(torch.nn.utils.get_total_norm(gradients))
+            self._advice.look_at_gradient(group["name"], norm, trainer.global_step)
             pl_module.log_dict({f"lr/{group['name']}": group["lr"], f"gradient_norm/{group['name']}": norm})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -110,6 +122,20 @@ class PromptMonitor(Callback):
         """Keeps the first batch's instance vectors."""
         if self.enabled and batch_idx == 0 and dataloader_idx == 0 and outputs is not None:
             self._instance = outputs["instance"]
+
+    def _advise(self, net: Any) -> None:
+        """Warns of a soft prompt that is not as it should be."""
+        encoder = net.prompt_encoder
+        if not encoder.num_virtual_tokens or (self._instance is None and encoder.uses_instance):
+            return
+        if (gate := encoder.diagnostics(self._instance).get("gate")) is not None:
+            self._advice.give("gate", of_gate(gate))
+        vocabulary = net.backbone.vocabulary() if self._embeddings is None else None
+        if vocabulary is not None and vocabulary.table is not None:
+            ids = torch.as_tensor(vocabulary.ordinary_ids)
+            self._embeddings = vocabulary.embed(ids[:: max(1, len(ids) // _SAMPLE)])
+        if self._embeddings is not None:
+            self._advice.give("norms", of_norms(encoder(self._instance), self._embeddings))
 
     @rank_zero_only
     def _draw(self, trainer: Any, pl_module: Any) -> None:
