@@ -7,7 +7,9 @@ from torch import Tensor
 
 _FLAT = 0.01  # a gate this near to 0 or 1 has a slope of at most 0.01, where its greatest is 0.25
 _MOST = 0.5  # of a gate's entries that may be so
-_FARTHEST = 100.0  # between the norms of virtual tokens and embeddings; that of good runs reaches about 10
+# Between the norms of virtual tokens and embeddings. After 40 steps of SmolLM2 on SST-2 it is 1.3 at the shipped rates;
+# at 30 times that of Z_S it is 21 and growing, and nothing is learned.
+_FARTHEST = 30.0
 _FIRST_STEP = 10  # initial values and the warm-up may have gradients of 0 by design
 
 

@@ -31,10 +31,10 @@ def test_a_gate_is_saturated_if_most_of_it_is(flat: int, share: str | None) -> N
 @pytest.mark.parametrize(
     ("factor", "part"),
     [
-        (99.0, None),
-        (1 / 99, None),
-        (101.0, "have 101 times the norm of the backbone's embeddings: lower its learning rate"),
-        (1 / 101, "have 0.0099 times the norm of the backbone's embeddings: raise its learning rate"),
+        (29.0, None),
+        (1 / 29, None),
+        (31.0, "have 31 times the norm of the backbone's embeddings: lower its learning rate"),
+        (1 / 31, "have 0.0323 times the norm of the backbone's embeddings: raise its learning rate"),
     ],
 )
 def test_virtual_tokens_are_compared_with_embeddings_by_norm(factor: float, part: str | None) -> None:
