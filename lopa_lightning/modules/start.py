@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -36,8 +36,8 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
 
     Raises:
         LoPAError: If input and models do not go together, a learning rate names no group, a metric is unknown or a
-            monitored one not logged, the optimizer or the scheduler refuses, the strategy cannot serve, nothing is to
-            be trained or to answer from, a folder cannot be written to, or a checkpoint does not fit.
+            monitored one not logged, the optimizer or the scheduler refuses, the strategy or a callback cannot serve,
+            nothing is to be trained or to answer from, a folder cannot be written to, or a checkpoint does not fit.
     """
     module.input_spec  # noqa: B018 - raises where input and models do not fit
     own = module.builder.skeleton.prompt_encoder.parameter_groups()
@@ -47,6 +47,11 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     module.builder.check()
     check_warmup(module.warmup, module.trainer)
     check_strategy(module.trainer.strategy)
+    trainer: Any = module.trainer
+    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        raise LoPAError(
+            "WeightAveraging and EMAWeightAveraging write checkpoints that cannot be loaded here; leave them out"
+        )
     if stage == "fit" and not module.is_trainable():
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
     if stage in ("test", "predict") and not module.awaits_checkpoint:

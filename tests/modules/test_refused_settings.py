@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 
 from lopa_lightning import (
@@ -146,6 +146,7 @@ def test_more_than_the_machine_has_memory_for(
         ({"data": {"template": ("{txt} {mask}",)}}, "no column txt; there are text, label"),
         ({"data": {"max_length": 2}}, "leaves no room for text in 2: those of max_length"),
         ({"instance_encoder": InstanceEncoderSpec("no/such")}, "no model found for 'no/such'"),
+        ({"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging write checkpoints that cannot be loaded here"),
         *(
             ({"callbacks": [ModelCheckpoint(monitor=name)]}, f"{LOGGED}{name!r}")
             for name in ("val/scor", "val_loss", "val/f1", "score", "valid/loss", "train/los", "lr")
