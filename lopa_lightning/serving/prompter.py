@@ -16,7 +16,7 @@ from lopa_lightning.backbones.text_spec import TextKind, instance_batch, instanc
 from lopa_lightning.backbones.tokens import end_of
 from lopa_lightning.data.task_rows import instance_encoding, rows_of, task_template
 from lopa_lightning.errors import LoPAError, at_least
-from lopa_lightning.instances.encoder import InstanceEncoder
+from lopa_lightning.instances.encoder import InstanceEncoder, controlled
 from lopa_lightning.modules import ClassificationModule
 from lopa_lightning.modules.predict import check_rows
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
@@ -137,7 +137,8 @@ class LoPAPrompter(nn.Module):
     def _prompts(self, encoded: Mapping[str, list[list[int]]]) -> Tensor:
         assert self.encoder is not None
         assert self.tokenizer is not None
-        vectors: Tensor = self.encoder(instance_batch(self.tokenizer, encoded, self.device))
+        vectors = self.encoder(instance_batch(self.tokenizer, encoded, self.device))
+        vectors = controlled(vectors, self.encoder.spec.control)
         prompts: Tensor = self.prompt_encoder(vectors.to(next(self.prompt_encoder.parameters()).dtype))
         return prompts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lopa_lightning import DePT, LoPALightningModule, NoPrompt, PromptTuning
-from tests.modules.helpers import causal, completions, module, reviews, trainer, with_own_encoder
+from tests.modules.helpers import LoPATiny, causal, completions, module, reviews, trainer, with_own_encoder
 
 Tiny = Callable[[str], str]
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -17,7 +17,13 @@ _SOFT = functools.partial(PromptTuning, num_virtual_tokens=3)
 _KINDS: dict[str, dict[str, Any]] = {
     "completion": {},
     "words": {"objective": "causal_lm"},
-    "trained encoder": {"objective": "causal_lm", "trainable": True},
+    "trained encoder": {"objective": "causal_lm", "reads": {"trainable": True}},
+    "adapted encoder": {
+        "objective": "causal_lm",
+        "prompt_encoder": functools.partial(LoPATiny, heads_init="normal"),  # a gradient at the first step
+        "reads": {"adapter": {"peft_type": "LORA", "r": 2}},
+    },
+    "control": {"objective": "causal_lm", "reads": {"control": "constant"}},
     "soft": {"prompt_encoder": _SOFT},
     "soft words": {"prompt_encoder": _SOFT, "objective": "causal_lm"},
     "soft mask": {"prompt_encoder": _SOFT, "objective": "masked_lm"},
@@ -38,9 +44,9 @@ def checkpoint(kind: str, folder: Path, tiny: Tiny, backbone: str | None = None)
     """Trains a module for a step; returns it in eval mode, with its checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     options = dict(_KINDS[kind])
-    encoder, trainable = options.pop("encoder", None), options.pop("trainable", False)
+    encoder, reads = options.pop("encoder", None), options.pop("reads", {})
     if encoder is None:
-        options["instance_encoder"] = with_own_encoder(tiny("bert_base"), trainable=trainable, max_length=12)
+        options["instance_encoder"] = with_own_encoder(tiny("bert_base"), **reads, max_length=12)
     objective = options.get("objective")
     name = backbone or tiny("bert" if objective == "masked_lm" else "llama")
     model: Any = causal(name, **options) if objective is None else module(name, **options)
