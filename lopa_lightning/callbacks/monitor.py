@@ -131,7 +131,7 @@ class PromptMonitor(Callback):
         if (gate := encoder.diagnostics(self._instance).get("gate")) is not None:
             self._advice.give("gate", of_gate(gate))
         vocabulary = net.backbone.vocabulary() if self._embeddings is None else None
-        if vocabulary is not None and vocabulary.table is not None:
+        if isinstance(vocabulary, Vocabulary) and vocabulary.table is not None:
             ids = torch.as_tensor(vocabulary.ordinary_ids)
             self._embeddings = vocabulary.embed(ids[:: max(1, len(ids) // _SAMPLE)])
         if self._embeddings is not None:
