@@ -22,6 +22,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import logits_process
 
+from lopa_lightning.backbones.base import Batch
 from lopa_lightning.backbones.injection import position_ids
 from lopa_lightning.backbones.prefix import cache_input
 from lopa_lightning.backbones.pretrained import accepted_inputs
@@ -127,7 +128,7 @@ def check_samples(config: GenerationConfig, num_samples: int) -> None:
 def generate(
     backbone: TextBackbone,
     prompt: Tensor,
-    text: tuple[Tensor, Tensor],
+    texts: Batch,
     config: GenerationConfig,
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int = 1,
@@ -143,7 +144,7 @@ def generate(
     Args:
         backbone: A causal language model.
         prompt: Soft prompts ``[B, m, d]``, or ``[1, m, d]`` for all.
-        text: Token ids and mask of the texts, ``[B, T]`` each, padded on the left.
+        texts: What :meth:`TextBackbone.forward` reads, padded on the left.
         config: Of transformers.
         tokenizer: The backbone's.
         num_samples: Continuations of each text; with beams, the best of them.
@@ -157,7 +158,7 @@ def generate(
     """
     check_samples(config, num_samples)
     options: dict[str, Any] = {"synced_gpus": synced, "generation_config": config}
-    embeddings, mask, cache = backbone.to_continue(prompt, *text, offset)
+    embeddings, mask, cache = backbone.to_continue(prompt, texts, offset)
     if (beams := config.num_beams or 1) > 1:
         options["num_return_sequences"] = num_samples
         if cache is not None:
@@ -172,7 +173,7 @@ def generate(
     if stop:
         options["stopping_criteria"] = StoppingCriteriaList([_StopAt(tokenizer, stop)])
     ids = backbone.model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)  # type: ignore[operator]
-    before = text[0].repeat_interleave(num_samples, 0)[:, -1:].tolist()
+    before = texts["input_ids"].repeat_interleave(num_samples, 0)[:, -1:].tolist()
     continued = [_decoded(tokenizer, tail, row, stop) for tail, row in zip(before, ids.tolist())]
     return [continued[start : start + num_samples] for start in range(0, len(continued), num_samples)]
 

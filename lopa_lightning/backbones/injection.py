@@ -1,8 +1,8 @@
 """Where virtual tokens go among the tokens of a text. Pure functions on tensors.
 
-Virtual tokens sit directly before a text's first token, or directly after it, wherever the padding
-is: ``prompt, text, pad, pad`` and ``pad, pad, prompt, text``, never ``prompt, pad, pad, text``. All
-that goes with a token (embedding, mask, token type, label) is moved by one layout.
+Virtual tokens sit before a text's first token or at a position within it, wherever the padding is:
+``prompt, text, pad, pad`` and ``pad, pad, prompt, text``, never ``prompt, pad, pad, text``. All that
+goes with a token (embedding, mask, token type, label) is moved by one layout.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from lopa_lightning.errors import LoPAError
 
-Placement = Literal["before", "after_first", "every_layer"]
+Placement = Literal["before", "after_first", "every_layer", "system", "user"]
 """Where virtual tokens go: ``before`` a text's first token (as published), ``after_first``, between a ``[CLS]``
-or ``<s>`` and the rest, or in ``every_layer`` as keys and values, see :mod:`~lopa_lightning.backbones.prefix`."""
+or ``<s>`` and the rest, in ``every_layer`` as keys and values, see :mod:`~lopa_lightning.backbones.prefix`, or in a
+chat's ``system`` message or before its ``user``'s text, see :mod:`~lopa_lightning.backbones.chat`."""
+CHAT_PLACEMENTS = ("system", "user")
+"""The placements at a position that each example has of its own."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Layout:
 
     Attributes:
         index: ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a place of the text.
-        start: The first virtual token's place, where it is the same in every row since every text starts at the
+        start: The first virtual token's place, where it is the same in every row and every text starts at the
             first position: nothing then need be looked up by the index. None where rows differ.
         positions: Where each of the text's tokens is in the prompted sequence, ``[B, T]``.
     """
@@ -36,13 +39,13 @@ class Layout:
     positions: Tensor
 
 
-def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: str = "before") -> Layout:
-    """For every place of the prompted sequence, where its content comes from.
+def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, position: Tensor | int = 0) -> Layout:
+    """Returns where the content of each place of the prompted sequence comes from.
 
     Args:
         attention_mask: 1 at the text's tokens, 0 at padding, ``[B, T]``. The ones of a row are contiguous.
         num_virtual_tokens: Number m of virtual tokens.
-        placement: ``before`` or ``after_first``.
+        position: How many of a text's own tokens stand before the virtual ones: of all texts, or of each, ``[B]``.
 
     Example:
         >>> prompt_layout(torch.tensor([[1, 1, 0], [0, 1, 1]]), num_virtual_tokens=2).index
@@ -50,13 +53,14 @@ def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, placement: st
                 [2, 0, 1, 3, 4]])
     """
     m, length = num_virtual_tokens, attention_mask.shape[1]
-    own_token = int(placement == "after_first")  # before the virtual ones
-    start = attention_mask.argmax(dim=1, keepdim=True) + own_token
+    before = torch.as_tensor(position, device=attention_mask.device).expand(len(attention_mask))
+    start = attention_mask.argmax(dim=1, keepdim=True) + before.unsqueeze(1)
     place = torch.arange(m + length, device=attention_mask.device).expand(len(attention_mask), -1)
     in_prompt = (place >= start) & (place < start + m)
     index = torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
     text = place[:, :length]
-    return Layout(index, own_token if bool(attention_mask[:, 0].all()) else None, text + m * (text >= start))
+    is_same = bool((attention_mask[:, 0] != 0).all() & (before == before[0]).all())
+    return Layout(index, int(before[0]) if is_same else None, text + m * (text >= start))
 
 
 def check_placement(placement: str) -> None:

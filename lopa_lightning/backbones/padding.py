@@ -121,7 +121,8 @@ def _change(backbone: TextBackbone, m: int, side: Side, pad_id: int) -> float:
     virtual = backbone.virtual_tokens(tokens).detach() if m else weight.new_zeros(0, backbone.prompt_dim)
 
     def states(ids: Tensor, mask: Tensor) -> Tensor:
-        found = backbone(virtual[None], {"input_ids": ids, "attention_mask": mask})
+        positions = mask.new_ones(len(mask))  # which placements in a chat alone read
+        found = backbone(virtual[None], {"input_ids": ids, "attention_mask": mask, "prompt_position": positions})
         own: Tensor = found.hidden[0][found.content_mask[0] == 1]
         return own
 

@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache
 from lopa_lightning.backbones.adapters import adapter_layers
 from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
 from lopa_lightning.backbones.injection import (
+    CHAT_PLACEMENTS,
+    Layout,
     Placement,
     check_placement,
     insert,
@@ -55,7 +57,7 @@ class TextBackbone(Backbone, LanguageModel):
             these are to be computed a second time or compiled.
     """
 
-    input_keys = ("input_ids", "attention_mask", "token_type_ids")
+    input_keys = ("input_ids", "attention_mask", "token_type_ids", "prompt_position")
 
     def __init__(
         self,
@@ -161,7 +163,8 @@ class TextBackbone(Backbone, LanguageModel):
         Args:
             prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
             batch: Token ids ``input_ids`` ``[B, T]``, padded on either side; ``attention_mask`` ``[B, T]``, 1 at the
-                text's tokens; perhaps ``token_type_ids`` ``[B, T]``: virtual tokens belong to the first segment.
+                text's tokens; perhaps ``token_type_ids`` ``[B, T]``: virtual tokens belong to the first segment; for
+                a placement in a chat ``prompt_position`` ``[B]``, the number of tokens before the virtual ones.
             offset: Added to the embeddings of the text's first s tokens, ``[s, d]``.
 
         Returns:
@@ -187,7 +190,7 @@ class TextBackbone(Backbone, LanguageModel):
             hidden = self._run(embedded, positions, token_type_ids, attention_mask=mask, **given)
             here = torch.arange(input_ids.shape[1], device=input_ids.device).expand(size, -1)
             return States(hidden, attention_mask, here)
-        layout = prompt_layout(attention_mask, m, self.placement)
+        layout = self._layout(batch, m)
         prompted = insert(layout, prompt.expand(size, -1, -1), embedded)
         types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
         if self._is_causal and layout.start is not None:
@@ -197,6 +200,11 @@ class TextBackbone(Backbone, LanguageModel):
             mask = insert(layout, 1, attention_mask)
             hidden = self._run(prompted, position_ids(mask, first_position(self.body)), types, attention_mask=mask)
         return States(hidden, insert(layout, 0, attention_mask), layout.positions)
+
+    def _layout(self, batch: Batch, num_virtual_tokens: int) -> Layout:
+        in_chat = self.placement in CHAT_PLACEMENTS
+        position = batch["prompt_position"] if in_chat else int(self.placement == "after_first")
+        return prompt_layout(batch["attention_mask"], num_virtual_tokens, position)
 
     def _embedded(
         self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None
@@ -208,27 +216,27 @@ class TextBackbone(Backbone, LanguageModel):
         return prompt.to(embedded.dtype), embedded
 
     def to_continue(
-        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None = None
+        self, prompt: Tensor, texts: Batch, offset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Cache | None]:
         """What a model's ``generate`` is given to continue ``[Z; x]``.
 
         Args:
             prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
-            input_ids: Token ids of the text, ``[B, T]``; padded on the left.
-            attention_mask: 1 at the text's tokens, ``[B, T]``.
+            texts: As in :meth:`forward`, padded on the left.
             offset: See :meth:`forward`.
 
         Returns:
             Embeddings ``[B, m + T, d]`` and their mask ``[B, m + T]``. With virtual tokens in every layer,
             the filled cache as well: of the embeddings, the virtual tokens' are then never read.
         """
-        batch, m = len(input_ids), prompt.shape[1]
-        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
+        attention_mask = texts["attention_mask"]
+        batch, m = len(attention_mask), prompt.shape[1]
+        prompt, embedded = self._embedded(prompt, texts["input_ids"], attention_mask, offset)
         if self._layers is not None:
             mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
             unread = embedded.new_zeros(batch, m, embedded.shape[-1])
             return torch.cat([unread, embedded], dim=1), mask, self._layers.cache(prompt, batch) if m else None
-        layout = prompt_layout(attention_mask, m, self.placement)
+        layout = self._layout(texts, m)
         embeddings = insert(layout, prompt.expand(batch, -1, -1), embedded)
         return embeddings, insert(layout, 1, attention_mask), None
 

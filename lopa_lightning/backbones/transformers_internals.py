@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import jinja2.nodes
 from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping
+from transformers.utils import chat_template_utils
 
 
 def layer_class_names(model: PreTrainedModel) -> set[str]:
@@ -41,3 +43,9 @@ def is_converted(model: PreTrainedModel) -> bool:
     if model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None):
         return True
     return any(type(change).__name__ == "WeightConverter" for change in conversions(model))
+
+
+def template_tree(template: str) -> jinja2.nodes.Template:
+    """Returns the syntax tree of a chat template, parsed with the tags that transformers adds to Jinja's own."""
+    compiled: jinja2.Template = chat_template_utils._compile_jinja_template(template)
+    return compiled.environment.parse(template)

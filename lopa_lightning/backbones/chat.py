@@ -1,0 +1,285 @@
+"""Chats as a model reads them: rendered by the tokenizer's own template, with a soft prompt where one is to stand.
+
+A server such as vLLM takes a soft prompt as a part of a message, templates and tokenises the rest by itself, and puts
+the soft prompt where the template has left that part. The same is done here, to the token.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from jinja2 import nodes
+from transformers import PreTrainedTokenizerBase
+
+from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
+from lopa_lightning.backbones.tokens import running_ids
+from lopa_lightning.backbones.transformers_internals import template_tree
+from lopa_lightning.errors import LoPAError, one_line, shown
+
+PLACEHOLDER = "<prompt_embeds>"
+"""Stands for the soft prompt in a rendered chat. vLLM's own, which it takes in no text."""
+
+Chat = Sequence[Mapping[str, Any]]
+"""Messages, each with ``role`` and ``content``."""
+
+_SERVED = {"role", "content", "name"}  # of a message; others a server would not see as a row of data has them
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Renders chats by a tokenizer's template, and tokenises what was rendered.
+
+    With a placement in a chat, the soft prompt is the content of the ``system`` message, after the text of one that
+    is there, or stands before the text of the last message of the ``user``.
+
+    Args:
+        tokenizer: The backbone's.
+        placement: Where virtual tokens go. Only one in a chat puts a placeholder into what is rendered.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    placement: str = "before"
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether the soft prompt stands in the chat."""
+        return self.placement in CHAT_PLACEMENTS
+
+    @functools.cached_property
+    def template(self) -> str:
+        """The tokenizer's template.
+
+        Raises:
+            LoPAError: If it has none.
+        """
+        try:
+            return str(self.tokenizer.get_chat_template())
+        except ValueError as error:
+            raise LoPAError("the backbone's tokenizer has no chat template, which chats are rendered by") from error
+
+    @functools.cached_property
+    def template_hash(self) -> str:
+        """A hash of the template, by which a checkpoint knows it."""
+        return hashlib.sha256(self.template.encode()).hexdigest()[:16]
+
+    def check(self) -> None:
+        """Renders a chat of one question.
+
+        Raises:
+            LoPAError: If there is no template, or it has no place for the soft prompt.
+        """
+        if self.holds_prompt:
+            if self.tokenizer.chat_template is None:
+                raise LoPAError(
+                    f"placement {self.placement!r} needs a backbone whose tokenizer has a chat template, and this has "
+                    "none; use an instruction-tuned backbone, or placement before"
+                )
+            self.ids([self.prompt([{"role": "user", "content": "x"}])])
+
+    def prompt(self, asked: Chat) -> str:
+        """Renders a chat up to where its answer begins.
+
+        Args:
+            asked: Its messages, without the answer.
+
+        Raises:
+            LoPAError: If the template does not take it, or does not put the soft prompt into it exactly once.
+        """
+        return self._rendered(asked, asks=True)
+
+    def answered(self, chat: Chat) -> tuple[str, str]:
+        """Renders a chat that ends with an answer: what comes before the answer, and the answer with its end.
+
+        Raises:
+            LoPAError: As :meth:`prompt`, or if the template renders what comes before otherwise once it is answered.
+        """
+        prompt, whole = self.prompt(chat[:-1]), self._rendered(chat)
+        if not whole.startswith(prompt):
+            raise LoPAError("the tokenizer's chat template formats a question otherwise once it is answered")
+        return prompt, whole[len(prompt) :]
+
+    def ids(self, rendered: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """Tokenises rendered chats.
+
+        Returns:
+            The tokens of each, and how many of them stand before the soft prompt: 0 where it is not in the chat.
+        """
+        if not self.holds_prompt:
+            return running_ids(self.tokenizer, rendered, with_special=True), [0] * len(rendered)
+        mark = self._marked.convert_tokens_to_ids(PLACEHOLDER)
+        found = running_ids(self._marked, rendered, with_special=True)
+        positions = [ids.index(mark) for ids in found]
+        return [ids[:at] + ids[at + 1 :] for ids, at in zip(found, positions)], positions
+
+    @functools.cached_property
+    def _marked(self) -> PreTrainedTokenizerBase:
+        """A copy that knows the placeholder as a special token, as a server's does: what is around is split there."""
+        copied = copy.deepcopy(self.tokenizer)
+        copied.add_tokens([PLACEHOLDER], special_tokens=True)
+        return copied
+
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        return reads_parts(self.template)
+
+    def _rendered(self, messages: Chat, asks: bool = False) -> str:
+        shaped = self._with_placeholder(messages) if self.holds_prompt else list(messages)
+        render: Any = self.tokenizer.apply_chat_template
+        template = self.template
+        try:
+            text = str(render(shaped, chat_template=template, tokenize=False, add_generation_prompt=asks))
+        except Exception as error:  # a template raises what it likes, as where roles do not alternate
+            what = f"the backbone's chat template does not take {shown(list(messages))}"
+            raise LoPAError(f"{what}{self._advice()}: {one_line(error)}") from error
+        if self.holds_prompt and (count := text.count(PLACEHOLDER)) != 1:
+            does = "leaves out" if count == 0 else f"puts {count} times"
+            raise LoPAError(f"the backbone's chat template {does} the soft prompt{self._advice()}")
+        return text
+
+    def _advice(self) -> str:
+        other = {"system": "user", "user": "system"}.get(self.placement)
+        return "" if other is None else f" with placement {self.placement!r}; use placement {other} or before"
+
+    def _with_placeholder(self, messages: Chat) -> list[dict[str, Any]]:
+        """The messages as a server hands them to the template."""
+        for message in messages:
+            unknown = sorted(key for key, value in message.items() if value is not None and key not in _SERVED)
+            if unknown or not isinstance(message.get("content"), str):
+                raise LoPAError(
+                    f"with placement {self.placement!r} a message must have role, content (a text) and perhaps name, "
+                    f"and no more; got {shown(dict(message))}"
+                )
+            refuse_placeholder(message["content"])
+        parts = [[message["content"]] for message in messages]
+        shaped = [{key: message[key] for key in message if message[key] is not None} for message in messages]
+        if self.placement == "user":
+            asking = [place for place, message in enumerate(messages) if message["role"] == "user"]
+            if not asking:
+                raise LoPAError(f"with placement 'user' a chat must have a message of the user, got {shown(messages)}")
+            parts[asking[-1]].insert(0, PLACEHOLDER)
+        elif messages and messages[0]["role"] == "system":
+            parts[0].append(PLACEHOLDER)
+        else:
+            shaped, parts = [{"role": "system"}, *shaped], [[PLACEHOLDER], *parts]
+        return [{**message, "content": self._content(texts)} for message, texts in zip(shaped, parts)]
+
+    def _content(self, texts: list[str]) -> Any:
+        if self._reads_parts:
+            return [{"type": "text", "text": text} for text in texts]
+        return "\n".join(text for text in texts if text)
+
+
+def refuse_placeholder(text: str) -> None:
+    """Raises a LoPAError if a text contains the placeholder of soft prompts."""
+    if PLACEHOLDER in text:
+        raise LoPAError(f"a text must not contain {PLACEHOLDER}, which stands for the soft prompt; got {shown(text)}")
+
+
+def listed_prompts(texts: Any) -> list[str | Chat]:
+    """Returns prompts as a list: one text or one chat as a list of one.
+
+    Args:
+        texts: A text, a chat (a list of messages), or a list of either.
+
+    Raises:
+        LoPAError: If there is something else among them, or an empty text, or a chat without a question.
+
+    Example:
+        >>> listed_prompts("Hello"), listed_prompts([{"role": "user", "content": "Hello"}])
+        (['Hello'], [[{'role': 'user', 'content': 'Hello'}]])
+    """
+    if isinstance(texts, str) or (isinstance(texts, Sequence) and texts and isinstance(texts[0], Mapping)):
+        texts = [texts]
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
+        raise LoPAError(f"texts must be a text, a chat (a list of messages), or a list of either; got {shown(texts)}")
+    for place, prompt in enumerate(texts):
+        if isinstance(prompt, str):
+            if not prompt:
+                raise LoPAError(f"a text to complete must not be empty; text {place} is")
+        elif not is_chat(prompt) or prompt[-1]["role"] == "assistant":
+            raise LoPAError(
+                "a prompt must be a text, or a chat: a list of {role, content} whose last message asks; "
+                f"prompt {place} is {shown(prompt)}"
+            )
+    return list(texts)
+
+
+def question(prompt: str | Chat) -> str:
+    """Returns what an instance encoder reads of a prompt: the text, or a chat's last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def is_chat(messages: Any) -> bool:
+    """Returns whether something is a list of messages."""
+    return isinstance(messages, Sequence) and bool(messages) and all(map(_is_message, messages))
+
+
+def _is_message(message: Any) -> bool:
+    """Returns whether something is a message of a chat; one that calls tools need not have a text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or bool(message["role"] == "assistant" and message.get("tool_calls"))
+
+
+def reads_parts(template: str) -> bool:
+    """Returns whether a chat template goes through a message's content part by part.
+
+    vLLM decides so, from the template alone, whether it hands over a content as a list of parts (its content format
+    ``openai``) or joined by newlines (``string``). The rule is the server's: is there a loop over the content?
+
+    Args:
+        template: In Jinja.
+
+    Example:
+        >>> reads_parts("{% for m in messages %}{{ m.content }}{% endfor %}")
+        False
+        >>> reads_parts("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}")
+        True
+    """
+    tree = template_tree(template)
+    loops, chats, found = list(tree.find_all(nodes.For)), {"messages"}, True
+    while found:  # {% set rest = messages[1:] %}
+        assigned = [each for each in tree.find_all(nodes.Assign) if _name(_bare(each.node)) in chats]
+        named = {name for each in assigned if (name := _name(each.target)) is not None}
+        found = not named <= chats
+        chats |= named
+    messages = {_name(loop.target) for loop in loops if _name(_bare(loop.iter)) in chats} - {None}
+
+    def is_content(node: nodes.Node) -> bool:
+        node = _bare(node)
+        key = node.attr if isinstance(node, nodes.Getattr) else None
+        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+            key = node.arg.value
+        return key == "content" and _name(cast(Any, node).node) in messages
+
+    if any(is_content(loop.iter) for loop in loops):
+        return True
+    within: set[int] = set()
+    for macro in tree.find_all(nodes.Macro):  # {{ shown(message.content) }}
+        own = list(macro.find_all(nodes.For))
+        within |= set(map(id, own))
+        calls = [call for call in tree.find_all(nodes.Call) if _name(call.node) == macro.name]
+        given = {arg.name for call in calls for arg, value in zip(macro.args, call.args) if is_content(value)}
+        given |= {pair.key for call in calls for pair in call.kwargs if is_content(pair.value)}
+        if any(_name(loop.iter) in given for loop in own):
+            return True
+    return any(_name(loop.iter) == "content" and id(loop) not in within for loop in loops)
+
+
+def _name(node: nodes.Node) -> str | None:
+    return node.name if isinstance(node, nodes.Name) else None
+
+
+def _bare(node: nodes.Node) -> nodes.Node:
+    """The node without filters, tests and slices around it."""
+    while isinstance(node, (nodes.Filter, nodes.Test)) or (
+        isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+    ):
+        assert node.node is not None
+        node = node.node
+    return node
