@@ -346,7 +346,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an adapter without end": ({"adapter": {"peft_type": "LORA", "r": 10**9}}, "its adapter has 'r' 1000000000"),
     "a text for a number": ({"warmup": "abc"}, "warmup must be float, got 'abc'"),
     "a text for a flag": ({"frozen_dropout": "yes"}, "frozen_dropout must be bool, got 'yes'"),
-    "another choice": ({"placement": ESCAPE}, "placement must be one of before, after_first, every_layer, got '"),
+    "another choice": (
+        {"placement": ESCAPE},
+        "placement must be one of before, after_first, every_layer, system, user, got '",
+    ),
     "a method for a backbone": ({"backbone": {"class_path": "lopa", "init_args": {}}}, "backbone must be of name, "),
     "a backbone without a name": ({"backbone": {"dtype": "auto"}}, "backbone lacks name"),
     "a dtype that is none": ({"backbone": {"name": "bert", "dtype": "load"}}, "backbone.dtype must be 'auto' or"),

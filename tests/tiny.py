@@ -142,7 +142,10 @@ def run(
     attention_mask: Tensor,
     token_type_ids: Tensor | None = None,
     offset: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> States:
-    """Calls a backbone with the entries of a batch, each ``[B, T]``."""
+    """Calls a backbone with the entries of a batch, each ``[B, T]`` but ``position [B]``."""
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if position is not None:
+        batch["prompt_position"] = position
     return backbone(prompt, batch if token_type_ids is None else {**batch, "token_type_ids": token_type_ids}, offset)

@@ -203,6 +203,10 @@ class InputSpec:
     virtual_tokens: int = 0
     instance_vectors: VectorCache | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint says, beside the placement, of where virtual tokens stand."""
+        return {}
+
 
 class ReadsInputs(ABC):
     """A module that says how its inputs must be encoded."""

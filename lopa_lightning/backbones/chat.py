@@ -103,6 +103,20 @@ class ChatFormat:
             raise LoPAError("the tokenizer's chat template formats a question otherwise once it is answered")
         return prompt, whole[len(prompt) :]
 
+    def of_pair(self, prompt: str, completion: str | None) -> tuple[str, str | None]:
+        """Renders a prompt as a message of the user and its completion, if there is one, as the answer."""
+        asked = [{"role": "user", "content": prompt}]
+        if completion is None:
+            return self.prompt(asked), None
+        return self.answered([*asked, {"role": "assistant", "content": completion}])
+
+    def check_fits(self, tokens: int, room: int) -> None:
+        """Raises a LoPAError if a chat around a soft prompt, which is not cut, is too long."""
+        if self.holds_prompt and tokens > room:
+            raise LoPAError(
+                f"a chat has {tokens} tokens, room for {room}, and with placement {self.placement!r} it is not cut"
+            )
+
     def ids(self, rendered: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         """Tokenises rendered chats.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.base import Backbone, Batch, InputKind, InputSpec, Objective
+from lopa_lightning.backbones.chat import Chat, ChatFormat
 from lopa_lightning.backbones.injection import position_ids
 from lopa_lightning.backbones.padding import change_by_padding, tolerance, warn_of_mixing
 from lopa_lightning.backbones.pretrained import (
@@ -23,7 +25,7 @@ from lopa_lightning.backbones.pretrained import (
     max_positions,
 )
 from lopa_lightning.backbones.text import TextBackbone
-from lopa_lightning.backbones.tokens import check_token_ids, end_of, padded
+from lopa_lightning.backbones.tokens import check_token_ids, end_of, padded, running_ids
 from lopa_lightning.errors import LoPAError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class TextSpec(InputSpec):
         instance_tokenizer: The instance encoder's; None if no instance vector is needed.
         instance_max_tokens: Tokens that the instance encoder reads at most; None if not limited.
         start_token: Whether a text to be continued starts with a start token also where the tokenizer puts none.
+        placement: Where virtual tokens go.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +53,35 @@ class TextSpec(InputSpec):
     instance_tokenizer: PreTrainedTokenizerBase | None = None
     instance_max_tokens: int | None = None
     start_token: bool = False
+    placement: str = "before"
+
+    @functools.cached_property
+    def chat(self) -> ChatFormat:
+        """What renders chats, with the soft prompt in them where it stands there."""
+        return ChatFormat(self.tokenizer, self.placement)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the hash of the chat template, where the soft prompt stands in a chat."""
+        return {"chat_template": self.chat.template_hash} if self.chat.holds_prompt else {}
+
+    def prompt_ids(self, prompts: Sequence[str | Chat]) -> tuple[list[list[int]], list[int]]:
+        """Tokenises texts and chats that are to be continued.
+
+        Args:
+            prompts: Where the soft prompt stands in a chat, a text is one message of the user.
+
+        Returns:
+            The tokens of each, and how many of them stand before a soft prompt in a chat.
+        """
+        found = [self._prompt_ids(prompt) for prompt in prompts]
+        return [ids for ids, _ in found], [position for _, position in found]
+
+    def _prompt_ids(self, prompt: str | Chat) -> tuple[list[int], int]:
+        if isinstance(prompt, str) and not self.chat.holds_prompt:
+            return [*self.start_ids, *running_ids(self.tokenizer, [prompt])[0]], 0
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        (ids,), (position,) = self.chat.ids([self.chat.prompt(chat)])
+        return ids, position
 
     @property
     def start_ids(self) -> list[int]:
@@ -100,8 +132,8 @@ class TextKind(InputKind):
         """Returns tokenizers and lengths.
 
         Raises:
-            LoPAError: If the virtual tokens leave no room for text, or a tokenizer has ids that its model has no
-                embedding for.
+            LoPAError: If the virtual tokens leave no room for text, a tokenizer has ids that its model has no embedding
+                for, or the soft prompt is to stand in a chat, and the backbone or its template has no place for it.
         """
         assert isinstance(backbone, TextBackbone)
         m, limit = num_virtual_tokens, backbone.max_positions
@@ -109,14 +141,20 @@ class TextKind(InputKind):
         if limit is not None and m >= limit:
             raise LoPAError(f"{m} virtual tokens leave no room for text in the {limit} positions of the backbone")
         room, read = None if limit is None else limit - m, 0 if backbone.placement == "every_layer" else m
+        chat = ChatFormat(self.tokenizer, backbone.placement)
+        if chat.holds_prompt and self.objective != "causal_lm":
+            needs = "needs a causal language model that answers (objective: causal_lm)"
+            raise LoPAError(f"placement {chat.placement!r} {needs}, got objective {self.objective!r}")
+        chat.check()
+        spec = TextSpec(self.tokenizer, room, self.objective, virtual_tokens=read, placement=chat.placement)
         if encoder is None:
-            return TextSpec(self.tokenizer, room, self.objective, virtual_tokens=read)
+            return spec
         if encoder.is_backbone:
             tokenizer, longest = self.tokenizer, _least(limit, encoder.max_length)
         else:
             tokenizer, longest = instance_reading(encoder)
-        return TextSpec(
-            self.tokenizer, room, self.objective, tokenizer, longest, virtual_tokens=read, instance_vectors=vectors
+        return dataclasses.replace(
+            spec, instance_tokenizer=tokenizer, instance_max_tokens=longest, instance_vectors=vectors
         )
 
     def instance_states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -135,7 +173,7 @@ class TextKind(InputKind):
         ids = torch.zeros(examples, tokens, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, 1:][-1:] = 0
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids, "attention_mask": mask, "prompt_position": ids.new_zeros(examples)}
 
     def blank_instances(self, examples: int, tokens: int) -> dict[str, Tensor]:
         """Returns ids and mask, without padding."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
+from lopa_lightning.backbones.chat import ChatFormat, is_chat, question
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import end_of, running_ids
 from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
 from lopa_lightning.data.splits import Role
 from lopa_lightning.data.text import TextDataModule
-from lopa_lightning.errors import LoPAError, one_line, shown
+from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.task import IGNORED
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ class Example:
         prompt: What the backbone reads.
         completion: What it is to generate; None where that is not known.
         instance: What the instance encoder reads.
+        answer: What a generated text is compared with; None for the completion.
     """
 
     prompt: str
     completion: str | None
     instance: str
+    answer: str | None = None
 
 
 class Layout(Protocol):
@@ -82,14 +84,14 @@ class Messages:
 
     Attributes:
         column: Column of the chat: a list of ``{"role": ..., "content": ...}``.
-        tokenizer: Of the backbone.
+        chat: Renders it.
     """
 
     column: str
-    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
 
     def __repr__(self) -> str:
-        return f"Messages({self.column!r}, {self.tokenizer.chat_template!r})"
+        return f"Messages({self.column!r}, {self.chat.template!r})"
 
     @property
     def columns(self) -> list[str]:
@@ -102,31 +104,15 @@ class Messages:
         if not messages:
             raise TextError(self.column, "is empty")
         what = f"column {self.column!r}: a chat must"
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        if not is_chat(messages):
             raise LoPAError(f"{what} be a list of {{role, content}}, both texts; got {shown(messages)}")
         answered = messages[-1]["role"] == "assistant"
         asked = messages[:-1] if answered else messages
         if not asked or asked[-1]["role"] == "assistant":
             raise LoPAError(f"{what} have a question before its last answer, got {shown(messages)}")
-        prompt = self._formatted(asked, asks=True)
-        whole = self._formatted(messages) if answered else prompt
-        if not whole.startswith(prompt):
-            raise LoPAError("the tokenizer's chat template formats a question otherwise once it is answered")
-        return Example(prompt, whole[len(prompt) :] if answered else None, asked[-1]["content"])
-
-    def _formatted(self, messages: list[Any], asks: bool = False) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-        except Exception as error:  # a template raises what it likes, as where roles do not alternate
-            what = f"column {self.column!r}: the tokenizer's chat template"
-            raise LoPAError(f"{what} does not take {shown(messages)}: {one_line(error)}") from error
-
-
-def _is_message(message: Any) -> bool:
-    """Returns whether something is a message of a chat; one that calls tools need not have a text."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        return False
-    return isinstance(message.get("content"), str) or bool(message["role"] == "assistant" and message.get("tool_calls"))
+        if not answered:
+            return Example(self.chat.prompt(asked), None, question(asked))
+        return Example(*self.chat.answered(messages), question(asked), messages[-1].get("content"))
 
 
 @dataclass
@@ -150,7 +136,7 @@ class EncodeCompletions:
 
     def __post_init__(self) -> None:
         self.columns = self.layout.columns
-        self.is_chat = isinstance(self.layout, Messages)
+        self.is_chat = isinstance(self.layout, Messages) or self.spec.chat.holds_prompt
         self.start = [] if self.is_chat else self.spec.start_ids
         if self.learn_end and self.spec.tokenizer.eos_token_id is None:
             raise LoPAError("the backbone's tokenizer has no end token, which a completion must learn to end with")
@@ -159,28 +145,55 @@ class EncodeCompletions:
         """Returns all that the ids depend on."""
         tokenizers = [each for each in (self.spec.tokenizer, self.spec.instance_tokenizer) if each is not None]
         options = [self.max_tokens, self.spec.instance_max_tokens, self.start, self.learn_end]
-        return ["completions", repr(self.layout), self.role, options, *map(tokenizer_key, tokenizers)]
+        placed = [self.spec.placement, self.spec.identity()]
+        return ["completions", repr(self.layout), self.role, options, placed, *map(tokenizer_key, tokenizers)]
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows."""
-        examples = [self.layout(dict(zip(rows, values))) for values in zip(*rows.values())]
+        examples = []
+        for index, values in zip(indices, zip(*rows.values())):
+            with self._naming(index):
+                examples.append(self._in_chat(self.layout(dict(zip(rows, values)))))
         unanswered = [index for index, example in zip(indices, examples) if example.completion is None]
         if unanswered and self.role in ("train", "val"):
             raise LoPAError(f"{self.role}: row {unanswered[0]} (counted from 0) has no completion to learn")
-        prompts = running_ids(self.spec.tokenizer, [example.prompt for example in examples], self.is_chat)
+        prompts, positions = self._prompt_ids([example.prompt for example in examples])
         answers = running_ids(self.spec.tokenizer, [example.completion or "" for example in examples], self.is_chat)
-        encoded = [
-            self._fitted(prompt, [] if example.completion is None or self.role == "predict" else self._ended(answer))
-            for prompt, answer, example in zip(prompts, answers, examples)
-        ]
+        encoded = []
+        for index, prompt, answer, example in zip(indices, prompts, answers, examples):
+            is_asked = example.completion is None or self.role == "predict"
+            with self._naming(index):
+                encoded.append(self._fitted(prompt, [] if is_asked else self._ended(answer)))
         columns: dict[str, list[Any]] = {key: [row[key] for row in encoded] for key in encoded[0]}
         if self.role == "predict":
             del columns["labels"]
+        if self.spec.chat.holds_prompt:
+            columns["prompt_position"] = positions
         if self.spec.instance_tokenizer is not None:
             instances = [example.instance for example in examples]
             read = end_of(self.spec.instance_tokenizer, instances, self.spec.instance_max_tokens)
             columns |= {f"instance_{key}": values for key, values in read.items()}
         return {**columns, "index": indices, "length": [len(ids) for ids in columns["input_ids"]]}
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Names the row in an error."""
+        try:
+            yield
+        except LoPAError as error:
+            raise LoPAError(f"{self.role}: row {index} (counted from 0): {error}") from error
+
+    def _in_chat(self, example: Example) -> Example:
+        """Makes messages of a prompt and its completion, where the soft prompt stands in a chat."""
+        if not self.spec.chat.holds_prompt or isinstance(self.layout, Messages):
+            return example
+        completion = None if self.role == "predict" else example.completion
+        return Example(*self.spec.chat.of_pair(example.prompt, completion), example.instance)
+
+    def _prompt_ids(self, prompts: list[str]) -> tuple[list[list[int]], list[int]]:
+        if self.is_chat:
+            return self.spec.chat.ids(prompts)
+        return running_ids(self.spec.tokenizer, prompts), []
 
     def _ended(self, ids: list[int]) -> list[int]:
         """Adds the end token; what a chat's template adds after it is no part of the answer."""
@@ -192,7 +205,10 @@ class EncodeCompletions:
     def _fitted(self, prompt: list[int], answer: list[int]) -> dict[str, Any]:
         whole = [*self.start, *prompt]
         limit = self.max_tokens if self.max_tokens is not None else len(whole) + len(answer)
-        least = len(self.start) + 1  # a completion's first token is predicted at the prompt's last
+        # A completion's first token is predicted at the prompt's last; a chat around a soft prompt stays whole.
+        least = len(whole) if self.spec.chat.holds_prompt else len(self.start) + 1
+        if self.role in ("predict", "test"):
+            self.spec.chat.check_fits(len(whole), limit)
         if not (has_room := limit - len(answer) >= least):
             answer = []
         room = max(limit - len(answer), least)
@@ -211,7 +227,9 @@ class CompletionDataModule(TextDataModule):
 
     Every completion ends with the tokenizer's end token, which is learned as well, unless ``learn_end`` is false. A
     prompt too long is cut from the left; a completion never: a row without room for it is left out in training and
-    validation, and in a test its loss. All of that is counted and said.
+    validation, and in a test its loss. All of that is counted and said. Where the soft prompt stands in a chat
+    (placement ``system`` or ``user``), a prompt is a message of the user, its completion the answer, and a chat is
+    never cut: in a test or to predict, one too long is an error.
 
     Args:
         prompt_column: Column of the prompt.
@@ -260,10 +278,9 @@ class CompletionDataModule(TextDataModule):
             role: What the rows serve.
         """
         if self.messages_column is not None:
-            tokenizer = self.text_spec.tokenizer
-            if tokenizer.chat_template is None:
+            if self.text_spec.tokenizer.chat_template is None:
                 raise LoPAError("the backbone's tokenizer has no chat template; give prompt and completion columns")
-            return Messages(self.messages_column, tokenizer)
+            return Messages(self.messages_column, self.text_spec.chat)
         return Columns(self.prompt_column, self.completion_column, self.instance_column, role in ("train", "val"))
 
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
@@ -272,12 +289,14 @@ class CompletionDataModule(TextDataModule):
 
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
         """Returns what is said of rows that were cut or left out."""
-        limit = encoder.max_tokens
+        limit, what = encoder.max_tokens, "their completion alone"
+        if self.text_spec.chat.holds_prompt:
+            what = "their chat, which is not cut,"
         return {
             **super().warnings_of(encoder),
             "truncated": f"prompts were cut from the left to fit {limit} tokens with their completion",
-            "unlabelled": f"rows have no loss: their completion alone is longer than {limit} tokens",
-            "left_out": f"rows were left out: their completion alone is longer than {limit} tokens",
+            "unlabelled": f"rows have no loss: {what} is longer than {limit} tokens",
+            "left_out": f"rows were left out: {what} is longer than {limit} tokens",
         }
 
     def example(self, role: Role, index: int) -> Example:
@@ -309,7 +328,8 @@ class CompletionDataModule(TextDataModule):
             completions: One of each.
         """
         rows, layout = self.rows(role), self.layout(role)
-        wanted = [layout(rows[index]).completion for index in indices]
+        examples = [layout(rows[index]) for index in indices]
+        wanted = [each.completion if each.answer is None else each.answer for each in examples]
         return [own is not None and self.answer(text) == self.answer(own) for own, text in zip(wanted, completions)]
 
     def check_scoring(self) -> None:

@@ -54,8 +54,8 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         backbone: The frozen model.
         prompt_encoder: Makes soft prompts; a class or partial that still wants ``(embedding_dim, instance_dim)``.
         instance_encoder: The model that reads instances, frozen unless it says otherwise; by default the backbone.
-        placement: Where virtual tokens go: ``before`` the text's first token, ``after_first``, or in
-            ``every_layer`` (prefix tuning, P-tuning v2).
+        placement: Where virtual tokens go: ``before`` the text's first token, ``after_first``, in ``every_layer``
+            (prefix tuning, P-tuning v2), or in a chat: as its ``system`` message, or before its ``user``'s text.
         adapter: A PEFT adapter in the backbone, as in ``adapter_config.json``, such as
             ``{peft_type: LORA, r: 8}``; a baseline.
         train_backbone: Whether all weights of the backbone are trained; a baseline.
@@ -167,7 +167,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     def task_facts(self) -> dict[str, Any]:
         """What a checkpoint says of the task, and of where virtual tokens go."""
-        return {"placement": self.placement, **self.task_identity()}
+        return {"placement": self.placement, **self.input_spec.identity(), **self.task_identity()}
 
     def known_identity(self) -> dict[str, Any]:
         """What a checkpoint says of the frozen models, the method and the task, as far as no weights are needed."""

@@ -15,14 +15,15 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
+from lopa_lightning.backbones.chat import Chat, listed_prompts, question
 from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
 from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.sharding import check_equal, is_sharded
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
-from lopa_lightning.backbones.tokens import cut_left, padded, running_ids
+from lopa_lightning.backbones.tokens import cut_left, padded
 from lopa_lightning.data.completion import CompletionDataModule
-from lopa_lightning.errors import LoPAError, listed, shown
+from lopa_lightning.errors import LoPAError, listed
 from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
@@ -121,7 +122,7 @@ class CausalLMModule(LoPALightningModule):
 
     def generate(
         self,
-        texts: str | Sequence[str],
+        texts: str | Chat | Sequence[str | Chat],
         generation: Mapping[str, Any] | None = None,
         num_samples: int | None = None,
         seed: int | None = None,
@@ -129,51 +130,49 @@ class CausalLMModule(LoPALightningModule):
         instance_texts: str | Sequence[str] | None = None,
         batch_size: int = 8,
     ) -> list[list[str]]:
-        """Completes texts: instance vector, soft prompt, text.
+        """Completes texts, or answers chats: instance vector, soft prompt, text.
 
-        A text too long for the backbone is cut from the left. The samples of a text depend on the seed and
-        on its place in ``texts``, not on ``batch_size``. Where the backbone is sharded, every process must call
-        this, each with as many texts.
+        A text too long for the backbone is cut from the left; not so with the soft prompt in a chat. The samples of a
+        text depend on the seed and on its place in ``texts``, not on ``batch_size``. Where the backbone is sharded,
+        every process must call this, each with as many texts.
 
         Args:
-            texts: Prompts; a ``str`` is a list of one.
+            texts: A text, a chat (a list of messages, each with ``role`` and ``content``), or a list of either. With
+                placement ``system`` or ``user`` a text is one message of the user.
             generation: Fields of transformers' ``GenerationConfig``, over the module's own.
             num_samples: Completions of each text; by default the module's.
             seed: Of sampling; by default the module's.
             stop: Strings that end a completion; by default the module's.
-            instance_texts: What the instance encoder reads; by default the prompts. Cut from the left.
+            instance_texts: What the instance encoder reads; by default the texts, of a chat its last message. Cut from
+                the left.
             batch_size: Texts at a time.
 
         Returns:
             ``num_samples`` completions of each text.
 
         Raises:
-            LoPAError: If a text is empty, there are not as many instance texts as texts, or not as many as on
-                the processes that the backbone is sharded over; if nothing was trained or loaded, or the backbone
-                cannot generate from embeddings.
+            LoPAError: If a text is empty, a chat is none, or too long with the soft prompt in it; if there are not as
+                many instance texts as texts, or not as many as on the processes that the backbone is sharded over; if
+                nothing was trained or loaded, or the backbone cannot generate from embeddings.
         """
-        texts = [texts] if isinstance(texts, str) else listed("texts", texts)
+        prompts = listed_prompts(texts)
         instance_texts = [instance_texts] if isinstance(instance_texts, str) else instance_texts
-        instances = texts if instance_texts is None else listed("instance_texts", instance_texts)
-        if len(instances) != len(texts):
-            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(texts)}")
-        for place, text in enumerate(texts):
-            if not isinstance(text, str) or not text:
-                raise LoPAError(f"a text to complete must be a str and not empty; text {place} is {shown(text)}")
+        instances = [*map(question, prompts)] if instance_texts is None else listed("instance_texts", instance_texts)
+        if len(instances) != len(prompts):
+            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
         check_generates(self.builder.skeleton.backbone.model)
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             check_learned(self, "generate")
         self.configure_model()
         check_states(self, self.padding_sides())
-        check_equal(self._net(), len(texts))
-        start = self.input_spec.start_ids
+        check_equal(self._net(), len(prompts))
         written: list[list[str]] = []
-        for first in range(0, len(texts), batch_size):
+        for first in range(0, len(prompts), batch_size):
             part = slice(first, first + batch_size)
-            prompts = [[*start, *ids] for ids in running_ids(self.input_spec.tokenizer, texts[part])]
-            seeds = range(first, first + len(prompts))
+            ids = self.input_spec.prompt_ids(prompts[part])
+            seeds = range(first, first + len(ids[0]))
             encoder = self.input_spec.instance_batch(instances[part], self.device)
-            written += self._complete(prompts, encoder, seeds, generation, num_samples, seed, stop)
+            written += self._complete(ids, encoder, seeds, generation, num_samples, seed, stop)
         return written
 
     def complete(
@@ -198,13 +197,14 @@ class CausalLMModule(LoPALightningModule):
         if not prompts:
             if is_sharded(self._net()):  # the others wait in every layer
                 alike = {key: values.new_ones(1, *values.shape[1:]) for key, values in encoder.items()}
-                self._complete([[0, 0]], alike, [0], generation, num_samples)
+                self._complete(([[0, 0]], [1]), alike, [0], generation, num_samples)
             return []
-        return self._complete(prompts, encoder, batch["index"].tolist(), generation, num_samples)
+        positions = batch["prompt_position"].tolist() if "prompt_position" in batch else [0] * len(prompts)
+        return self._complete((prompts, positions), encoder, batch["index"].tolist(), generation, num_samples)
 
     def _complete(
         self,
-        prompts: list[list[int]],
+        prompts: tuple[list[list[int]], list[int]],
         encoder: Mapping[str, Tensor],
         rows: Sequence[int],
         generation: Mapping[str, Any] | None = None,
@@ -216,9 +216,13 @@ class CausalLMModule(LoPALightningModule):
         backbone, tokenizer = net.backbone, spec.tokenizer
         assert isinstance(backbone, TextBackbone)
         config = generation_config({**self.generation, **(generation or {})}, tokenizer, backbone.model)
+        ids, positions = prompts
         if spec.max_tokens is not None:
-            prompts = cut_left(prompts, self._room(int(config.max_new_tokens)), len(spec.start_ids))
-        text = padded(prompts, int(config.pad_token_id), "left", self.device)
+            room = self._room(int(config.max_new_tokens))
+            spec.chat.check_fits(max(map(len, ids)), room)
+            ids = cut_left(ids, room, len(spec.start_ids))
+        read, mask = padded(ids, int(config.pad_token_id), "left", self.device)
+        texts = {"input_ids": read, "attention_mask": mask, "prompt_position": torch.tensor(positions).to(read.device)}
         was_training = self.training
 
         def write() -> list[list[str]]:
@@ -227,7 +231,7 @@ class CausalLMModule(LoPALightningModule):
             return generate(
                 backbone,
                 prompt,
-                text,
+                texts,
                 config,
                 tokenizer,
                 self.num_samples if num_samples is None else num_samples,

@@ -33,12 +33,19 @@ def tokenizer(tiny: Any) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny("llama"))
 
 
-def left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
+def left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Tensor]:
     rows = [tokenizer(text)["input_ids"] for text in texts]
     width = max(map(len, rows))
     # Any token may stand at padding: the mask alone says what counts.
     ids = torch.tensor([[7] * (width - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    positions = torch.tensor([position_in(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "prompt_position": positions}
+
+
+def position_in(row: list[int]) -> int:
+    """Where a soft prompt stands in a text, with a placement that asks for a position: in its middle."""
+    return len(row) // 2
 
 
 def generated(
@@ -60,15 +67,16 @@ def soft_prompts(backbone: TextBackbone) -> Tensor:
 def by_hand(backbone: TextBackbone, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, text: str) -> str:
     """The likeliest token again and again, each time from the beginning: no cache, no padding, no ``generate``."""
     ids, new = tokenizer(text)["input_ids"], []
+    position = torch.tensor([position_in(ids)])
     while len(new) < NEW and (not new or new[-1] != tokenizer.eos_token_id):
         whole = torch.tensor([[*ids, *new]])
         with torch.no_grad():
-            hidden = run(backbone, prompt[None], whole, torch.ones_like(whole)).hidden[:, -1]
+            hidden = run(backbone, prompt[None], whole, torch.ones_like(whole), position=position).hidden[:, -1]
             new.append(int(backbone.label_logits(hidden, torch.arange(backbone.model.config.vocab_size)).argmax()))
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("placement", ["before", "after_first", "every_layer"])
+@pytest.mark.parametrize("placement", ["before", "after_first", "every_layer", "system"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_generates_what_each_text_does_alone_and_without_a_cache(
     kind: str, placement: Placement, load: Load, tokenizer: PreTrainedTokenizerBase
@@ -110,25 +118,25 @@ def test_the_samples_of_a_text_share_one_reading(load: Load, tokenizer: PreTrain
     backbone.body.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
     options = {"do_sample": True, "eos_token_id": None, "max_new_tokens": 4}
     generated(backbone, tokenizer, soft_prompts(backbone)[:2], TEXTS[:2], options, num_samples=5, seeds=[0, 1])
-    width = left_padded(tokenizer, TEXTS[:2])[0].shape[1] + M
+    width = left_padded(tokenizer, TEXTS[:2])["input_ids"].shape[1] + M
     assert seen == [(2, width - 1), (10, 1), (10, 1), (10, 1), (10, 1)]
 
 
 def test_samples_are_drawn_from_the_models_distribution(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
     backbone = TextBackbone(load("llama"))
-    prompt, (ids, mask) = soft_prompts(backbone)[:1], left_padded(tokenizer, TEXTS[:1])
+    prompt, text = soft_prompts(backbone)[:1], left_padded(tokenizer, TEXTS[:1])
     config = generation_config(
         {"max_new_tokens": 1, "do_sample": True, "temperature": 2.0, "top_k": 5, "eos_token_id": None},
         tokenizer,
         backbone.model,
     )
-    (texts,) = generate(backbone, prompt, (ids, mask), config, tokenizer, num_samples=2000, seeds=[0])
+    (texts,) = generate(backbone, prompt, text, config, tokenizer, num_samples=2000, seeds=[0])
     with torch.no_grad():
-        hidden = run(backbone, prompt, ids, mask).hidden[:, -1]
+        hidden = backbone(prompt, text).hidden[:, -1]
         logits = backbone.label_logits(hidden, torch.arange(backbone.model.config.vocab_size))[0] / 2.0
     top = logits.topk(5)
     expected = torch.softmax(top.values, -1)
-    last = ids[0].tolist()[-1:]
+    last = text["input_ids"][0].tolist()[-1:]
     names = [tokenizer.decode([*last, token])[len(tokenizer.decode(last)) :] for token in top.indices]
     for name in set(names):
         share = float(expected[[name == other for other in names]].sum())

@@ -114,7 +114,10 @@ def test_more_than_the_machine_has_memory_for(
     ("options", "message"),
     [
         ({"learning_rates": {"low_rnk": 1e-3}}, "learning_rates names low_rnk; the groups are backbone, head"),
-        ({"placement": "behind"}, "placement must be one of before, after_first, every_layer, got 'behind'"),
+        (
+            {"placement": "behind"},
+            "placement must be one of before, after_first, every_layer, system, user, got 'behind'",
+        ),
         ({"head_pooling": "sum"}, "head_pooling must be one of cls, mean, last, max, got 'sum'"),
         ({"objective": "mlm"}, "objective must be one of masked_lm, causal_lm, head, got 'mlm'"),
         ({"adapter": {"peft_type": "LORAA"}}, "adapter.peft_type must be one of"),

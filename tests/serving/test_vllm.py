@@ -1,0 +1,165 @@
+"""A real vLLM server answers soft prompts token for token as ``generate`` does."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+import os
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lopa_lightning import CausalLMModule, InstanceEncoderSpec, LoPA, PretrainedSpec
+from lopa_lightning.backbones.chat import PLACEHOLDER, reads_parts
+from tests.backbones.chat_templates import TEMPLATES
+from tests.conftest import REAL_MODELS
+from tests.serving.vllm_server import VARIABLE, missing, vllm_server
+
+pytestmark = [pytest.mark.real, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+M, NEW = 10, 24
+MODEL, ENCODER = (
+    REAL_MODELS / name for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2")
+)
+TEXTS = [
+    "What is the capital of France?",
+    "Write a haiku on rain.",
+    "def add(a, b):\n    return",
+    " leading space, and a newline at the end\n",
+    "Übersetze: Guten Morgen 🙂",
+    "Name three colours.",
+    "2 + 2 =",
+    "Is it safe to eat raw eggs?",
+]
+CHATS = [
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is snow cold?"}],
+    [
+        {"role": "user", "content": "My name is Ada."},
+        {"role": "assistant", "content": "Hello Ada!"},
+        {"role": "user", "content": "What is my name?"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    if not MODEL.is_dir() or not ENCODER.is_dir():
+        pytest.skip(f"no {MODEL} or {ENCODER}")
+    with vllm_server(str(MODEL)) as url:
+        yield url
+
+
+def module(placement: str) -> CausalLMModule:
+    torch.manual_seed(0)
+    encoder = InstanceEncoderSpec(str(ENCODER), pooling="mean")
+    method = functools.partial(LoPA, num_virtual_tokens=M, rank=4, hidden_dim=64)
+    found = CausalLMModule(
+        backbone=PretrainedSpec(str(MODEL), dtype="float32"),
+        prompt_encoder=method,
+        instance_encoder=encoder,
+        placement=placement,
+        generation={"max_new_tokens": NEW},
+    )
+    found.configure_model()
+    with torch.no_grad():  # far from the initial values, and another prompt for each text
+        for parameter in found._net().prompt_encoder.parameters():
+            parameter += 0.3 * parameter.std(correction=0) * torch.randn_like(parameter)
+    found.learned = True
+    return found.eval()
+
+
+def soft_prompts(model: CausalLMModule, texts: list[str]) -> list[Tensor]:
+    with torch.no_grad():
+        prompts, _ = model._net().soft_prompt(model.input_spec.instance_batch(texts, "cpu"))
+    return list(prompts)
+
+
+def encoded(tensor: Tensor) -> str:
+    buffer = io.BytesIO()
+    torch.save(tensor.clone(), buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as response:
+        found: dict[str, Any] = json.load(response)
+    return found
+
+
+def messages_of(chat: list[dict[str, Any]], placement: str, prompt: Tensor) -> list[dict[str, Any]]:
+    """The chat as a client sends it: written out here, not taken from the package."""
+    part = {"type": "prompt_embeds", "data": encoded(prompt)}
+    *before, last = chat
+    if placement == "user":
+        return [*before, {"role": "user", "content": [part, {"type": "text", "text": last["content"]}]}]
+    if chat[0]["role"] == "system":
+        return [{"role": "system", "content": [{"type": "text", "text": chat[0]["content"]}, part]}, *chat[1:]]
+    return [{"role": "system", "content": [part]}, *chat]
+
+
+@pytest.mark.parametrize("placement", ["system", "user"])
+def test_chats_with_a_soft_prompt_are_answered_as_generate_does(server: str, placement: str) -> None:
+    model = module(placement)
+    chats: list[Any] = [*([{"role": "user", "content": text}] for text in TEXTS), *CHATS]
+    prompts = soft_prompts(model, [chat[-1]["content"] for chat in chats])
+    greedy = {"model": str(MODEL), "temperature": 0, "max_tokens": NEW}
+    bodies = [{**greedy, "messages": messages_of(chat, placement, z)} for chat, z in zip(chats, prompts)]
+    with ThreadPoolExecutor(8) as pool:  # in one batch of the server
+        answers = list(pool.map(lambda body: post(f"{server}/v1/chat/completions", body), bodies))
+    ids, positions = model.input_spec.prompt_ids(chats)
+    assert [answer["usage"]["prompt_tokens"] for answer in answers] == [M + len(own) for own in ids]
+    for body, own, at in zip(bodies, ids, positions):
+        layout = post(f"{server}/tokenize", {"model": str(MODEL), "messages": body["messages"]})["tokens"]
+        assert layout == [*own[:at], *layout[at : at + M], *own[at:]]
+        assert len(set(layout[at : at + M]) - set(own)) == 1
+    found = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert found == [text for (text,) in model.generate([*TEXTS, *CHATS])]
+    assert len(set(found)) == len(found)
+
+
+def test_whole_embeddings_are_completed_as_generate_does(server: str) -> None:
+    model = module("before")
+    ids, _ = model.input_spec.prompt_ids(TEXTS)
+    table = model._net().backbone.embedding_table()
+    bodies = [
+        {
+            **{"model": str(MODEL), "temperature": 0, "max_tokens": NEW},
+            "prompt_embeds": encoded(torch.cat([z, table[torch.tensor(own)]])),
+        }
+        for z, own in zip(soft_prompts(model, TEXTS), ids)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda body: post(f"{server}/v1/completions", body), bodies))
+    assert [answer["usage"]["prompt_tokens"] for answer in answers] == [M + len(own) for own in ids]
+    assert [answer["choices"][0]["text"] for answer in answers] == [text for (text,) in model.generate(TEXTS)]
+
+
+def test_the_server_takes_no_text_with_the_placeholder(server: str) -> None:
+    body = {"model": str(MODEL), "messages": [{"role": "user", "content": f"a {PLACEHOLDER} b"}]}
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post(f"{server}/v1/chat/completions", body)
+
+
+def test_the_server_hands_parts_to_the_same_templates() -> None:
+    code = (
+        "import json, sys; from vllm.renderers.hf import _detect_content_format as found\n"
+        "print(json.dumps([found(each, default='string') for each in json.load(sys.stdin)]))"
+    )
+    given = json.dumps([each.text for each in TEMPLATES.values()])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    answer = subprocess.run(
+        [os.environ[VARIABLE], "-c", code], input=given, env=environment, capture_output=True, text=True, check=True
+    )
+    formats = json.loads(answer.stdout.splitlines()[-1])
+    assert formats == ["openai" if reads_parts(each.text) else "string" for each in TEMPLATES.values()]
+    assert set(formats) == {"openai", "string"}
