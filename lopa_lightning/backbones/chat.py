@@ -125,7 +125,7 @@ class ChatFormat:
         """
         if not self.holds_prompt:
             return running_ids(self.tokenizer, rendered, with_special=True), [0] * len(rendered)
-        mark = self._marked.convert_tokens_to_ids(PLACEHOLDER)
+        mark = cast(int, self._marked.convert_tokens_to_ids(PLACEHOLDER))
         found = running_ids(self._marked, rendered, with_special=True)
         positions = [ids.index(mark) for ids in found]
         return [ids[:at] + ids[at + 1 :] for ids, at in zip(found, positions)], positions

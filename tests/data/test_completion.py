@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,91 @@ def test_a_chat_goes_through_the_tokenizers_template_and_its_last_answer_is_lear
     asked = "<|user|>It was<|assistant|>great<|endoftext|><|user|>and the cast<|assistant|>"
     assert tokens.decode(found["input_ids"][: -len(learned)]) == asked
     assert data.example("test", 0).instance == "and the cast"
+    # What is generated has no end token, and is compared with the answer as it stands in the chat.
+    assert data.exact_matches("test", [0, 0], ["was good\n", "was"]) == [True, False]
     tokens.chat_template = None
+
+
+CHATS = [
+    [{"role": "user", "content": "the film was"}, {"role": "assistant", "content": "great"}],
+    [
+        {"role": "system", "content": "Yes No"},
+        {"role": "user", "content": "It was"},
+        {"role": "assistant", "content": "good"},
+        {"role": "user", "content": "and the cast"},
+        {"role": "assistant", "content": "was good"},
+    ],
+]
+LAID_OUT = {  # what stands before the soft prompt, after it, and the answer
+    "system": [
+        ("<|system|>", "<|user|>the film was<|assistant|>", "great"),
+        (
+            "<|system|>Yes No\n",
+            "<|user|>It was<|assistant|>good<|endoftext|><|user|>and the cast<|assistant|>",
+            "was good",
+        ),
+    ],
+    "user": [
+        ("<|user|>", "\nthe film was<|assistant|>", "great"),
+        (
+            "<|system|>Yes No<|user|>It was<|assistant|>good<|endoftext|><|user|>",
+            "\nand the cast<|assistant|>",
+            "was good",
+        ),
+    ],
+}
+
+
+@pytest.fixture
+def chat_spec(text_spec: SpecOf, tokenizer: TokenizerOf) -> Iterator[Any]:
+    """What a module with the soft prompt in a chat asks for."""
+    tokenizer("gpt2").chat_template = CHAT_TEMPLATE
+    yield lambda placement, limit=None: dataclasses.replace(
+        text_spec("gpt2", "causal_lm", max_tokens=limit, instance="bert"), placement=placement
+    )
+    tokenizer("gpt2").chat_template = None
+
+
+@pytest.mark.parametrize("placement", LAID_OUT)
+def test_chats_are_read_around_a_soft_prompt(placement: str, chat_spec: Any, tokenizer: TokenizerOf) -> None:
+    rows = [{"messages": chat} for chat in CHATS]
+    found = rows_of(prepared(chat_spec(placement), rows, messages_column="messages", padding_side="left"))
+    for read, parts in zip(found, LAID_OUT[placement]):
+        before, after, answer = (tokenizer("gpt2")(text)["input_ids"] for text in parts)
+        learned = [*answer, tokenizer("gpt2").eos_token_id]
+        assert read["input_ids"] == [*before, *after, *learned]
+        assert read["labels"] == [IGNORED] * len([*before, *after]) + learned
+        assert read["prompt_position"] == len(before)
+    assert [tokenizer("bert").decode(read["instance_input_ids"], True) for read in found] == [
+        "the film was",
+        "and the cast",
+    ]
+
+
+def test_a_prompt_and_its_completion_are_a_chat_around_a_soft_prompt(chat_spec: Any) -> None:
+    chats = [{"messages": CHATS[0]}]
+    pairs = [{"prompt": "the film was", "completion": "great"}]
+    for stage, role in (("test", "test"), ("predict", "predict"), ("validate", "val")):
+        (wanted,) = rows_of(prepared(chat_spec("system"), chats, stage, messages_column="messages"), role)
+        assert rows_of(prepared(chat_spec("system"), pairs, stage), role) == [wanted]
+        assert ("labels" in wanted) == (stage != "predict")
+
+
+def test_a_chat_around_a_soft_prompt_is_never_cut(chat_spec: Any, tokenizer: TokenizerOf) -> None:
+    lengths = [len(tokenizer("gpt2")("".join(parts))["input_ids"]) + 1 for parts in LAID_OUT["system"]]
+    rows, options = [{"messages": chat} for chat in CHATS], {"messages_column": "messages"}
+    with pytest.warns(UserWarning, match="1 of 2 rows were left out: their chat, which is not cut, is longer than"):
+        (kept,) = rows_of(prepared(chat_spec("system", lengths[0] + 1), rows, "validate", **options), "val")
+    assert kept["index"] == 0
+    for stage in ("test", "predict"):
+        with pytest.raises(LoPAError, match=r"row 1 .*a chat has \d+ tokens, room for \d+, .*'system' it is not cut"):
+            prepared(chat_spec("system", lengths[0] + 1), rows, stage, **options)
+
+
+def test_a_row_that_has_no_place_for_a_soft_prompt_is_named(chat_spec: Any) -> None:
+    rows = [{"prompt": "x", "completion": "y"}, {"prompt": "a <prompt_embeds>", "completion": "y"}]
+    with pytest.raises(LoPAError, match=r"val: row 1 \(counted from 0\): a text must not contain <prompt_embeds>"):
+        prepared(chat_spec("user"), rows, "validate")
 
 
 @pytest.mark.parametrize(
