@@ -62,7 +62,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Folder of a tiny model: ``bert``, ``bert_base`` (no language model head), ``roberta``, ``gpt2``, ``llama``."""
+    """Folder of a tiny model: ``bert``, ``bert_base`` (no language model head), ``roberta``, ``gpt2``, ``llama``,
+    ``chat`` (a llama with a chat template)."""
     from tests.tiny import save_tiny
 
     made: dict[str, str] = {}

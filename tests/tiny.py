@@ -35,6 +35,11 @@ TEXTS = [
     "this is correct but that is incorrect",
     "True or false",
 ]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 POSITIONS = 64
 WIDTH = 32
 
@@ -114,8 +119,9 @@ def save_tiny(kind: str, folder: Path) -> str:
         tokenizer = causal_tokenizer()
         config = GPT2Config(vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=WIDTH, n_layer=2, n_head=4)
         model = GPT2LMHeadModel(config)
-    elif kind == "llama":
+    elif kind in ("llama", "chat"):
         tokenizer = causal_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE if kind == "chat" else None
         config = LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, num_key_value_heads=2, **sizes
         )

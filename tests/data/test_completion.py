@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.data import CompletionDataModule
 from lopa_lightning.errors import LoPAError
@@ -23,11 +21,6 @@ ROWS = [
     {"prompt": "It was a terrible story , badly told , but the cast", "completion": " was good"},
     {"prompt": "Yes", "completion": ""},
 ]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-    "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -133,15 +126,14 @@ def test_the_instance_is_the_prompt_or_its_own_column_cut_from_the_left(
 def test_a_chat_goes_through_the_tokenizers_template_and_its_last_answer_is_learned(
     text_spec: SpecOf, tokenizer: TokenizerOf
 ) -> None:
-    tokens: PreTrainedTokenizerBase = tokenizer("gpt2")
-    tokens.chat_template = CHAT_TEMPLATE
+    tokens = tokenizer("chat")
     chat = [
         {"role": "user", "content": "It was"},
         {"role": "assistant", "content": "great"},
         {"role": "user", "content": "and the cast"},
         {"role": "assistant", "content": "was good"},
     ]
-    data = prepared(text_spec("gpt2", "causal_lm"), [{"messages": chat}], messages_column="messages")
+    data = prepared(text_spec("chat", "causal_lm"), [{"messages": chat}], messages_column="messages")
     (found,) = rows_of(data)
     learned = [label for label in found["labels"] if label != IGNORED]
     assert tokens.decode(learned) == "was good<|endoftext|>"
@@ -150,7 +142,6 @@ def test_a_chat_goes_through_the_tokenizers_template_and_its_last_answer_is_lear
     assert data.example("test", 0).instance == "and the cast"
     # What is generated has no end token, and is compared with the answer as it stands in the chat.
     assert data.exact_matches("test", [0, 0], ["was good\n", "was"]) == [True, False]
-    tokens.chat_template = None
 
 
 CHATS = [
@@ -184,13 +175,11 @@ LAID_OUT = {  # what stands before the soft prompt, after it, and the answer
 
 
 @pytest.fixture
-def chat_spec(text_spec: SpecOf, tokenizer: TokenizerOf) -> Iterator[Any]:
+def chat_spec(text_spec: SpecOf) -> Any:
     """What a module with the soft prompt in a chat asks for."""
-    tokenizer("gpt2").chat_template = CHAT_TEMPLATE
-    yield lambda placement, limit=None: dataclasses.replace(
-        text_spec("gpt2", "causal_lm", max_tokens=limit, instance="bert"), placement=placement
+    return lambda placement, limit=None: dataclasses.replace(
+        text_spec("chat", "causal_lm", max_tokens=limit, instance="bert"), placement=placement
     )
-    tokenizer("gpt2").chat_template = None
 
 
 @pytest.mark.parametrize("placement", LAID_OUT)
@@ -198,8 +187,8 @@ def test_chats_are_read_around_a_soft_prompt(placement: str, chat_spec: Any, tok
     rows = [{"messages": chat} for chat in CHATS]
     found = rows_of(prepared(chat_spec(placement), rows, messages_column="messages", padding_side="left"))
     for read, parts in zip(found, LAID_OUT[placement]):
-        before, after, answer = (tokenizer("gpt2")(text)["input_ids"] for text in parts)
-        learned = [*answer, tokenizer("gpt2").eos_token_id]
+        before, after, answer = (tokenizer("chat")(text)["input_ids"] for text in parts)
+        learned = [*answer, tokenizer("chat").eos_token_id]
         assert read["input_ids"] == [*before, *after, *learned]
         assert read["labels"] == [IGNORED] * len([*before, *after]) + learned
         assert read["prompt_position"] == len(before)
@@ -219,7 +208,7 @@ def test_a_prompt_and_its_completion_are_a_chat_around_a_soft_prompt(chat_spec: 
 
 
 def test_a_chat_around_a_soft_prompt_is_never_cut(chat_spec: Any, tokenizer: TokenizerOf) -> None:
-    lengths = [len(tokenizer("gpt2")("".join(parts))["input_ids"]) + 1 for parts in LAID_OUT["system"]]
+    lengths = [len(tokenizer("chat")("".join(parts))["input_ids"]) + 1 for parts in LAID_OUT["system"]]
     rows, options = [{"messages": chat} for chat in CHATS], {"messages_column": "messages"}
     with pytest.warns(UserWarning, match="1 of 2 rows were left out: their chat, which is not cut, is longer than"):
         (kept,) = rows_of(prepared(chat_spec("system", lengths[0] + 1), rows, "validate", **options), "val")

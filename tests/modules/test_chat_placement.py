@@ -20,11 +20,6 @@ from tests.modules.helpers import causal, completions, module, trainer
 
 Tiny = Callable[[str], str]
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-    "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 # A chat; what stands before the soft prompt and after it with placement system, and with placement user; the answer.
 CASES: list[tuple[list[dict[str, str]], tuple[str, str], tuple[str, str], str]] = [
     (
@@ -43,18 +38,10 @@ CASES: list[tuple[list[dict[str, str]], tuple[str, str], tuple[str, str], str]] 
 ROWS = [{"messages": [*chat, {"role": "assistant", "content": answer}]} for chat, *_, answer in CASES]
 
 
-@pytest.fixture(scope="session")
-def chatting(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def chatting(tiny: Tiny) -> str:
     """Folder of a tiny model whose tokenizer has a chat template."""
-    return with_template(tiny("llama"), tmp_path_factory.mktemp("chatting") / "model", TEMPLATE)
-
-
-def with_template(model: str, folder: Path, template: str) -> str:
-    shutil.copytree(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return tiny("chat")
 
 
 class ByHand:
@@ -112,10 +99,13 @@ def test_chats_are_learned_and_answered_as_by_hand(chatting: str, tmp_path: Path
     assert again.generate(chats) == wanted
 
 
-def test_a_checkpoint_belongs_to_its_chat_template(chatting: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_checkpoint_belongs_to_its_chat_template(chatting: str, tmp_path: Path) -> None:
     model, data = causal(chatting, placement="system"), completions(tmp_path, ROWS, messages_column="messages")
     trainer(tmp_path, max_steps=1).fit(model, data)
-    other = with_template(tiny("llama"), tmp_path / "other", TEMPLATE.replace("|>", "|> "))
+    other = str(shutil.copytree(chatting, tmp_path / "other"))
+    tokenizer = AutoTokenizer.from_pretrained(chatting)
+    tokenizer.chat_template = tokenizer.chat_template.replace("|>", "|> ")
+    tokenizer.save_pretrained(other)
     for load in (
         lambda: LoPALightningModule.load_from_checkpoint(tmp_path / "last.ckpt", backbone=causal(other).backbone_spec),
         lambda: trainer(tmp_path).validate(
