@@ -110,6 +110,11 @@ class ChatFormat:
             return self.prompt(asked), None
         return self.answered([*asked, {"role": "assistant", "content": completion}])
 
+    def answer_start(self, word: str) -> str:
+        """Returns what an answer begins with whose first word is given: some templates put a space before it."""
+        answer = self.of_pair("x", word)[1] or ""
+        return answer[: answer.find(word) + len(word)]
+
     def check_fits(self, tokens: int, room: int) -> None:
         """Raises a LoPAError if a chat around a soft prompt, which is not cut, is too long."""
         if self.holds_prompt and tokens > room:

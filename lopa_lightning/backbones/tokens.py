@@ -17,12 +17,15 @@ from lopa_lightning.prompts.base import Vocabulary
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
-def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[int]:
+def label_word_ids(
+    tokenizer: PreTrainedTokenizerBase, words: list[str], answer: Callable[[str], str] | None = None
+) -> list[int]:
     """Returns the token of each label word as it stands in running text, after a space.
 
     Args:
         tokenizer: The backbone's.
         words: The verbalizer's words, one for each label.
+        answer: Writes a word as a chat's answer begins with it; None where words stand in running text.
 
     Raises:
         LoPAError: If a word is not one token, or two words are the same one.
@@ -30,8 +33,9 @@ def label_word_ids(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list
     ids: list[int] = []
     for word in words:
         # Seen after another word, as in a sentence: byte-pair tokenizers have a token of its own for that.
-        context = tokenizer.encode("x", add_special_tokens=False)
-        tokens = tokenizer.encode(f"x {word}", add_special_tokens=False)[len(context) :]
+        before, whole = ("", answer(word)) if answer is not None else ("x", f"x {word}")
+        context = tokenizer.encode(before, add_special_tokens=False)
+        tokens = tokenizer.encode(whole, add_special_tokens=False)[len(context) :]
         if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
             pieces = tokenizer.convert_ids_to_tokens(tokens)
             raise LoPAError(

@@ -107,7 +107,8 @@ class EncodeRows:
 
 def tokenize_key(tokenize: Tokenize) -> list[Any]:
     """Returns all that a tokenisation depends on."""
-    return [*tokenizer_key(tokenize.tokenizer), tokenize.template.pieces, tokenize.max_tokens, tokenize.side]
+    key = [*tokenizer_key(tokenize.tokenizer), tokenize.template.pieces, tokenize.max_tokens, tokenize.side]
+    return key if tokenize.chat is None else [*key, tokenize.chat.placement, tokenize.chat.template]
 
 
 def tokenizer_key(tokenizer: Any) -> list[Any]:

@@ -48,7 +48,8 @@ def task_encoder(
     causal = None if says.causal_template is None else Template((says.causal_template,))
     max_tokens = min((n for n in (spec.max_tokens, says.max_length) if n is not None), default=None)
     read = backbone_template(template, causal, spec)
-    to_backbone = Tokenize(spec.tokenizer, read, max_tokens, says.truncation_side)
+    chat = spec.chat if spec.chat.holds_prompt else None
+    to_backbone = Tokenize(spec.tokenizer, read, max_tokens, says.truncation_side, chat)
     to_instance = None
     if spec.instance_tokenizer is not None:
         to_instance = instance_encoding(task, spec.instance_tokenizer, spec.instance_max_tokens)

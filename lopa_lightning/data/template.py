@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lopa_lightning.backbones.chat import ChatFormat
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.task import Side as Side
@@ -97,15 +98,21 @@ class Tokenize:
         template: What to encode.
         max_tokens: Length of the whole, special tokens included; None for no limit.
         side: Which end of a field is cut.
+        chat: Renders the text as a message of the user, where a soft prompt stands in a chat; None for no chat.
 
     Raises:
         LoPAError: If the template alone is longer than ``max_tokens``.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: Template, max_tokens: int | None, side: Side = "right"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        max_tokens: int | None,
+        side: Side = "right",
+        chat: ChatFormat | None = None,
     ) -> None:
-        self.tokenizer, self.max_tokens, self.side = tokenizer, max_tokens, side
+        self.tokenizer, self.max_tokens, self.side, self.chat = tokenizer, max_tokens, side, chat
         # Without a separator of its own, a tokenizer would glue the two pieces together.
         glued = len(template.pieces) == 2 and tokenizer.sep_token is None
         self.template = Template(("\n".join(template.pieces),)) if glued else template
@@ -126,7 +133,8 @@ class Tokenize:
             columns: Texts of each column of the template.
 
         Returns:
-            ``input_ids``, ``token_type_ids`` where the tokenizer has them, and ``truncated``, a list of bools.
+            ``input_ids``, ``token_type_ids`` where the tokenizer has them, ``prompt_position`` where a soft prompt
+            stands in a chat, and ``truncated``, a list of bools.
         """
         names = self.template.columns
         rows = [dict(zip(names, map(self._plain_text, texts))) for texts in zip(*(columns[name] for name in names))]
@@ -142,13 +150,16 @@ class Tokenize:
 
     def _encode(self, rows: list[dict[str, str]]) -> dict[str, list[Any]]:
         rendered = [self.template.render(row, self.tokenizer.mask_token or "") for row in rows]
+        if self.chat is not None:
+            ids, positions = self.chat.ids([self.chat.of_pair("\n".join(parts), None)[0] for parts in rendered])
+            return {"input_ids": ids, "prompt_position": positions}
         pieces = [list(piece) for piece in zip(*rendered)]
         # verbose=False: the tokenizer's own warning on long texts would come before they are cut.
         encoded = self.tokenizer(*pieces, return_attention_mask=False, verbose=False)
         keys = ["input_ids", "token_type_ids"] if self._has_token_types else ["input_ids"]
         return {key: list(encoded[key]) for key in keys}
 
-    def _encode_cut(self, row: dict[str, str]) -> dict[str, list[int]]:
+    def _encode_cut(self, row: dict[str, str]) -> dict[str, Any]:
         """Cuts the longest field by the surplus, as often as it takes."""
         row = dict(row)
         while True:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch, Objective
-from lopa_lightning.backbones.text_spec import TextKind
+from lopa_lightning.backbones.text_spec import TextKind, TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.errors import LoPAError, one_of
 from lopa_lightning.instances.encoder import Pooling
@@ -126,8 +126,10 @@ class ClassificationModule(LoPALightningModule):
         return kind.tokenizer
 
     def word_ids(self, words: list[str]) -> list[int]:
-        """Returns the backbone's token of each label word."""
-        return label_word_ids(self._tokenizer(), words)
+        """Returns the backbone's token of each label word: in running text, or at the start of a chat's answer."""
+        spec = self.input_spec
+        in_chat = isinstance(spec, TextSpec) and spec.chat.holds_prompt
+        return label_word_ids(self._tokenizer(), words, spec.chat.answer_start if in_chat else None)
 
     def configure_readout(self, backbone: Backbone) -> Readout:
         """Label words at the mask or at the end, or a trained head."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lopa_lightning import LoPALightningModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule
-from tests.modules.helpers import causal, completions, module, trainer
+from tests.modules.helpers import causal, completions, module, reviews, trainer
 
 Tiny = Callable[[str], str]
 
@@ -142,3 +142,42 @@ def test_a_string_is_one_text_and_a_chat_goes_through_the_template(chatting: str
     rendered = model.generate(["<|user|>the film was<|assistant|>"], instance_texts=["the film was"])
     assert model.generate(chat) == model.generate([chat]) == rendered
     assert model.generate(["the film was", chat]) == [*model.generate("the film was"), *rendered]
+
+
+@pytest.mark.parametrize("placement", ["system", "user"])
+def test_a_label_is_the_answers_first_word(chatting: str, tmp_path: Path, placement: str) -> None:
+    """Words as an answer begins with them: without the space before a word in running text."""
+    model = module(chatting, objective="causal_lm", placement=placement)
+    data = reviews(tmp_path, words=["Yes", "No"])  # one token each, without a space before it too
+    run = trainer(tmp_path)
+    run.fit(model, data)
+    rows = run.predict(model, data)
+    found = {index: row for part in rows for index, row in zip(part["index"].tolist(), part["probabilities"])}
+    model.eval()
+    by_hand, tokens = ByHand(model, chatting, placement), AutoTokenizer.from_pretrained(chatting)
+    words = [tokens(word)["input_ids"] for word in ("Yes", "No")]
+    assert [len(ids) for ids in words] == [1, 1]
+    assert words != [tokens(f" {word}")["input_ids"] for word in ("Yes", "No")]
+    with open(tmp_path / "test.csv") as file:
+        texts = [line.rsplit(",", 1)[0] for line in file.read().splitlines()[1:]]
+    for index, text in enumerate(texts[:5]):
+        asked = f"{text} . It was"
+        around = ("<|system|>", f"<|user|>{asked}<|assistant|>"), ("<|user|>", f"\n{asked}<|assistant|>")
+        prompted = by_hand.prompted(([{"content": text}], *around, ""))
+        logits = by_hand.model(inputs_embeds=prompted).logits[0, -1, [word for (word,) in words]]
+        torch.testing.assert_close(found[index], logits.softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_too_long_is_cut_and_its_chat_is_not(chatting: str, tmp_path: Path) -> None:
+    model, data = module(chatting, objective="causal_lm", placement="system"), reviews(tmp_path, max_length=40)
+    data.connect(model.input_spec)
+    with pytest.warns(UserWarning, match="were cut to 40 tokens"):
+        data.setup("test")
+    tokens = AutoTokenizer.from_pretrained(chatting)
+    for batch in data.test_dataloader()[0]:
+        assert int(batch["attention_mask"].sum(1).max()) <= 40
+        for ids, mask, at in zip(batch["input_ids"], batch["attention_mask"], batch["prompt_position"].tolist()):
+            own = ids[mask == 1].tolist()
+            assert tokens.decode(own[:at]) == "<|system|>"
+            assert tokens.decode(own[at:]).startswith("<|user|>the film")
+            assert tokens.decode(own[at:]).endswith(" . It was<|assistant|>")
