@@ -27,7 +27,8 @@ PLACEHOLDER = "<prompt_embeds>"
 Chat = Sequence[Mapping[str, Any]]
 """Messages, each with ``role`` and ``content``."""
 
-_SERVED = {"role", "content", "name"}  # of a message; others a server would not see as a row of data has them
+# What a server hands to a template as it is; it has its own ways with calls of tools, and the role of a developer.
+_KEYS, _ROLES = {"role", "content", "name"}, ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,15 @@ class ChatFormat:
         return self.answered([*asked, {"role": "assistant", "content": completion}])
 
     def answer_start(self, word: str) -> str:
-        """Returns what an answer begins with whose first word is given: some templates put a space before it."""
-        answer = self.of_pair("x", word)[1] or ""
-        return answer[: answer.find(word) + len(word)]
+        """Returns what an answer begins with whose first word is given: some templates put a space before it.
+
+        Raises:
+            LoPAError: If the template changes the word, as by taking space from around it.
+        """
+        before, found, _ = str(self.of_pair("x", word)[1]).partition(word)
+        if not found:
+            raise LoPAError(f"the backbone's chat template changes the label word {word!r}; choose another word")
+        return before + found
 
     def check_fits(self, tokens: int, room: int) -> None:
         """Raises a LoPAError if a chat around a soft prompt, which is not cut, is too long."""
@@ -167,11 +174,11 @@ class ChatFormat:
     def _with_placeholder(self, messages: Chat) -> list[dict[str, Any]]:
         """The messages as a server hands them to the template."""
         for message in messages:
-            unknown = sorted(key for key, value in message.items() if value is not None and key not in _SERVED)
-            if unknown or not isinstance(message.get("content"), str):
+            given = {key for key, value in message.items() if value is not None}
+            if given - _KEYS or message["role"] not in _ROLES or not isinstance(message.get("content"), str):
                 raise LoPAError(
-                    f"with placement {self.placement!r} a message must have role, content (a text) and perhaps name, "
-                    f"and no more; got {shown(dict(message))}"
+                    f"with placement {self.placement!r} a message must have role ({', '.join(_ROLES)}), "
+                    f"content (a text) and perhaps name, and no more; got {shown(dict(message))}"
                 )
             refuse_placeholder(message["content"])
         parts = [[message["content"]] for message in messages]

@@ -53,14 +53,14 @@ def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, position: Ten
                 [2, 0, 1, 3, 4]])
     """
     m, length = num_virtual_tokens, attention_mask.shape[1]
-    before = torch.as_tensor(position, device=attention_mask.device).expand(len(attention_mask))
-    start = attention_mask.argmax(dim=1, keepdim=True) + before.unsqueeze(1)
+    before = position.unsqueeze(1) if isinstance(position, Tensor) else position
+    start = attention_mask.argmax(dim=1, keepdim=True) + before
     place = torch.arange(m + length, device=attention_mask.device).expand(len(attention_mask), -1)
     in_prompt = (place >= start) & (place < start + m)
     index = torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
     text = place[:, :length]
-    is_same = bool((attention_mask[:, 0] != 0).all() & (before == before[0]).all())
-    return Layout(index, int(before[0]) if is_same else None, text + m * (text >= start))
+    is_same = attention_mask[:, 0].all() & (start == start[0]).all()
+    return Layout(index, int(start[0]) if is_same else None, text + m * (text >= start))
 
 
 def check_placement(placement: str) -> None:

@@ -46,6 +46,9 @@ def test_the_answer_is_what_the_template_adds(name: str) -> None:
         assert chat.of_pair("It was good", "Yes") == (prompt, answer)
         assert chat.of_pair("It was good", None) == (prompt, None)
         assert (PLACEHOLDER in prompt) == (placement == "user")
+        assert chat.answer_start("Yes") == (" Yes" if name == "mistral" else "Yes")
+    with pytest.raises(LoPAError, match="template changes the label word '  Yes'"):
+        chat_format("gemma2", "user").answer_start("  Yes")
 
 
 def test_a_chat_without_a_soft_prompt_in_it_is_the_templates_own() -> None:
@@ -93,8 +96,9 @@ def test_a_template_without_a_place_for_the_soft_prompt_is_refused() -> None:
     ("messages", "fault"),
     [
         ([{"role": "user", "content": f"a{PLACEHOLDER}"}], "a text must not contain <prompt_embeds>"),
-        ([{"role": "user", "content": "a", "reasoning_content": "b"}], "role, content .* no more; got .*reasoning"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "role, content .* no more; got .*tool_calls"),
+        ([{"role": "user", "content": "a", "reasoning_content": "b"}], "content .* no more; got .*reasoning"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "content .* no more; got .*tool_calls"),
+        ([{"role": "developer", "content": "a"}], r"role \(system, user, assistant\), .* got .*developer"),
         ([{"role": "system", "content": "a"}], "must have a message of the user"),
     ],
 )

@@ -6,19 +6,29 @@ import base64
 import functools
 import io
 import json
+import math
 import os
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lopa_lightning import CausalLMModule, InstanceEncoderSpec, LoPA, PretrainedSpec
+from lopa_lightning import (
+    CausalLMModule,
+    ClassificationModule,
+    InstanceEncoderSpec,
+    LoPA,
+    PretrainedSpec,
+    TextClassificationDataModule,
+)
 from lopa_lightning.backbones.chat import PLACEHOLDER, reads_parts
 from tests.backbones.chat_templates import TEMPLATES
 from tests.conftest import REAL_MODELS
@@ -77,7 +87,7 @@ def module(placement: str) -> CausalLMModule:
     return found.eval()
 
 
-def soft_prompts(model: CausalLMModule, texts: list[str]) -> list[Tensor]:
+def soft_prompts(model: Any, texts: list[str]) -> list[Tensor]:
     with torch.no_grad():
         prompts, _ = model._net().soft_prompt(model.input_spec.instance_batch(texts, "cpu"))
     return list(prompts)
@@ -142,6 +152,47 @@ def test_whole_embeddings_are_completed_as_generate_does(server: str) -> None:
         answers = list(pool.map(lambda body: post(f"{server}/v1/completions", body), bodies))
     assert [answer["usage"]["prompt_tokens"] for answer in answers] == [M + len(own) for own in ids]
     assert [answer["choices"][0]["text"] for answer in answers] == [text for (text,) in model.generate(TEXTS)]
+
+
+def test_a_label_is_the_word_that_the_server_chooses(server: str, tmp_path: Path) -> None:
+    texts = [
+        "a dull film",
+        "great fun",
+        "I slept",
+        "the best of the year",
+        "badly told",
+        "warm and clever",
+        "no",
+        "yes",
+    ]
+    (tmp_path / "new.csv").write_text("text,label\n" + "".join(f"{text},bad\n" for text in texts))
+    torch.manual_seed(0)
+    model = ClassificationModule(
+        backbone=PretrainedSpec(str(MODEL), dtype="float32"),
+        instance_encoder=InstanceEncoderSpec(str(ENCODER), pooling="mean"),
+        prompt_encoder=functools.partial(LoPA, num_virtual_tokens=M, rank=4, hidden_dim=64),
+        objective="causal_lm",
+        placement="system",
+    )
+    data = TextClassificationDataModule(
+        data_files=dict.fromkeys(("train", "test"), str(tmp_path / "new.csv")),
+        **{"labels": ["bad", "good"], "words": ["no", "yes"], "template": ["{text}\nIs that praise? {mask}"]},
+    )
+    model.learned = True
+    run = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    parts: Any = run.predict(model, data)
+    probabilities = {i: row for part in parts for i, row in zip(part["index"].tolist(), part["probabilities"].tolist())}
+    words = model._word_ids(["no", "yes"])
+    for index, (text, prompt) in enumerate(zip(texts, soft_prompts(model, texts))):
+        asked = [{"role": "user", "content": f"{text}\nIs that praise?"}]
+        choice = {"model": str(MODEL), "temperature": 0, "max_tokens": 1, "allowed_token_ids": words}
+        body = {**choice, "messages": messages_of(asked, "system", prompt), "logprobs": True, "top_logprobs": 20}
+        answer = post(f"{server}/v1/chat/completions", body)["choices"][0]
+        assert answer["message"]["content"] == ("no", "yes")[probabilities[index][1] > 0.5]
+        logprobs = {each["token"]: each["logprob"] for each in answer["logprobs"]["content"][0]["top_logprobs"]}
+        if {"no", "yes"} <= set(logprobs):
+            odds = probabilities[index][1] / probabilities[index][0]
+            assert math.exp(logprobs["yes"] - logprobs["no"]) == pytest.approx(odds, rel=1e-3)
 
 
 def test_the_server_takes_no_text_with_the_placeholder(server: str) -> None:
