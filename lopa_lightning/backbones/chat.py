@@ -122,6 +122,36 @@ class ChatFormat:
             raise LoPAError(f"the backbone's chat template changes the label word {word!r}; choose another word")
         return before + found
 
+    def sent(self, messages: Chat, part: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Returns a chat as a client sends it to a server: with the soft prompt as a part of a message.
+
+        Args:
+            messages: The chat.
+            part: Of the soft prompt, ``{"type": "prompt_embeds", "data": ...}``.
+
+        Raises:
+            LoPAError: If a server would read something else than what is in the messages.
+        """
+        for message in messages:
+            given = {key for key, value in message.items() if value is not None}
+            if given - _KEYS or message["role"] not in _ROLES or not isinstance(message.get("content"), str):
+                raise LoPAError(
+                    f"with placement {self.placement!r} a message must have role ({', '.join(_ROLES)}), "
+                    f"content (a text) and perhaps name, and no more; got {shown(dict(message))}"
+                )
+            refuse_placeholder(message["content"])
+        sent = [{key: message[key] for key in message if message[key] is not None} for message in messages]
+        if self.placement == "user":
+            asking = [message for message in sent if message["role"] == "user"]
+            if not asking:
+                raise LoPAError(f"with placement 'user' a chat must have a message of the user, got {shown(messages)}")
+            asking[-1]["content"] = [dict(part), _text(asking[-1]["content"])]
+        elif sent and sent[0]["role"] == "system":
+            sent[0]["content"] = [_text(sent[0]["content"]), dict(part)]
+        else:
+            sent = [{"role": "system", "content": [dict(part)]}, *sent]
+        return sent
+
     def check_fits(self, tokens: int, room: int) -> None:
         """Raises a LoPAError if a chat around a soft prompt, which is not cut, is too long."""
         if self.holds_prompt and tokens > room:
@@ -154,7 +184,7 @@ class ChatFormat:
         return reads_parts(self.template)
 
     def _rendered(self, messages: Chat, asks: bool = False) -> str:
-        shaped = self._with_placeholder(messages) if self.holds_prompt else list(messages)
+        shaped = self._as_served(messages) if self.holds_prompt else list(messages)
         render: Any = self.tokenizer.apply_chat_template
         template = self.template
         try:
@@ -171,33 +201,18 @@ class ChatFormat:
         other = {"system": "user", "user": "system"}.get(self.placement)
         return "" if other is None else f" with placement {self.placement!r}; use placement {other} or before"
 
-    def _with_placeholder(self, messages: Chat) -> list[dict[str, Any]]:
-        """The messages as a server hands them to the template."""
-        for message in messages:
-            given = {key for key, value in message.items() if value is not None}
-            if given - _KEYS or message["role"] not in _ROLES or not isinstance(message.get("content"), str):
-                raise LoPAError(
-                    f"with placement {self.placement!r} a message must have role ({', '.join(_ROLES)}), "
-                    f"content (a text) and perhaps name, and no more; got {shown(dict(message))}"
-                )
-            refuse_placeholder(message["content"])
-        parts = [[message["content"]] for message in messages]
-        shaped = [{key: message[key] for key in message if message[key] is not None} for message in messages]
-        if self.placement == "user":
-            asking = [place for place, message in enumerate(messages) if message["role"] == "user"]
-            if not asking:
-                raise LoPAError(f"with placement 'user' a chat must have a message of the user, got {shown(messages)}")
-            parts[asking[-1]].insert(0, PLACEHOLDER)
-        elif messages and messages[0]["role"] == "system":
-            parts[0].append(PLACEHOLDER)
-        else:
-            shaped, parts = [{"role": "system"}, *shaped], [[PLACEHOLDER], *parts]
-        return [{**message, "content": self._content(texts)} for message, texts in zip(shaped, parts)]
+    def _as_served(self, messages: Chat) -> list[dict[str, Any]]:
+        """The messages as a server hands them to the template, with the placeholder."""
+        served = self.sent(messages, _text(PLACEHOLDER))
+        for message in served:
+            parts = [_text(message["content"])] if isinstance(message["content"], str) else message["content"]
+            joined = "\n".join(part["text"] for part in parts if part["text"])
+            message["content"] = parts if self._reads_parts else joined
+        return served
 
-    def _content(self, texts: list[str]) -> Any:
-        if self._reads_parts:
-            return [{"type": "text", "text": text} for text in texts]
-        return "\n".join(text for text in texts if text)
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def refuse_placeholder(text: str) -> None:

@@ -71,6 +71,11 @@ def test_several_turns_and_a_system_message_of_ones_own() -> None:
         assert system.prompt(turns) == f"{begin}system\n{PLACEHOLDER}{end}{asked}{last}"
         assert system.prompt(own) == f"{begin}system\nMaybe{join}{PLACEHOLDER}{end}{asked}{last}"
         assert user.prompt(own) == f"{begin}system\nMaybe{end}{asked}{PLACEHOLDER}{join}{last}"
+    part = {"type": "prompt_embeds", "data": "..."}
+    assert system.sent(turns, part) == [{"role": "system", "content": [part]}, *turns]
+    assert system.sent(own, part)[0] == {"role": "system", "content": [{"type": "text", "text": "Maybe"}, part]}
+    asking = {"role": "user", "content": [part, {"type": "text", "text": "No"}]}
+    assert user.sent(own, part) == [*own[:-1], asking]
     assert [message["content"] for message in turns] == ["It was good", "Yes", "No"]
 
 
