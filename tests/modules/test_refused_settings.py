@@ -264,13 +264,17 @@ def test_an_argument_of_a_causal_module(options: dict[str, Any], message: str, r
 @pytest.mark.parametrize("text", ["", None, 5, {"a": 1}, ["a"], b"a"], ids=repr)
 def test_a_text_to_complete_that_is_none(text: Any, tiny: Tiny, refused: Refused) -> None:
     one = causal(tiny("llama"))
-    with refused(f"a text to complete must be a str and not empty; text 1 is {text!r}"):
+    fault = "a text to complete must not be empty; text 1 is"
+    if text != "":
+        must = "a text, or a chat: a list of {role, content} whose last message asks"
+        fault = f"a prompt must be {must}; prompt 1 is {text!r}"
+    with refused(fault):
         one.generate(["the film", text])
 
 
-def test_one_text_in_place_of_texts(tiny: Tiny, refused: Refused) -> None:
-    with refused("texts must be a list, got 'the film'"):
-        causal(tiny("llama")).generate("the film")
+def test_no_text_and_no_list_in_place_of_texts(tiny: Tiny, refused: Refused) -> None:
+    with refused("texts must be a text, a chat (a list of messages), or a list of either; got 5"):
+        causal(tiny("llama")).generate(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
