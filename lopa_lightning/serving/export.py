@@ -18,7 +18,6 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
-from lopa_lightning.backbones.tokens import running_ids
 from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_new
@@ -203,8 +202,9 @@ def _first_tokens(module: CausalLMModule, text: str) -> tuple[dict[str, Tensor],
     net, spec = module._net(), module.input_spec
     backbone = net.backbone
     assert isinstance(backbone, TextBackbone)
-    ids = torch.tensor([[*spec.start_ids, *running_ids(spec.tokenizer, [text])[0]]], device=module.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **spec.instance_batch([text], module.device)}
+    ids, position = (torch.tensor(each, device=module.device) for each in spec.prompt_ids([text]))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_position": position}
+    batch |= spec.instance_batch([text], module.device)
     states = backbone(net.soft_prompt(batch)[0], batch, net.prompt_encoder.token_offset())
     every = torch.arange(len(backbone.embedding_weight), device=ids.device)
     values, tokens = backbone.label_log_probabilities(states.hidden[:, -1], every)[0].topk(min(_TOP, len(every)))

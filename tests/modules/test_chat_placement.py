@@ -160,12 +160,14 @@ def test_a_label_is_the_answers_first_word(chatting: str, tmp_path: Path, placem
     assert words != [tokens(f" {word}")["input_ids"] for word in ("Yes", "No")]
     with open(tmp_path / "test.csv") as file:
         texts = [line.rsplit(",", 1)[0] for line in file.read().splitlines()[1:]]
+    answers = model.predict(texts)
     for index, text in enumerate(texts[:5]):
         asked = f"{text} . It was"
         around = ("<|system|>", f"<|user|>{asked}<|assistant|>"), ("<|user|>", f"\n{asked}<|assistant|>")
         prompted = by_hand.prompted(([{"content": text}], *around, ""))
         logits = by_hand.model(inputs_embeds=prompted).logits[0, -1, [word for (word,) in words]]
         torch.testing.assert_close(found[index], logits.softmax(-1), atol=1e-5, rtol=1e-5)
+        assert [*answers[index]["probabilities"].values()] == pytest.approx(found[index].tolist(), abs=1e-5)
 
 
 def test_a_text_too_long_is_cut_and_its_chat_is_not(chatting: str, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "backbone": {"encoder": "backbone"},
     "every layer": {"placement": "every_layer"},
     "after first": {"placement": "after_first", "prompt_encoder": _SOFT},
+    "soft in a chat": {"placement": "system", "prompt_encoder": _SOFT},
     "dept": {"prompt_encoder": functools.partial(DePT, num_virtual_tokens=2, max_length=4, rank=2)},
     "lora": {"prompt_encoder": NoPrompt, "adapter": LORA},
     "lora words": {"prompt_encoder": NoPrompt, "adapter": LORA, "objective": "causal_lm"},
@@ -48,7 +49,8 @@ def checkpoint(kind: str, folder: Path, tiny: Tiny, backbone: str | None = None)
     if encoder is None:
         options["instance_encoder"] = with_own_encoder(tiny("bert_base"), **reads, max_length=12)
     objective = options.get("objective")
-    name = backbone or tiny("bert" if objective == "masked_lm" else "llama")
+    default = "chat" if options.get("placement") == "system" else "llama"
+    name = backbone or tiny("bert" if objective == "masked_lm" else default)
     model: Any = causal(name, **options) if objective is None else module(name, **options)
     run = trainer(folder, callbacks=[], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
     run.fit(model, completions(folder / "data") if objective is None else reviews(folder, max_length=30))

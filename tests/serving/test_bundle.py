@@ -93,22 +93,29 @@ def _arguments(model: Any) -> dict[str, Any]:
     }
 
 
-def test_completions_come_with_the_likeliest_first_tokens(tiny: Tiny, tmp_path: Path) -> None:
-    model, path = checkpoint("soft", tmp_path, tiny)
+@pytest.mark.parametrize(
+    ("kind", "backbone", "around"),
+    [
+        ("soft", "llama", ("", "the film was")),
+        ("soft in a chat", "chat", ("<|system|>", "<|user|>the film was<|assistant|>")),
+    ],
+)
+def test_completions_come_with_the_likeliest_first_tokens(
+    kind: str, backbone: str, around: tuple[str, str], tiny: Tiny, tmp_path: Path
+) -> None:
+    model, path = checkpoint(kind, tmp_path, tiny)
     bundle = export_bundle(path, ["the film was"])
     (row,) = bundle.rows
-    backbone = AutoModelForCausalLM.from_pretrained(tiny("llama"))
-    ids = model.input_spec.tokenizer("the film was", return_tensors="pt")["input_ids"]
-    embedded = torch.cat(
-        [bundle.tensors["net.prompt_encoder.shared_prompt.weight"][None], backbone.get_input_embeddings()(ids)], 1
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(tiny(backbone)), model.input_spec.tokenizer
+    before, after = (
+        plain.get_input_embeddings()(torch.tensor([tokenizer(text)["input_ids"]]).long()) for text in around
     )
-    logits = backbone(inputs_embeds=embedded).logits[0, -1].log_softmax(-1)
+    soft = bundle.tensors["net.prompt_encoder.shared_prompt.weight"][None]
+    logits = plain(inputs_embeds=torch.cat([before, soft, after], 1)).logits[0, -1].log_softmax(-1)
     values, tokens = logits.topk(20)
     assert row["first_tokens"]["ids"] == tokens.tolist()
     assert row["first_tokens"]["log_probabilities"] == pytest.approx(values.tolist(), abs=1e-5)
-    assert bundle.module().generate("the film was", {"max_new_tokens": 1}) == [
-        [model.input_spec.tokenizer.decode(tokens[0])]
-    ]
+    assert bundle.module().generate("the film was", {"max_new_tokens": 1}) == [[tokenizer.decode(tokens[0])]]
 
 
 def test_the_card_says_what_it_is(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def test_a_label_is_the_word_that_the_server_chooses(server: str, tmp_path: Path
     run = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     parts: Any = run.predict(model, data)
     probabilities = {i: row for part in parts for i, row in zip(part["index"].tolist(), part["probabilities"].tolist())}
-    words = model._word_ids(["no", "yes"])
+    words = model.word_ids(["no", "yes"])
     for index, (text, prompt) in enumerate(zip(texts, soft_prompts(model, texts))):
         asked = [{"role": "user", "content": f"{text}\nIs that praise?"}]
         choice = {"model": str(MODEL), "temperature": 0, "max_tokens": 1, "allowed_token_ids": words}
