@@ -128,8 +128,8 @@ class ClassificationModule(LoPALightningModule):
     def word_ids(self, words: list[str]) -> list[int]:
         """Returns the backbone's token of each label word: in running text, or at the start of a chat's answer."""
         spec = self.input_spec
-        in_chat = isinstance(spec, TextSpec) and spec.chat.holds_prompt
-        return label_word_ids(self._tokenizer(), words, spec.chat.answer_start if in_chat else None)
+        chat = spec.chat if isinstance(spec, TextSpec) and spec.chat.holds_prompt else None
+        return label_word_ids(self._tokenizer(), words, None if chat is None else chat.answer_start)
 
     def configure_readout(self, backbone: Backbone) -> Readout:
         """Label words at the mask or at the end, or a trained head."""
