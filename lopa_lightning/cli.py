@@ -69,7 +69,7 @@ class TaskParser(Parser, LightningArgumentParser):
 class CountingTrainer(Trainer):
     """Lightning's Trainer, whose numbers of batches are read as whole numbers first.
 
-    ``typing`` may give an annotation of ``Union[int, float]`` back as the ``Union[float, int]`` that another library has
+    ``typing`` may give an annotation of ``Union[int, float]`` back as the ``Union[float, int]`` that another library
     made before; 1 batch would then be read as the share 1.0, which is all of them.
     """
 
