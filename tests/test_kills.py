@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
         {"every_n_train_steps": 1, "early_stopping": True},
     ),
-    "accumulated": ({"warmup": 0.3}, {"batch_size": 3}, {"accumulate_grad_batches": 3, "every_n_train_steps": 1}),
+    "accumulated": ({"warmup": 0.1}, {"batch_size": 3}, {"accumulate_grad_batches": 3, "every_n_train_steps": 1}),
     "steps in all": ({"warmup": 0.25}, {}, {"max_steps": 16, "epochs": -1}),
     "limited, validated in a window and after one": (
         {"warmup": 0.25},

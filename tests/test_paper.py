@@ -340,7 +340,7 @@ def test_the_code_recipe_fits_and_tests(name: str, tiny: Tiny, with_start: str) 
 def test_a_start_token_stands_before_what_is_generated_too(with_start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lopa_lightning import NoPrompt, PretrainedSpec
 
-    asked: list[list[list[int]]] = []
+    asked: list[tuple[list[list[int]], list[int]]] = []
     monkeypatch.setattr(CausalLMModule, "_complete", lambda _, prompts, *__: asked.append(prompts) or [])
     for start_token in (False, True):
         module = CausalLMModule(backbone=PretrainedSpec(with_start), prompt_encoder=NoPrompt, start_token=start_token)
@@ -348,7 +348,7 @@ def test_a_start_token_stands_before_what_is_generated_too(with_start: str, monk
         assert cut_left([[0, 5, 6, 7, 8]], 3, len(module.input_spec.start_ids)) == (
             [[0, 7, 8]] if start_token else [[6, 7, 8]]
         )
-    (without,), (with_token,) = asked
+    ((without,), _), ((with_token,), _) = asked
     assert with_token == [module.input_spec.tokenizer.bos_token_id, *without]
     assert module.task_identity() == {"objective": "completion", "start_token": True}
 
