@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lopa_lightning.errors import LoPAError, one_of
+from lopa_lightning.errors import one_of
 from lopa_lightning.prompts.base import positive
 from lopa_lightning.prompts.mlp import mlp
 from lopa_lightning.prompts.prompt_tuning import PromptTuning
@@ -60,13 +60,11 @@ class LoPA(PromptTuning):
         heads_init: Initial values of the two MLPs. ``zero_u``: as above. ``normal``, as in the released code: all
             weights N(0, 0.02²), the last biases 0, the first ones as torch's ``Linear`` draws them.
         backbone_layers: Number L of layers that share U Vᵀ. The backbone says it.
-        logit_scale: Factor on U Vᵀ, such as 1/√r for logits that do not grow with the rank. With Adam it is a factor on
-            the learning rate of the layer that makes U.
         **init: Initial values of Z_S, as of :class:`PromptTuning`. The released code's are ``init="normal"`` with
             ``init_std=1``.
 
     Raises:
-        LoPAError: If a size, ``dropout`` or ``logit_scale`` is out of range, or ``combine`` or ``heads_init`` unknown.
+        LoPAError: If a size or ``dropout`` is out of range, or ``combine`` or ``heads_init`` unknown.
 
     Example:
         The published 1.60 M parameters of r=4 on RoBERTa-large:
@@ -93,15 +91,11 @@ class LoPA(PromptTuning):
         combine: Combine = "gate",
         heads_init: HeadsInit = "zero_u",
         backbone_layers: int = 1,
-        logit_scale: float = 1.0,
         **init: Any,
     ) -> None:
         one_of("combine", combine, _COMBINATIONS)
         one_of("heads_init", heads_init, get_args(HeadsInit))
         super().__init__(embedding_dim, instance_dim, num_virtual_tokens, **init)
-        if not 0 < logit_scale < float("inf"):
-            raise LoPAError(f"logit_scale must be above 0 and finite, got {logit_scale!r}")
-        self.logit_scale = logit_scale
         self.backbone_layers = positive("backbone_layers", backbone_layers)
         layer_dim = embedding_dim // backbone_layers
         self.combine, self.rank = combine, positive("rank", rank, layer_dim)
@@ -124,10 +118,10 @@ class LoPA(PromptTuning):
             nn.init.normal_(v_bias)
 
     def low_rank(self, instance: Tensor | None) -> Tensor:
-        """Returns U Vᵀ of each instance ``[B, e]``, ``[B, m, d]``, scaled by ``logit_scale``."""
+        """Returns U Vᵀ of each instance ``[B, e]``, ``[B, m, d]``."""
         assert instance is not None, "LoPA makes its prompt from an instance vector"
         u, v = (part(instance).unflatten(-1, (-1, self.rank)) for part in (self.row_head, self.column_head))
-        product: Tensor = self.logit_scale * u @ v.mT
+        product: Tensor = u @ v.mT
         return product
 
     def gate(self, instance: Tensor | None) -> Tensor:

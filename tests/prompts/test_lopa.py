@@ -296,16 +296,3 @@ def test_starting_from_tokens_needs_a_vocabulary(options: dict[str, str]) -> Non
 def test_starting_from_a_text_without_tokens_is_refused(vocabulary: Vocabulary) -> None:
     with pytest.raises(LoPAError, match="has no tokens"):
         LoPA(8, 4, init="text", init_text="  ").initialize(vocabulary)
-
-
-def test_the_logit_scale_is_a_factor_on_the_gates_logits() -> None:
-    sizes = {"embedding_dim": 5, "instance_dim": 4, "num_virtual_tokens": 3, "rank": 2, "hidden_dim": 6}
-    plain, scaled = LoPA(**sizes).eval(), LoPA(**sizes, logit_scale=2**-0.5).eval()
-    scaled.load_state_dict(randomized(plain, seed=0).state_dict())
-    x = torch.randn(7, 4, dtype=torch.float64)
-    logits = torch.logit(plain.double().gate(x)) / 2**0.5
-    wanted = plain.shared_prompt.weight * (1 / (1 + torch.exp(-logits)))
-    torch.testing.assert_close(scaled.double()(x), wanted)
-    for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(LoPAError, match="logit_scale must be above 0 and finite, got"):
-            LoPA(**sizes, logit_scale=scale)
