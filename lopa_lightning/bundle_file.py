@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,9 @@ def _config(values: Any) -> BundleConfig:
     config = built(values, BundleConfig, CONFIG)
     assert isinstance(config, BundleConfig)
     return config
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file that whoever may read the folder may read; the library's own is its owner's alone."""
+    whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    path.write_bytes(safetensors.torch.save(whole, metadata={"format": "pt"}))

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import bundle_file, checkpoint
-from lopa_lightning.bundle_file import BundleConfig, TokenizerFacts
+from lopa_lightning.bundle_file import BundleConfig, TokenizerFacts, write_tensors
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.files import new_folder
 from lopa_lightning.modules import LoPALightningModule
@@ -117,8 +116,7 @@ class Bundle:
             (new / PARITY).write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             prompts = {} if self.prompts is None else {PROMPTS: self.prompts}
             for name, tensors in ((bundle_file.TENSORS, self.tensors), (PARITY_TENSORS, prompts)):
-                whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-                safetensors.torch.save_file(whole, new / name, metadata={"format": "pt"})
+                write_tensors(new / name, tensors)
 
     def push_to_hub(
         self,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
+from lopa_lightning.bundle_file import write_tensors
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import new_folder
 from lopa_lightning.modules import LoPALightningModule
@@ -49,8 +49,7 @@ def write_peft(module: LoPALightningModule, out: Path, backbone: str | None = No
         config, tensors = _soft_prompt(peft, module, what)
     with new_folder(out, "OUT") as new:
         config.save_pretrained(str(new))
-        whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        safetensors.torch.save_file(whole, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tensors(new / "adapter_model.safetensors", tensors)
 
 
 def _soft_prompt(peft: Any, module: LoPALightningModule, what: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:

@@ -48,6 +48,7 @@ def test_a_checkpoint_is_exported_and_answers_wherever_a_checkpoint_does(
     )
     names = {"config.json", "model.safetensors", "README.md", "parity.json", "parity.safetensors"}
     assert {each.name for each in out.iterdir()} == names
+    assert len({each.stat().st_mode for each in out.iterdir()}) == 1  # who may read one may read all
     config = json.loads((out / "config.json").read_text())
     assert config["format_version"] == 1
     assert config["module"]["class_path"] == "classification"
@@ -178,7 +179,7 @@ def test_what_ends_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save", full)
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         with pytest.raises(OSError, match="No space left"):
