@@ -40,9 +40,9 @@ def read_image(source: str | os.PathLike[str] | bytes | Image.Image | NDArray[An
         if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,)) or source.ndim < 2:
             raise ImageError(f"must be uint8 [H, W] or [H, W, 3], got {source.dtype} {list(source.shape)}")
         source = Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        return _as_rgb(source)
     try:
+        if isinstance(source, Image.Image):
+            return _as_rgb(source)
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
             _check_pixels(image.width, image.height, "it is")
             image.load()

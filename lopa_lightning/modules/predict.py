@@ -1,19 +1,26 @@
-"""Answers for texts that come from no data module."""
+"""Answers for texts and images that come from no data module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from lopa_lightning.backbones.image_spec import ImageProcessing
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.collate import Collate
+from lopa_lightning.data.pixels import ImageError, Pixels, processed, read_image
 from lopa_lightning.data.rows import EncodeRows, TextError, check_texts
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
-from lopa_lightning.errors import LoPAError, at_least
+from lopa_lightning.errors import LoPAError, at_least, shown
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.classification import ClassificationModule
@@ -72,23 +79,41 @@ def answers(
     """
     at_least(1, batch_size=batch_size)
     count = len(next(iter(rows.values())))
+
+    def made() -> Iterator[dict[str, Tensor]]:
+        for first in range(0, count, _AT_ONCE):
+            part = {name: texts[first : first + _AT_ONCE] for name, texts in rows.items()}
+            yield from batches(module, encoder, part, first, batch_size)
+
+    return records(module, made(), count, batch_size)
+
+
+def records(
+    module: ClassificationModule, made: Iterable[dict[str, Tensor]], count: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """Returns a module's record for each row of batches, by their ``index``.
+
+    Args:
+        module: With weights, in eval mode.
+        made: Batches, on the module's device.
+        count: Number of rows.
+        batch_size: Rows at a time.
+    """
     found: list[dict[str, Any]] = [{}] * count
     # None: only on a terminal.
     with tqdm(total=count, unit=" rows", disable=None if count > _LONG * batch_size else True) as bar:
-        for first in range(0, count, _AT_ONCE):
-            part = {name: texts[first : first + _AT_ONCE] for name, texts in rows.items()}
-            for batch in batches(module, encoder, part, first, batch_size):
-                with torch.inference_mode():
-                    predicted = {"index": batch["index"], **module.predict_outputs(module(batch))}
-                for record in module.prediction_rows(predicted):
-                    found[record.pop("index")] = record
-                bar.update(len(batch["index"]))
+        for batch in made:
+            with torch.inference_mode():
+                predicted = {"index": batch["index"], **module.predict_outputs(module(batch))}
+            for record in module.prediction_rows(predicted):
+                found[record.pop("index")] = record
+            bar.update(len(batch["index"]))
     return found
 
 
 def batches(
     module: ClassificationModule, encoder: EncodeRows, rows: dict[str, list[Any]], first: int, batch_size: int
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, Tensor]]:
     """Yields the batches of rows, the longest first, on the module's device.
 
     Args:
@@ -112,3 +137,69 @@ def batches(
     for part in parts:
         batch = collate([{name: values[row] for name, values in encoded.items()} for row in part])
         yield {name: values.to(module.device) for name, values in batch.items()}
+
+
+# Images
+
+
+def image_sources(images: Any) -> list[Any]:
+    """Returns images that a user gives, as a list.
+
+    Args:
+        images: A file's name or content, a PIL image or an array; or a list of them.
+
+    Raises:
+        LoPAError: If one is something else, or a file cannot be opened.
+    """
+    kinds = (str, os.PathLike, bytes, np.ndarray, Image.Image)
+    if not isinstance(images, (*kinds, Iterable)):
+        raise LoPAError(f"images must be paths, PIL images or arrays, or a list of them; got {shown(images)}")
+    sources = [images] if isinstance(images, kinds) else list(images)
+    for place, source in enumerate(sources):
+        if not isinstance(source, kinds):
+            raise LoPAError(f"{_named(source, place)} must be a path, a PIL image or an array, got {shown(source)}")
+        if isinstance(source, str | os.PathLike):
+            try:
+                with open(source, "rb"):
+                    pass
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise LoPAError(f"{_named(source, place)} cannot be read: {reason}") from error
+    return sources
+
+
+def image_batches(
+    sources: list[Any], processing: dict[str, ImageProcessing], batch_size: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Yields the batches of images, in their order.
+
+    Args:
+        sources: Of :func:`image_sources`.
+        processing: What is done to an image, by its name in a batch.
+        batch_size: Images at a time.
+        device: Where batches go.
+
+    Raises:
+        LoPAError: If an image is broken; the message names it.
+    """
+
+    def read(place: int) -> list[Pixels]:
+        try:
+            image = read_image(sources[place])
+            return [processed(image, each) for each in processing.values()]
+        except ImageError as error:
+            raise LoPAError(f"{_named(sources[place], place)} {error}") from error
+
+    with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without the interpreter's lock
+        for start in range(0, len(sources), batch_size):
+            places = range(start, min(start + batch_size, len(sources)))
+            # A PIL image loads when it is first read, and must not do so in two threads if it stands in a list twice.
+            alone = any(isinstance(sources[place], Image.Image) for place in places)
+            views = zip(*(map(read, places) if alone else threads.map(read, places)))
+            batch = {name: torch.from_numpy(np.stack(pixels)) for name, pixels in zip(processing, views)}
+            yield {name: values.to(device) for name, values in {**batch, "index": torch.tensor(places)}.items()}
+
+
+def _named(source: Any, place: int) -> str:
+    is_file = isinstance(source, str | os.PathLike)
+    return f"image {os.fspath(source)!r}" if is_file else f"image {place} (counted from 0)"

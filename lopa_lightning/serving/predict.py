@@ -1,4 +1,4 @@
-"""Answers a checkpoint's task for texts and files, with no other configuration."""
+"""Answers a checkpoint's task for texts, files of them, or an image, with no other configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.task_rows import task_template
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable, write_whole
-from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
+from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.serving.command import Options, best_device
 from lopa_lightning.stopping import stoppable
 
@@ -23,10 +23,13 @@ _PROMPT = "prompt"  # column of what is to be completed
 
 def options() -> argparse.ArgumentParser:
     """Returns what reads the options."""
-    parser = Options("predict", "Answers for texts, one line of JSON each; with --config, for a data set's test split.")
+    what = "Answers for texts or an image, one line of JSON each; with --config, for a data set's test split."
+    parser = Options("predict", what)
     parser.add_argument("--ckpt_path", required=True, help="checkpoint, or folder of a bundle")
     parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
-    parser.add_argument("--file", help="CSV, JSON lines or Parquet with the task's columns (for completions: prompt)")
+    parser.add_argument(
+        "--file", help="CSV, JSON lines or Parquet with the task's columns (completions: prompt); or an image"
+    )
     parser.add_argument("--output", help="where the lines go (default: standard output)")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at a time (default: 32)")
     return parser
@@ -49,8 +52,7 @@ def main(args: Sequence[str]) -> None:
         check_writable(Path(given.output).absolute().parent, "the folder of --output")
     with stoppable():
         module = LoPALightningModule.load_from_checkpoint(given.ckpt_path)
-        columns = _columns(module)
-        rows = _of_file(given.file, columns) if given.text is None else _of_texts(given.text, columns)
+        rows = _rows(module, given.text, given.file)
         found = answer(module.to(best_device()), rows, given.batch_size)
     lines = [
         json.dumps({"input": row, **record}, ensure_ascii=False, default=str) + "\n" for row, record in zip(rows, found)
@@ -61,12 +63,12 @@ def main(args: Sequence[str]) -> None:
         write_whole(Path(given.output), "".join(lines))
 
 
-def answer(module: LoPALightningModule, rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+def answer(module: LoPALightningModule, rows: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
     """Returns a record for each row.
 
     Args:
         module: Loaded.
-        rows: With the columns that the module's task reads.
+        rows: With the columns that the module's task reads; of images their files.
         batch_size: Rows at a time.
     """
     if isinstance(module, CausalLMModule):
@@ -74,6 +76,15 @@ def answer(module: LoPALightningModule, rows: Sequence[dict[str, Any]], batch_si
         return [{"completions": texts} for texts in completions]
     assert isinstance(module, ClassificationModule)
     return module.predict(rows, batch_size)
+
+
+def _rows(module: LoPALightningModule, texts: list[str] | None, file: str | None) -> Sequence[Any]:
+    if isinstance(module, ImageClassificationModule):
+        if file is None:
+            raise LoPAError("the model reads images: give an image as --file, or a folder of them by --config FILE")
+        return [file]
+    columns = _columns(module)
+    return _of_file(str(file), columns) if texts is None else _of_texts(texts, columns)
 
 
 def _columns(module: LoPALightningModule) -> list[str]:
