@@ -9,10 +9,12 @@ import transformers
 from transformers import BaseImageProcessor
 
 from lopa_lightning.backbones.pretrained import PretrainedSpec
-from lopa_lightning.errors import LoPAError, one_line
+from lopa_lightning.errors import LoPAError, one_line, shown
 
 _PROCESSORS = ("Beit", "Bit", "CLIP", "DINOv3ViT", "DeiT", "Siglip", "ViT")
 """Whose image processors resize, crop, scale and normalise, in this order, and do nothing else."""
+
+_MOST_PIXELS = 10_000
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class ImageProcessing:
         scale: Pixel values are multiplied by it.
         mean: Then subtracted, by channel.
         std: Then divided by, by channel.
+
+    Raises:
+        LoPAError: If a length is no whole number of pixels up to 10,000.
     """
 
     size: tuple[int, int]
@@ -36,6 +41,14 @@ class ImageProcessing:
     scale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        lengths: Any
+        for name, lengths in (("size", self.size), ("resize", self.resize)):
+            both = [lengths, lengths] if name == "resize" and isinstance(lengths, int) else lengths
+            is_right = isinstance(both, (list, tuple)) and len(both) == 2
+            if not is_right or any(type(n) is not int or not 1 <= n <= _MOST_PIXELS for n in both):
+                raise LoPAError(f"{name} must be pixels from 1 to {_MOST_PIXELS}, got {shown(lengths)}")
 
 
 def load_processing(spec: PretrainedSpec) -> ImageProcessing:

@@ -343,3 +343,11 @@ def test_initial_values_are_bound_by_the_patches() -> None:
     assert backbone.vocabulary().bound == pytest.approx((6 / (3 * PATCH**2 + WIDTH)) ** 0.5)
     assert (backbone.prompt_dim, backbone.prompt_layers) == (LAYERS * WIDTH, LAYERS)
     assert backbone.count_tokens({"pixels": images(4)}) == 4 * PATCHES
+
+
+@pytest.mark.parametrize("resize", [-1, 0, (1, 2, 3), True, 10**9, "x", None, [13, 0]])
+def test_a_processing_of_a_strangers_file_has_pixels(resize: Any) -> None:
+    numbers: dict[str, Any] = {"crop": True, "resample": 3, "scale": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    ImageProcessing(size=(12, 12), resize=(12, 13), **numbers)
+    with pytest.raises(LoPAError, match="resize must be pixels from 1 to 10000, got"):
+        ImageProcessing(size=(12, 12), resize=resize, **numbers)
