@@ -34,12 +34,15 @@ if TYPE_CHECKING:
         VisualPromptTuning,
     )
     from lopa_lightning.serving.bundle import Bundle
+    from lopa_lightning.serving.client import AsyncLoPAClient, LoPAClient
     from lopa_lightning.serving.prompter import LoPAPrompter
+    from lopa_lightning.serving.requests import ServedPrompter, build_messages
     from lopa_lightning.task import Task, Verbalizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncLoPAClient": "serving.client",
     "Bundle": "serving.bundle",
     "CRUXEvalDataModule": "data",
     "CausalLMModule": "modules",
@@ -52,6 +55,7 @@ _HOMES = {
     "ImageClassificationModule": "modules",
     "InstanceEncoderSpec": "instances.encoder",
     "LoPA": "prompts",
+    "LoPAClient": "serving.client",
     "LoPALightningModule": "modules",
     "LoPAPrompter": "serving.prompter",
     "MBPPDataModule": "data",
@@ -60,15 +64,18 @@ _HOMES = {
     "PretrainedSpec": "backbones.pretrained",
     "PromptEncoder": "prompts",
     "PromptTuning": "prompts",
+    "ServedPrompter": "serving.requests",
     "TextClassificationDataModule": "data",
     "Task": "task",
     "Verbalizer": "task",
     "VisualPromptTuning": "prompts",
+    "build_messages": "serving.requests",
     "default_callbacks": "callbacks",
 }
 
 __all__ = [
     "IDPG",
+    "AsyncLoPAClient",
     "Bundle",
     "CRUXEvalDataModule",
     "CausalLMModule",
@@ -80,6 +87,7 @@ __all__ = [
     "ImageClassificationModule",
     "InstanceEncoderSpec",
     "LoPA",
+    "LoPAClient",
     "LoPALightningModule",
     "LoPAPrompter",
     "MBPPDataModule",
@@ -88,10 +96,12 @@ __all__ = [
     "PretrainedSpec",
     "PromptEncoder",
     "PromptTuning",
+    "ServedPrompter",
     "Task",
     "TextClassificationDataModule",
     "Verbalizer",
     "VisualPromptTuning",
+    "build_messages",
     "default_callbacks",
 ]
 

@@ -136,20 +136,37 @@ class Tokenize:
             ``input_ids``, ``token_type_ids`` where the tokenizer has them, ``prompt_position`` where a soft prompt
             stands in a chat, and ``truncated``, a list of bools.
         """
+        return self._encoded(columns)[1]
+
+    def texts(self, columns: Mapping[str, Sequence[str]]) -> tuple[list[str], list[bool]]:
+        """Returns rows as texts, for those who tokenise them by themselves, and whether each was cut.
+
+        Args:
+            columns: Texts of each column of the template.
+        """
+        rows, encoded = self._encoded(columns)
+        return ["\n".join(self._rendered(row)) for row in rows], encoded["truncated"]
+
+    def _encoded(self, columns: Mapping[str, Sequence[str]]) -> tuple[list[dict[str, str]], dict[str, list[Any]]]:
+        """Rows as they are read, cut where they are too long, and their encoding."""
         names = self.template.columns
         rows = [dict(zip(names, map(self._plain_text, texts))) for texts in zip(*(columns[name] for name in names))]
         encoded, limit = self._encode(rows), self.max_tokens
         too_long = [limit is not None and len(ids) > limit for ids in encoded["input_ids"]]
         for i in itertools.compress(range(len(rows)), too_long):
-            for key, values in self._encode_cut(rows[i]).items():
+            rows[i], cut = self._encode_cut(rows[i])
+            for key, values in cut.items():
                 encoded[key][i] = values
-        return {**encoded, "truncated": too_long}
+        return rows, {**encoded, "truncated": too_long}
+
+    def _rendered(self, row: dict[str, str]) -> list[str]:
+        return self.template.render(row, self.tokenizer.mask_token or "")
 
     def _plain_text(self, text: str) -> str:
         return self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) if self._special is not None else text
 
     def _encode(self, rows: list[dict[str, str]]) -> dict[str, list[Any]]:
-        rendered = [self.template.render(row, self.tokenizer.mask_token or "") for row in rows]
+        rendered = list(map(self._rendered, rows))
         if self.chat is not None:
             ids, positions = self.chat.ids([self.chat.of_pair("\n".join(parts), None)[0] for parts in rendered])
             return {"input_ids": ids, "prompt_position": positions}
@@ -159,14 +176,14 @@ class Tokenize:
         keys = ["input_ids", "token_type_ids"] if self._has_token_types else ["input_ids"]
         return {key: list(encoded[key]) for key in keys}
 
-    def _encode_cut(self, row: dict[str, str]) -> dict[str, Any]:
-        """Cuts the longest field by the surplus, as often as it takes."""
+    def _encode_cut(self, row: dict[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+        """Cuts the longest field by the surplus, as often as it takes; returns what is left, and its encoding."""
         row = dict(row)
         while True:
             encoded = self._encode([row])
             surplus = len(encoded["input_ids"][0]) - (self.max_tokens or 0)
             if surplus <= 0:
-                return {key: values[0] for key, values in encoded.items()}
+                return row, {key: values[0] for key, values in encoded.items()}
             spans = {name: self._token_spans(text) for name, text in row.items()}
             name = max(spans, key=lambda field: (len(spans[field]), len(row[field])))
             row[name] = self._cut(row[name], spans[name], len(spans[name]) - surplus)

@@ -32,6 +32,9 @@ _KINDS: dict[str, dict[str, Any]] = {
     "backbone": {"encoder": "backbone"},
     "every layer": {"placement": "every_layer"},
     "after first": {"placement": "after_first", "prompt_encoder": _SOFT},
+    "chat system": {"placement": "system"},
+    "chat user": {"placement": "user"},
+    "chat words": {"placement": "system", "objective": "causal_lm"},
     "soft in a chat": {"placement": "system", "prompt_encoder": _SOFT},
     "dept": {"prompt_encoder": functools.partial(DePT, num_virtual_tokens=2, max_length=4, rank=2)},
     "lora": {"prompt_encoder": NoPrompt, "adapter": LORA},
@@ -45,14 +48,16 @@ def checkpoint(kind: str, folder: Path, tiny: Tiny, backbone: str | None = None)
     """Trains a module for a step; returns it in eval mode, with its checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     options = dict(_KINDS[kind])
-    encoder, reads = options.pop("encoder", None), options.pop("reads", {})
+    encoder, own = options.pop("encoder", None), options.pop("reads", {})
     if encoder is None:
-        options["instance_encoder"] = with_own_encoder(tiny("bert_base"), **reads, max_length=12)
+        options["instance_encoder"] = with_own_encoder(tiny("bert_base"), **own, max_length=12)
     objective = options.get("objective")
-    default = "chat" if options.get("placement") == "system" else "llama"
+    default = "chat" if options.get("placement") in ("system", "user") else "llama"
     name = backbone or tiny("bert" if objective == "masked_lm" else default)
     model: Any = causal(name, **options) if objective is None else module(name, **options)
     run = trainer(folder, callbacks=[], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
-    run.fit(model, completions(folder / "data") if objective is None else reviews(folder, max_length=30))
+    # In a chat no space is before a word, and the template has tokens of its own.
+    reads: dict[str, Any] = {"max_length": 60, "words": ["Yes", "No"]} if default == "chat" else {"max_length": 30}
+    run.fit(model, completions(folder / "data") if objective is None else reviews(folder, **reads))
     run.save_checkpoint(folder / "best.ckpt")
     return model.eval(), folder / "best.ckpt"

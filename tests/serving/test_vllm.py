@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import io
@@ -22,14 +23,19 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lopa_lightning import (
+    AsyncLoPAClient,
+    Bundle,
     CausalLMModule,
     ClassificationModule,
     InstanceEncoderSpec,
     LoPA,
+    LoPAClient,
     PretrainedSpec,
+    ServedPrompter,
     TextClassificationDataModule,
 )
 from lopa_lightning.backbones.chat import PLACEHOLDER, reads_parts
+from lopa_lightning.serving import export
 from tests.backbones.chat_templates import TEMPLATES
 from tests.conftest import REAL_MODELS
 from tests.serving.vllm_server import VARIABLE, missing, vllm_server
@@ -137,6 +143,41 @@ def test_chats_with_a_soft_prompt_are_answered_as_generate_does(server: str, pla
     assert len(set(found)) == len(found)
 
 
+def bundle_of(model: Any) -> Bundle:
+    return Bundle(
+        export._config(model, {}, {}), {key: value.detach() for key, value in model.state_dict().items()}, "", []
+    )
+
+
+@pytest.mark.parametrize("placement", ["system", "user"])
+def test_the_clients_answer_as_generate_does(server: str, placement: str) -> None:
+    model = module(placement)
+    source = ServedPrompter(bundle_of(model))
+    client, greedy = LoPAClient(server, source), {"temperature": 0, "max_tokens": NEW}
+    wanted = [text for (text,) in model.generate([*TEXTS, *CHATS])]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda chat: client.chat(chat, **greedy), [*TEXTS, *CHATS]))
+    assert [answer.choices[0].message.content for answer in answers] == wanted
+    two = client.chat(TEXTS[0], n=2, **greedy)
+    assert [choice.message.content for choice in two.choices] == [wanted[0]] * 2
+    chunks = list(client.chat(TEXTS[0], stream=True, **greedy))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted[0]
+    with client.chat(TEXTS[0], stream=True, **greedy) as stream:
+        next(stream)
+
+    async def concurrent() -> list[Any]:
+        other = AsyncLoPAClient(server, source)
+        found = await asyncio.gather(*(other.chat(chat, **greedy) for chat in [*TEXTS, *CHATS]))
+        await other.close()
+        return found
+
+    assert [answer.choices[0].message.content for answer in asyncio.run(concurrent())] == wanted
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    answer = client.chat(TEXTS[0], response_format=form, **greedy).choices[0].message.content
+    assert type(json.loads(answer)["a"]) is bool
+
+
 def test_whole_embeddings_are_completed_as_generate_does(server: str) -> None:
     model = module("before")
     ids, _ = model.input_spec.prompt_ids(TEXTS)
@@ -182,6 +223,10 @@ def test_a_label_is_the_word_that_the_server_chooses(server: str, tmp_path: Path
     run = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     parts: Any = run.predict(model, data)
     probabilities = {i: row for part in parts for i, row in zip(part["index"].tolist(), part["probabilities"].tolist())}
+    records = LoPAClient(server, bundle_of(model)).classify(texts)
+    for record, own in zip(records, model.predict(texts), strict=True):
+        assert record["label"] == own["label"]
+        assert record["probabilities"] == pytest.approx(own["probabilities"], abs=1e-4)
     words = model.word_ids(["no", "yes"])
     for index, (text, prompt) in enumerate(zip(texts, soft_prompts(model, texts))):
         asked = [{"role": "user", "content": f"{text}\nIs that praise?"}]

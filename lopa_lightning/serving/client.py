@@ -1,0 +1,396 @@
+"""Clients that send soft prompts to a stock vLLM server and return the ``openai`` package's objects."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from lopa_lightning.errors import LoPAError, at_least
+from lopa_lightning.serving.bundle import Bundle
+from lopa_lightning.serving.prompter import LoPAPrompter
+from lopa_lightning.serving.requests import (
+    ServedPrompter,
+    ServedRequest,
+    check_options,
+    labelling,
+)
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+_LONGEST_WAIT = 30.0  # seconds
+
+
+class _Client:
+    """What both clients share; nothing is sent here."""
+
+    _kind: str  # class of the openai package
+
+    def __init__(
+        self,
+        base_url: str,
+        bundle: Bundle | LoPAPrompter | ServedPrompter,
+        api_key: str | None = None,
+        *,
+        model: str | None = None,
+        max_retries: int = 3,
+        max_inflight: int = 32,
+        **options: Any,
+    ) -> None:
+        at_least(0, max_retries=max_retries)
+        at_least(1, max_inflight=max_inflight)
+        kind = getattr(_openai(), self._kind)
+        self.served = bundle if isinstance(bundle, ServedPrompter) else ServedPrompter(bundle)
+        self.model, self.max_retries, self.max_inflight = model, max_retries, max_inflight
+        url = base_url.rstrip("/")
+        url = url if url.endswith("/v1") else f"{url}/v1"
+        # The package wants a key, and would take that of OpenAI from the environment.
+        self.openai = kind(base_url=url, api_key=api_key or "none", max_retries=0, **options)
+
+    def _chat(self, prompt: Any, instance_text: str | None) -> ServedRequest:
+        if self.served.task is not None:
+            raise LoPAError("the bundle answers with label words; use classify")
+        requests = self.served.requests(prompt, instance_text)
+        if len(requests) != 1:
+            raise LoPAError(f"chat takes one text or one chat, got {len(requests)}")
+        return requests[0]
+
+    def _classes(self, texts: Any) -> list[ServedRequest]:
+        if not self.served.words:
+            raise LoPAError("the bundle answers with text, and has no label words; use chat")
+        return self.served.requests(texts)
+
+    def _wait(self, error: Exception, attempt: int) -> float | None:
+        """Seconds until a request is sent again; None where it is not."""
+        return wait_before_retry(error, attempt) if attempt < self.max_retries else None
+
+
+class LoPAClient(_Client):
+    """Asks a vLLM server (``--enable-prompt-embeds``) with the soft prompts of a bundle. Threads may share it.
+
+    Args:
+        base_url: Of the server, such as ``http://HOST:8000``; ``/v1`` is added where it is not there.
+        bundle: A bundle, its prompter, or a :class:`~lopa_lightning.serving.requests.ServedPrompter`.
+        api_key: Of the server; by default none. The environment's is not sent.
+        model: What the server calls the backbone; by default it is asked.
+        max_retries: How often a request is sent again that the server was too busy for (429, 503), or whose connection
+            was not accepted. After any other error it is not: a request that ends a server would end the next one.
+        max_inflight: Requests of ``classify`` at a time.
+        **options: Of ``openai.OpenAI``, such as ``timeout`` in seconds.
+
+    Raises:
+        LoPAError: If the ``openai`` package is not installed, or the bundle cannot be served.
+
+    Example::
+
+        client = LoPAClient("http://localhost:8000", Bundle.from_pretrained("OUT"))
+        print(client.chat("How do I return a parcel?", max_tokens=100).choices[0].message.content)
+    """
+
+    _kind = "OpenAI"
+    openai: OpenAI
+
+    def chat(self, prompt: Any, *, instance_text: str | None = None, stream: bool = False, **options: Any) -> Any:
+        """Answers a text or a chat.
+
+        Args:
+            prompt: A text, which is one message of the user, or a chat: a list of messages.
+            instance_text: What the instance encoder reads; by default the text, of a chat its last message.
+            stream: Whether the answer comes in chunks.
+            **options: Of ``openai.OpenAI().chat.completions.create``, such as ``max_tokens``, ``n``, ``temperature`` or
+                ``response_format``.
+
+        Returns:
+            A ``ChatCompletion``; with ``stream`` a :class:`CheckedStream` of ``ChatCompletionChunk``.
+
+        Raises:
+            LoPAError: If the chat or an option does not go with a soft prompt.
+            PromptDroppedError: If the server read another number of tokens than it was sent.
+            openai.OpenAIError: Of the server or the network.
+        """
+        check_options(options)
+        request = self._chat(prompt, instance_text)
+        if stream:
+            shows, streamed = _stream_options(options)
+            return CheckedStream(self._send(request, {**options, **streamed}), request, shows)
+        return self._answer(request, options)
+
+    def classify(self, texts: Any) -> list[dict[str, Any]]:
+        """Labels texts, as ``module.predict`` does.
+
+        Args:
+            texts: One row or a list of them, as ``predict`` takes them.
+
+        Returns:
+            A record for each row, in their order: ``label``, and ``probabilities`` by name.
+
+        Raises:
+            LoPAError: If a row has not the task's texts, or the server sends no log probabilities.
+            PromptDroppedError: See :meth:`chat`.
+            openai.OpenAIError: See :meth:`chat`.
+        """
+        requests = self._classes(texts)
+        with ThreadPoolExecutor(self.max_inflight) as pool:
+            tasks = [pool.submit(self._label, request) for request in requests]
+            try:
+                return [task.result() for task in tasks]
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Closes its connections."""
+        self.openai.close()
+
+    def _label(self, request: ServedRequest) -> dict[str, Any]:
+        steps = labelling(self.served.words)
+        options = next(steps)
+        while True:
+            answer = self._answer(request, options)
+            try:
+                options = steps.send(answer)
+            except StopIteration as done:
+                record: dict[str, Any] = done.value
+                return record
+
+    def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> ChatCompletion:
+        answer: ChatCompletion = self._send(request, options)
+        request.check_usage(answer.usage)
+        return answer
+
+    def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
+        if self.model is None:
+            self.model = chosen_model(self._retried(self.openai.models.list).data, self.served.backbone)
+        create = functools.partial(self.openai.chat.completions.create, model=self.model, **options)
+        return self._retried(lambda: create(messages=request.messages))
+
+    def _retried(self, send: Callable[[], Any]) -> Any:
+        attempt = 0
+        while True:
+            try:
+                return send()
+            except _openai().OpenAIError as error:
+                if (seconds := self._wait(error, attempt)) is None:
+                    raise
+            time.sleep(seconds)
+            attempt += 1
+
+
+class AsyncLoPAClient(_Client):
+    """Asks a server as :class:`LoPAClient` does, with ``await``: the same arguments, options and answers."""
+
+    _kind = "AsyncOpenAI"
+    openai: AsyncOpenAI
+
+    async def chat(self, prompt: Any, *, instance_text: str | None = None, stream: bool = False, **options: Any) -> Any:
+        """See :meth:`LoPAClient.chat`; with ``stream`` an :class:`AsyncCheckedStream`."""
+        check_options(options)
+        request = await asyncio.to_thread(self._chat, prompt, instance_text)
+        if stream:
+            shows, streamed = _stream_options(options)
+            return AsyncCheckedStream(await self._send(request, {**options, **streamed}), request, shows)
+        return await self._answer(request, options)
+
+    async def classify(self, texts: Any) -> list[dict[str, Any]]:
+        """See :meth:`LoPAClient.classify`."""
+        requests, room = await asyncio.to_thread(self._classes, texts), asyncio.Semaphore(self.max_inflight)
+
+        async def label(request: ServedRequest) -> dict[str, Any]:
+            async with room:
+                return await self._label(request)
+
+        tasks = [asyncio.ensure_future(label(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def close(self) -> None:
+        """Closes its connections."""
+        await self.openai.close()
+
+    async def _label(self, request: ServedRequest) -> dict[str, Any]:
+        steps = labelling(self.served.words)
+        options = next(steps)
+        while True:
+            answer = await self._answer(request, options)
+            try:
+                options = steps.send(answer)
+            except StopIteration as done:
+                record: dict[str, Any] = done.value
+                return record
+
+    async def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> ChatCompletion:
+        answer: ChatCompletion = await self._send(request, options)
+        request.check_usage(answer.usage)
+        return answer
+
+    async def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
+        if self.model is None:
+            self.model = chosen_model((await self._retried(self.openai.models.list)).data, self.served.backbone)
+        create = functools.partial(self.openai.chat.completions.create, model=self.model, **options)
+        return await self._retried(lambda: create(messages=request.messages))
+
+    async def _retried(self, send: Callable[[], Awaitable[Any]]) -> Any:
+        attempt = 0
+        while True:
+            try:
+                return await send()
+            except _openai().OpenAIError as error:
+                if (seconds := self._wait(error, attempt)) is None:
+                    raise
+            await asyncio.sleep(seconds)
+            attempt += 1
+
+
+class CheckedStream:
+    """The chunks of an answer; raises a PromptDroppedError where the server read another number of tokens.
+
+    A vLLM server says so with the first chunk. A stream that is not read to its end is closed by :meth:`close`, or by
+    a ``with`` around it.
+    """
+
+    def __init__(self, stream: Stream[ChatCompletionChunk], request: ServedRequest, shows_usage: bool) -> None:
+        self._stream, self._seen = stream, _Usage(request, shows_usage)
+        self._chunks = self._checked()
+
+    def __iter__(self) -> Iterator[ChatCompletionChunk]:
+        return self._chunks
+
+    def __next__(self) -> ChatCompletionChunk:
+        return next(self._chunks)
+
+    def __enter__(self) -> CheckedStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the answer: the server stops."""
+        self._stream.close()
+
+    def _checked(self) -> Iterator[ChatCompletionChunk]:
+        try:
+            for chunk in self._stream:
+                if self._seen.shows(chunk):
+                    yield chunk
+            self._seen.check_end()
+        finally:
+            self.close()
+
+
+class AsyncCheckedStream:
+    """See :class:`CheckedStream`."""
+
+    def __init__(self, stream: AsyncStream[ChatCompletionChunk], request: ServedRequest, shows_usage: bool) -> None:
+        self._stream, self._seen = stream, _Usage(request, shows_usage)
+        self._chunks = self._checked()
+
+    def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
+        return self._chunks
+
+    async def __anext__(self) -> ChatCompletionChunk:
+        return await self._chunks.__anext__()
+
+    async def __aenter__(self) -> AsyncCheckedStream:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the answer: the server stops."""
+        await self._stream.close()
+
+    async def _checked(self) -> AsyncIterator[ChatCompletionChunk]:
+        try:
+            async for chunk in self._stream:
+                if self._seen.shows(chunk):
+                    yield chunk
+            self._seen.check_end()
+        finally:
+            await self.close()
+
+
+class _Usage:
+    """Checks the usage in a stream's chunks, and hides what the caller did not ask for."""
+
+    def __init__(self, request: ServedRequest, shows_usage: bool) -> None:
+        self._request, self._shows_usage, self._was_seen = request, shows_usage, False
+
+    def shows(self, chunk: Any) -> bool:
+        """Returns whether the caller gets a chunk."""
+        if chunk.usage is not None:
+            self._request.check_usage(chunk.usage)
+            self._was_seen = True
+            if chunk.choices or not self._shows_usage:
+                chunk.usage = None  # it was asked for at every chunk, to see the first one's
+        return bool(chunk.choices) or self._shows_usage
+
+    def check_end(self) -> None:
+        if not self._was_seen:
+            self._request.check_usage(None)
+
+
+def _stream_options(options: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether the caller wants to see the usage, and the options by which the server sends it with each chunk."""
+    given = dict(options.get("stream_options") or {})
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    return bool(given.get("include_usage")), {"stream": True, "stream_options": {**given, **usage}}
+
+
+def chosen_model(cards: Sequence[Any], backbone: str) -> str:
+    """Returns what a server calls its model. Its adapters, which have a parent, are none.
+
+    Args:
+        cards: Of ``/v1/models``.
+        backbone: What the bundle calls it.
+
+    Raises:
+        LoPAError: If there are several, and none by the backbone's name.
+    """
+    bases = [card for card in cards if getattr(card, "parent", None) is None]
+    named = [card for card in bases if backbone in (card.id, getattr(card, "root", None))]
+    if len(bases) != 1 and not named:
+        names = ", ".join(card.id for card in bases) or "none"
+        raise LoPAError(f"the server has not {backbone!r} among its models ({names}); give model=")
+    return str((named or bases)[0].id)
+
+
+def wait_before_retry(error: Exception, attempt: int) -> float | None:
+    """Returns how many seconds to wait before a request is sent again, or None where it is not to be.
+
+    Args:
+        error: Of the ``openai`` package. A busy server (429, 503) and a connection that was not accepted are worth
+            another try. Not so a connection that broke: the request may be what ended the server.
+        attempt: How often it was sent again before.
+    """
+    status, cause = getattr(error, "status_code", None), error.__cause__
+    # The HTTP client's error, by its name: versions of the package are built on different ones.
+    refused = any(kind.__name__ == "ConnectError" for kind in type(cause).__mro__)
+    if status not in (429, 503) and not refused:
+        return None
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    try:
+        asked = float(headers.get("retry-after", 0))
+    except ValueError:  # a date
+        asked = 0.0
+    waits = 0.5 * 2**attempt * random.uniform(0.5, 1)
+    return min(_LONGEST_WAIT, max(asked, waits))
+
+
+@functools.cache
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError:
+        raise LoPAError('this needs the openai package: pip install "lopa-lightning[serve]"') from None
+    return openai

@@ -1,0 +1,324 @@
+"""What a server is sent, and what it must answer: chats with a soft prompt as a part of a message. No network here."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lopa_lightning.backbones.chat import Chat, listed_prompts, question
+from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
+from lopa_lightning.backbones.text_spec import TextSpec
+from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
+from lopa_lightning.errors import LoPAError, listed, one_line, shown
+from lopa_lightning.modules import ClassificationModule
+from lopa_lightning.modules.predict import check_rows
+from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
+from lopa_lightning.serving.prompter import LoPAPrompter
+
+MOST_BYTES = 2**20
+"""Of a soft prompt as it is sent; what many proxies take of a request."""
+MOST_WORDS = 20  # logprobs that a server returns at most for a token, by default
+
+_READS_PROMPT = "it reads the prompt's own tokens, which a soft prompt does not have: some servers end, or count others"
+_RENDERS = "it changes how the chat is rendered or cut, and the soft prompt was trained in the template's own way"
+_OURS = "the client sets it"
+_REFUSED = {
+    **dict.fromkeys(("echo", "prompt_logprobs", "prompt_logprob_token_ids"), _READS_PROMPT),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "repetition_penalty"), _READS_PROMPT),
+    **dict.fromkeys(("suffix", "use_beam_search"), "no server takes it with soft prompts"),
+    **dict.fromkeys(("tools", "tool_choice", "functions", "function_call", "documents", "reasoning_effort"), _RENDERS),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "add_generation_prompt"), _RENDERS),
+    **dict.fromkeys(("continue_final_message", "add_special_tokens", "truncate_prompt_tokens"), _RENDERS),
+    **dict.fromkeys(("messages", "prompt_embeds"), _OURS),
+    "model": "it is chosen once, as LoPAClient(..., model=...); adapters of a server's own do not go with soft prompts",
+}
+_NEUTRAL = {"echo": False, "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
+_NEUTRAL["use_beam_search"] = False
+
+
+class PromptDroppedError(LoPAError):
+    """A server read another number of tokens than it was sent, as one does that drops the soft prompt."""
+
+
+@dataclass(frozen=True)
+class ServedRequest:
+    """A chat to send.
+
+    Attributes:
+        messages: With the soft prompt as a part of one.
+        virtual_tokens: m.
+        text_tokens: Tokens of the rendered chat beside them.
+    """
+
+    messages: list[dict[str, Any]]
+    virtual_tokens: int
+    text_tokens: int
+
+    def check_usage(self, usage: Any) -> None:
+        """Compares what a server says that it has read.
+
+        Args:
+            usage: Of the ``openai`` package; None where there is none.
+
+        Raises:
+            PromptDroppedError: If ``prompt_tokens`` is not that of text and soft prompt together.
+        """
+        m, own = self.virtual_tokens, self.text_tokens
+        read = None if usage is None else usage.prompt_tokens
+        if read == m + own:
+            return
+        wanted = f"expected {m + own}: {m} virtual and {own} of the chat"
+        if read is None:
+            raise PromptDroppedError(f"the server does not say how many tokens of the prompt it read ({wanted})")
+        why = "its chat template or tokenizer is not the bundle's, or a proxy changed the request"
+        if read == own:
+            why = "the soft prompt was dropped on the way, or by the server"
+        raise PromptDroppedError(f"the server read {read} tokens of the prompt, {wanted}; {why}")
+
+
+class ServedPrompter:
+    """Makes the requests of a bundle. Threads may share it.
+
+    It loads the instance encoder, and tokenizer and config of the backbone, which count the tokens that a server must
+    read. The backbone's weights are not read.
+
+    Args:
+        source: The bundle, or its prompter.
+        trust_remote_code: Whether models may run code of their own, where the bundle says that they do.
+        max_prompt_bytes: Of a soft prompt as it is sent, at most.
+
+    Raises:
+        LoPAError: If no server can answer with the bundle, it is not placed in a chat, or the backbone's tokenizer or
+            chat template is not there, or not the bundle's.
+    """
+
+    def __init__(
+        self,
+        source: Bundle | LoPAPrompter,
+        trust_remote_code: bool = False,
+        max_prompt_bytes: int = MOST_BYTES,
+    ) -> None:
+        bundle = source if isinstance(source, Bundle) else source.bundle
+        bundle.check_served()
+        self.facts, self.max_prompt_bytes = bundle.config.prompt, max_prompt_bytes
+        if self.facts.placement not in CHAT_PLACEMENTS:
+            raise LoPAError(
+                f"the bundle's placement is {self.facts.placement!r}, and a chat server takes soft prompts inside a "
+                f"message alone; train with placement: {' or '.join(CHAT_PLACEMENTS)}"
+            )
+        module = bundle.unloaded_module(trust_remote_code)
+        self.backbone = module.backbone_spec.name
+        self.spec = _spec(module, self.backbone)
+        _check_tokenizer(bundle, self.spec, self.backbone)
+        self.task = module.required_task() if isinstance(module, ClassificationModule) else None
+        self.words: dict[str, int] = {}  # token of each label's word
+        if isinstance(module, ClassificationModule) and self.task is not None:
+            self.words = dict(zip(self.task.labels, module.word_ids(self.task.words or [])))
+            self._tokenize = task_encoder(self.task, self.spec).to_backbone
+        self.prompter = source if isinstance(source, LoPAPrompter) else LoPAPrompter(source, trust_remote_code)
+        self._one_at_a_time = threading.Lock()
+
+    def requests(self, inputs: Any, instance_texts: str | Sequence[str] | None = None) -> list[ServedRequest]:
+        """Makes requests, in their order.
+
+        Args:
+            inputs: A text, a chat (a list of messages), or a list of either. For a classifier rows as ``predict`` takes
+                them.
+            instance_texts: What the instance encoder reads; by default the texts, of a chat its last message.
+
+        Raises:
+            LoPAError: If an input is none, the template does not take it, or a soft prompt is not finite or too large.
+        """
+        if self.task is not None:
+            if instance_texts is not None:
+                raise LoPAError("the instance encoder of a classifier reads the rows; instance_texts is for chats")
+            return self._of_rows(inputs)
+        prompts = listed_prompts(inputs)
+        chats = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
+        read = [instance_texts] if isinstance(instance_texts, str) else instance_texts
+        instances = [question(each) for each in prompts] if read is None else listed("instance_texts", read)
+        if len(instances) != len(chats):
+            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(chats)}")
+        return self._sent(chats, {"text": instances})
+
+    def _of_rows(self, texts: Any) -> list[ServedRequest]:
+        assert self.task is not None
+        rows = rows_of(texts, task_template(self.task).columns)
+        check_rows(rows)
+        asked, cut = self._tokenize.texts(rows)
+        if sum(cut):
+            rank_zero_warn(f"{sum(cut)} of {len(cut)} texts were cut to {self._tokenize.max_tokens} tokens")
+        return self._sent([[{"role": "user", "content": text}] for text in asked], rows)
+
+    def _sent(self, chats: Sequence[Chat], rows: Mapping[str, Sequence[str]]) -> list[ServedRequest]:
+        if not chats:
+            return []
+        with self._one_at_a_time:  # tokenizers and encoder are not made for threads
+            ids, _ = self.spec.prompt_ids(chats)
+            prompts = self.prompter({name: list(texts) for name, texts in rows.items()})
+        dtype = _sent_dtype(self.facts.dtype)
+        parts = [prompt_part(prompt, dtype, self.max_prompt_bytes) for prompt in prompts]
+        return [
+            ServedRequest(self.spec.chat.sent(chat, part), self.facts.num_virtual_tokens, len(own))
+            for chat, part, own in zip(chats, parts, ids)
+        ]
+
+
+def build_messages(source: ServedPrompter | LoPAPrompter | Bundle, messages: Any) -> list[dict[str, Any]]:
+    """Returns a chat with the soft prompt in it, to send with a client of one's own to ``/v1/chat/completions``.
+
+    Nothing is sent. Check that the answer's ``usage.prompt_tokens`` is what :meth:`ServedPrompter.requests` says.
+
+    Args:
+        source: A :class:`ServedPrompter`, which loads once what it needs; of a prompter or a bundle one is made.
+        messages: A text or a chat; for a classifier a row as ``predict`` takes it.
+
+    Raises:
+        LoPAError: See :class:`ServedPrompter`; or if it is not one chat.
+    """
+    served = source if isinstance(source, ServedPrompter) else ServedPrompter(source)
+    found = served.requests(messages)
+    if len(found) != 1:
+        raise LoPAError(f"messages must be one text or one chat, got {len(found)}")
+    return found[0].messages
+
+
+def prompt_part(prompt: Tensor, dtype: torch.dtype, most: int = MOST_BYTES) -> dict[str, str]:
+    """Returns the part of a message that a soft prompt is for vLLM: base64 of what ``torch.save`` writes.
+
+    Args:
+        prompt: Z ``[m, d]``.
+        dtype: In which it is sent.
+        most: Bytes of base64 at most.
+
+    Raises:
+        LoPAError: If a value is NaN or infinite in this dtype, or there are more bytes.
+    """
+    sent = prompt.detach().to("cpu", dtype)
+    if not sent.isfinite().all():
+        raise LoPAError(f"the soft prompt is NaN or infinite in part in {dtype}, and a server would answer nothing")
+    buffer = io.BytesIO()
+    torch.save(sent.contiguous().clone(), buffer)  # of a view all that it is a view of would be written
+    data = base64.b64encode(buffer.getvalue()).decode()
+    if len(data) > most:
+        m, d = sent.shape
+        raise LoPAError(
+            f"the soft prompt of {m} × {d} takes {len(data)} bytes, max_prompt_bytes is {most}; raise it where server "
+            "and proxies take more"
+        )
+    return {"type": "prompt_embeds", "data": data}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses options of a request that do not go with a soft prompt.
+
+    Raises:
+        LoPAError: If there is one; the message says why.
+    """
+    extra = options.get("extra_body") or {}
+    for name, value in [*options.items(), *extra.items()]:
+        if name in _REFUSED and value is not None and not (name in _NEUTRAL and value == _NEUTRAL[name]):
+            raise LoPAError(f"{name}={shown(value)} is refused with a soft prompt: {_REFUSED[name]}")
+    if ours := {"stream", "stream_options"} & set(extra):
+        raise LoPAError(f"extra_body must not have {', '.join(sorted(ours))}; give it as an argument")
+
+
+def labelling(words: Mapping[str, int]) -> Generator[dict[str, Any], Any, dict[str, Any]]:
+    """Yields the options of each request that labels a text, is sent its answer, and returns what ``predict`` does.
+
+    Words that are not among the likeliest tokens are asked for one by one, where a server does not know
+    ``logprob_token_ids``.
+
+    Args:
+        words: Token of each label's word.
+    """
+    every, found = list(words.values()), dict[int, float]()
+    groups = [every[first : first + MOST_WORDS] for first in range(0, len(every), MOST_WORDS)]
+    for group in groups:
+        found |= word_logprobs((yield word_options(group)), group)
+    missing = [word for word in every if word not in found]
+    for word in missing:
+        found |= word_logprobs((yield word_options([word])), [word])
+    return label_record(words, found, len(groups) + len(missing))
+
+
+def word_options(words: Sequence[int]) -> dict[str, Any]:
+    """Returns the options of a request whose answer is one of some tokens, with their log probabilities."""
+    extra = {"allowed_token_ids": words, "logprob_token_ids": words, "return_tokens_as_token_ids": True}
+    answer = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": MOST_WORDS}
+    return {**answer, "extra_body": extra}
+
+
+def word_logprobs(answer: Any, words: Sequence[int]) -> dict[int, float]:
+    """Returns log probabilities of tokens that an answer names, those of ``words`` alone.
+
+    Raises:
+        LoPAError: If the answer has none.
+    """
+    logprobs = answer.choices[0].logprobs
+    if logprobs is None or not logprobs.content:
+        raise LoPAError("the server sent no logprobs, by which labels are chosen")
+    first = logprobs.content[0]
+    named = {each.token.removeprefix("token_id:"): each.logprob for each in (*first.top_logprobs, first)}
+    return {word: named[str(word)] for word in words if str(word) in named}
+
+
+def label_record(words: Mapping[str, int], logprobs: Mapping[int, float], requests: int) -> dict[str, Any]:
+    """Returns what ``predict`` does: a label, and the probabilities of all.
+
+    Args:
+        words: Token of each label's word.
+        logprobs: Of each of these tokens.
+        requests: How many answers they come from.
+
+    Raises:
+        LoPAError: If one is not there, or they cannot be compared over several answers.
+    """
+    if missing := [label for label, word in words.items() if word not in logprobs]:
+        raise LoPAError(f"the server sent no log probability for the words of {', '.join(missing)}")
+    values = torch.tensor([logprobs[word] for word in words.values()], dtype=torch.float64)
+    if requests > 1 and values.exp().sum() > 1.001:
+        raise LoPAError(
+            f"the label words' probabilities sum to {math.exp(values.logsumexp(0)):.3g} over {requests} requests: the "
+            "server must run with --logprobs-mode raw_logprobs, its default"
+        )
+    named = dict(zip(words, values.softmax(0).tolist()))
+    return {"label": max(named, key=lambda label: named[label]), "probabilities": named}
+
+
+def _spec(module: Any, name: str) -> TextSpec:
+    """Tokenizer, chat template and lengths of the backbone."""
+    try:
+        spec = module.input_spec
+    except LoPAError as error:
+        needs = f"a client needs the tokenizer and the config of the backbone {name!r}, to count the tokens of a chat"
+        raise LoPAError(f"{needs}: {error}") from error
+    except Exception as error:  # of transformers or the hub
+        raise LoPAError(f"tokenizer or config of the backbone {name!r} cannot be read: {one_line(error)}") from error
+    assert isinstance(spec, TextSpec)
+    return spec
+
+
+def _check_tokenizer(bundle: Bundle, spec: TextSpec, name: str) -> None:
+    wanted, found = bundle.config.tokenizers.get("backbone"), tokenizer_facts(spec.tokenizer)
+    if wanted is None or wanted.sha256 != found.sha256:
+        what = "tokenizer"
+    elif wanted.chat_template_sha256 != found.chat_template_sha256:
+        what = "chat template"
+    else:
+        return
+    raise LoPAError(f"the {what} of the backbone {name!r} is not the one that the bundle was trained with")
+
+
+def _sent_dtype(name: str) -> torch.dtype:
+    """The backbone's, in which it reads virtual tokens; nothing is won by more than float32."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)

@@ -1,0 +1,380 @@
+"""The clients: what they send and what they make of answers, against a server of the standard library."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import math
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lopa_lightning import AsyncLoPAClient, Bundle, LoPAClient, ServedPrompter, build_messages
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.modules.predict import row_encoder
+from lopa_lightning.serving import client as client_file
+from lopa_lightning.serving.export import export_bundle
+from lopa_lightning.serving.requests import MOST_WORDS, PromptDroppedError, labelling, prompt_part
+from tests.serving.helpers import checkpoint
+from tests.tiny import WIDTH
+
+Tiny = Callable[[str], str]
+M, PLACES = 3, {"system": "<|system|>{z}<|user|>{text}<|assistant|>", "user": "<|user|>{z}\n{text}<|assistant|>"}
+
+
+class Upstream(ThreadingHTTPServer):
+    """Answers as vLLM does; what it is sent is kept in ``asked``."""
+
+    daemon_threads = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.tokenizer, self.asked, self.statuses = tokenizer, list[dict[str, Any]](), list[int]()
+        self.drops, self.knows_ids, self.headers = False, True, list[dict[str, str]]()
+        self.logprobs: dict[int, float] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def read(self, messages: list[dict[str, Any]]) -> int:
+        """Tokens of a chat: text joined by new lines around soft prompts of M tokens, as its template writes it."""
+        text = ""
+        for message in messages:
+            content = message["content"]
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            text += f"<|{message['role']}|>" + "\n".join("\0" if "data" in part else part["text"] for part in parts)
+        pieces = f"{text}<|assistant|>".split("\0")
+        own = sum(len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
+        return own + (0 if self.drops else M * (len(pieces) - 1))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Upstream
+
+    def do_GET(self) -> None:
+        cards = [{"id": "lora", "parent": "tiny", "object": "model"}, {"id": "tiny", "parent": None, "object": "model"}]
+        self._reply(200, json.dumps({"object": "list", "data": cards}))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        self.server.headers.append(dict(self.headers))
+        if self.server.statuses and (status := self.server.statuses.pop(0)) != 200:
+            self._reply(status, json.dumps({"error": {"message": "no"}}))
+            return
+        usage = {"prompt_tokens": self.server.read(body["messages"]), "completion_tokens": 2, "total_tokens": 0}
+        common = {"id": "1", "created": 0, "model": body["model"]}
+        if body.get("stream"):
+            deltas = [{"index": 0, "delta": {"content": word}, "finish_reason": None} for word in ("a", "b")]
+            chunks = [{**common, "object": "chat.completion.chunk", "choices": [delta]} for delta in deltas]
+            if body["stream_options"].get("continuous_usage_stats"):
+                chunks = [{**chunk, "usage": usage} for chunk in chunks]
+            chunks.append({**common, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+            lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+            self._reply(200, "".join([*lines, "data: [DONE]\n\n"]), "text/event-stream")
+            return
+        choice = {"index": 0, "message": {"role": "assistant", "content": "ab"}, "finish_reason": "stop"}
+        choices = [{**choice, "index": index, "logprobs": self._logprobs(body)} for index in range(body.get("n", 1))]
+        self._reply(200, json.dumps({**common, "object": "chat.completion", "choices": choices, "usage": usage}))
+
+    def _logprobs(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        if not body.get("logprobs"):
+            return None
+        assert body["top_logprobs"] == 20
+        assert body["return_tokens_as_token_ids"]
+        values, allowed = self.server.logprobs, body["allowed_token_ids"]
+        likely = sorted(values, key=lambda token: -values[token])[:2]
+        named = [
+            {"token": f"token_id:{token}", "logprob": values[token], "bytes": None}
+            for token in (body["logprob_token_ids"] if self.server.knows_ids else likely)
+        ]
+        best = max(allowed, key=lambda token: values[token])
+        first = {"token": f"token_id:{best}", "logprob": values[best], "bytes": None, "top_logprobs": named}
+        return {"content": [first]}
+
+    def _reply(self, status: int, text: str, kind: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Bundle]]:
+    """Bundles that are placed in a chat, with their modules, each trained once."""
+    found: dict[str, tuple[Any, Bundle]] = {}
+
+    def make(kind: str) -> tuple[Any, Bundle]:
+        if kind not in found:
+            model, path = checkpoint(kind, tmp_path_factory.mktemp("made") / "run", tiny, tiny("chat"))
+            found[kind] = model, export_bundle(path, ["the film was"])
+        return found[kind]
+
+    return make
+
+
+@pytest.fixture
+def upstream(tiny: Tiny) -> Iterator[Upstream]:
+    server = Upstream(AutoTokenizer.from_pretrained(tiny("chat")))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def prompts_in(messages: list[dict[str, Any]]) -> list[torch.Tensor]:
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    data = [base64.b64decode(part["data"], validate=True) for part in parts if part["type"] == "prompt_embeds"]
+    return [torch.load(io.BytesIO(each), weights_only=True) for each in data]
+
+
+def asynchronous(client: AsyncLoPAClient, method: str, *args: Any, **options: Any) -> Any:
+    async def run() -> Any:
+        found = await getattr(client, method)(*args, **options)
+        found = [chunk async for chunk in found] if options.get("stream") else found
+        await client.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def called(kind: str, upstream: Upstream, source: Any, method: str, *args: Any, **options: Any) -> Any:
+    """Calls a method of either client: what one does, the other does."""
+    settings = {"max_retries": options.pop("max_retries", 3), "api_key": options.pop("api_key", None)}
+    if kind == "async":
+        return asynchronous(AsyncLoPAClient(upstream.url, source, **settings), method, *args, **options)
+    client = LoPAClient(f"{upstream.url}/v1/", source, **settings)
+    found = getattr(client, method)(*args, **options)
+    found = list(found) if options.get("stream") else found
+    client.close()
+    return found
+
+
+BOTH = pytest.mark.parametrize("kind", ["sync", "async"])
+
+
+@BOTH
+@pytest.mark.parametrize("placement", ["system", "user"])
+def test_a_chat_is_sent_with_the_modules_soft_prompt(
+    kind: str, placement: str, made: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of OpenAI")
+    model, bundle = made(f"chat {placement}")
+    text = "the film was great"
+    answer = called(kind, upstream, bundle, "chat", text, n=2, max_tokens=4, response_format={"type": "json_object"})
+    assert isinstance(answer, openai.types.chat.ChatCompletion)
+    assert [choice.message.content for choice in answer.choices] == ["ab", "ab"]
+    (body,) = upstream.asked
+    others = {key: value for key, value in body.items() if key != "messages"}
+    assert others == {"model": "tiny", "n": 2, "max_tokens": 4, "response_format": {"type": "json_object"}}
+    (sent,) = prompts_in(body["messages"])
+    with torch.no_grad():
+        wanted = model._net().soft_prompt(model.input_spec.instance_batch([text], "cpu"))[0][0]
+    torch.testing.assert_close(sent, wanted, rtol=0, atol=1e-6)
+    part = next(part for part in body["messages"][0]["content"] if "data" in part)
+    layout = {
+        "system": [{"role": "system", "content": [part]}, {"role": "user", "content": text}],
+        "user": [{"role": "user", "content": [part, {"type": "text", "text": text}]}],
+    }
+    assert body["messages"] == layout[placement]
+    pieces = PLACES[placement].format(z="\0", text=text).split("\0")
+    own = sum(len(upstream.tokenizer(piece)["input_ids"]) for piece in pieces)
+    assert answer.usage.prompt_tokens == M + own
+    assert "of OpenAI" not in str(upstream.headers)
+    assert build_messages(ServedPrompter(bundle), text) == body["messages"]
+
+
+@BOTH
+def test_a_stream_shows_what_was_asked_for(kind: str, made: Any, upstream: Upstream) -> None:
+    source = ServedPrompter(made("chat system")[1])
+    chunks = called(kind, upstream, source, "chat", "the film", stream=True)
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["a", "b"]
+    assert {chunk.usage for chunk in chunks} == {None}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = called(kind, upstream, source, "chat", "the film", **options)
+    assert last.choices == []
+    assert last.usage.prompt_tokens == upstream.read(upstream.asked[-1]["messages"])
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dropped_soft_prompt_is_an_error(kind: str, stream: bool, made: Any, upstream: Upstream) -> None:
+    upstream.drops = True
+    with pytest.raises(PromptDroppedError, match=r"read \d+ tokens .* expected \d+: 3 virtual .* prompt was dropped"):
+        called(kind, upstream, made("chat system")[1], "chat", "the film", stream=stream)
+
+
+@BOTH
+def test_only_a_busy_server_is_asked_again(
+    kind: str, made: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_file.random, "uniform", lambda low, high: 0.0)
+    source = ServedPrompter(made("chat system")[1])
+    upstream.statuses = [503, 429]
+    called(kind, upstream, source, "chat", "the film")
+    assert len(upstream.asked) == 3
+    upstream.statuses = [503, 503]
+    with pytest.raises(openai.InternalServerError):
+        called(kind, upstream, source, "chat", "the film", max_retries=1)
+    assert len(upstream.asked) == 5
+    for status in (500, 400, 413):
+        upstream.asked, upstream.statuses = [], [status]
+        with pytest.raises(openai.APIStatusError):
+            called(kind, upstream, source, "chat", "the film")
+        assert len(upstream.asked) == 1
+
+
+def test_a_connection_that_is_not_accepted_is_tried_again_and_a_broken_one_is_not(
+    made: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(client_file.time, "sleep", waits.append)
+    source = ServedPrompter(made("chat system")[1])
+    client = LoPAClient("http://127.0.0.1:9", source, model="tiny", max_retries=2)
+    with pytest.raises(openai.APIConnectionError):
+        client.chat("the film")
+    assert len(waits) == 2
+    monkeypatch.setattr(_Handler, "_reply", lambda self, *_: self.connection.close())
+    client = LoPAClient(upstream.url, source, model="tiny")
+    with pytest.raises(openai.APIConnectionError):
+        client.chat("the film")
+    assert (len(waits), len(upstream.asked)) == (2, 1)
+
+
+@BOTH
+@pytest.mark.parametrize("knows_ids", [True, False])
+def test_labels_are_those_of_their_words(kind: str, knows_ids: bool, made: Any, upstream: Upstream) -> None:
+    model, bundle = made("chat words")
+    good, bad = bundle.config.answer["word_ids"]
+    upstream.knows_ids, upstream.logprobs = knows_ids, {good: -5.0, bad: -4.0, 7: -1.0, 8: -0.5}
+    long = "the film was a long story " * 20
+    with pytest.warns(UserWarning, match="1 of 2 texts were cut"):
+        records = called(kind, upstream, bundle, "classify", ["the film <|endoftext|>", long])
+    odds = 1 / (1 + math.exp(-1.0))
+    for record in records:
+        assert record["label"] == "bad"
+        assert record["probabilities"] == pytest.approx({"good": 1 - odds, "bad": odds})
+    asked = {json.dumps([body["messages"][-1]["content"], body["allowed_token_ids"]]) for body in upstream.asked}
+    texts = {body["messages"][-1]["content"] for body in upstream.asked}
+    assert "the film < |endoftext|> . It was" in texts
+    assert all(text.endswith(" . It was") and len(text) < len(long) for text in texts)
+    assert len(asked) == (2 if knows_ids else 4)
+    encoder, rows = row_encoder(model, ["the film <|endoftext|>", long])
+    lengths = {upstream.read(body["messages"]) - M for body in upstream.asked}
+    assert lengths == set(encoder(rows, [0, 1])["length"])
+
+
+def test_many_labels_take_several_requests_and_must_be_comparable() -> None:
+    words = {str(label): 100 + label for label in range(MOST_WORDS + 2)}
+
+    def labelled(shift: float) -> dict[str, Any]:
+        steps = labelling(words)
+        options, sizes = next(steps), []
+        while True:
+            group = options["extra_body"]["logprob_token_ids"]
+            sizes.append(len(group))
+            top = [_named(word, -float(word - 100) - shift) for word in group]
+            first = _Fake(content=[_Fake(top_logprobs=top, **vars(top[0]))])
+            try:
+                options = steps.send(_Fake(choices=[_Fake(logprobs=first)]))
+            except StopIteration as done:
+                assert sizes == [MOST_WORDS, 2]
+                return dict(done.value)
+
+    record = labelled(1.0)
+    wanted = torch.tensor([-float(label) for label in range(len(words))]).softmax(0)
+    assert list(record["probabilities"].values()) == pytest.approx(wanted.tolist())
+    with pytest.raises(LoPAError, match="--logprobs-mode raw_logprobs"):
+        labelled(0.0)
+
+
+class _Fake:
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+
+def _named(word: int, value: float) -> _Fake:
+    return _Fake(token=f"token_id:{word}", logprob=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"extra_body": {"echo": True}}, "echo=True"),
+        ({"extra_body": {"prompt_logprobs": 0}}, "prompt_logprobs=0"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty=0.5"),
+        ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty"),
+        ({"extra_body": {"suffix": "x"}}, "suffix"),
+        ({"extra_body": {"use_beam_search": True}}, "use_beam_search"),
+        ({"tools": []}, "tools"),
+        ({"model": "lora"}, "model='lora'"),
+        ({"extra_body": {"stream": True}}, "extra_body must not have stream"),
+    ],
+)
+def test_what_does_not_go_with_a_soft_prompt_is_refused(
+    options: dict[str, Any], said: str, made: Any, upstream: Upstream
+) -> None:
+    client = LoPAClient(upstream.url, ServedPrompter(made("chat system")[1]))
+    with pytest.raises(LoPAError, match=said):
+        client.chat("the film", **options)
+    client.chat("the film", presence_penalty=0, extra_body={"repetition_penalty": 1.0, "echo": False})
+    with pytest.raises(LoPAError, match="use chat"):
+        client.classify("the film")
+    with pytest.raises(LoPAError, match="takes one text or one chat, got 2"):
+        client.chat(["the", "film"])
+    assert len(upstream.asked) == 1
+
+
+def test_a_soft_prompt_is_a_tensor_of_its_own_finite_and_bounded() -> None:
+    table = torch.randn(4096, WIDTH)
+    part = prompt_part(table[:4], torch.bfloat16)
+    loaded = torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True)
+    assert torch.equal(loaded, table[:4].bfloat16())
+    assert len(part["data"]) < 4000
+    with pytest.raises(LoPAError, match=r"NaN or infinite in part in torch\.float16"):
+        prompt_part(torch.full((2, 2), 1e6), torch.float16)
+    with pytest.raises(LoPAError, match=r"4096 × 32 takes \d+ bytes, max_prompt_bytes is 1000"):
+        prompt_part(table, torch.float32, 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("soft", "placement is 'before'.* train with placement: system or user"), ("head", "a head reads hidden states")],
+)
+def test_a_bundle_that_no_chat_server_answers_with_is_refused(kind: str, said: str, tiny: Tiny, tmp_path: Path) -> None:
+    _, path = checkpoint(kind, tmp_path, tiny)
+    with pytest.raises(LoPAError, match=said):
+        LoPAClient("http://127.0.0.1:9", export_bundle(path, ["the film"]))
+
+
+def test_the_backbones_tokenizer_must_be_there_and_the_bundles_but_not_its_weights(tiny: Tiny, tmp_path: Path) -> None:
+    backbone = tmp_path / "backbone"
+    shutil.copytree(tiny("chat"), backbone)
+    _, path = checkpoint("soft in a chat", tmp_path / "run", tiny, str(backbone))
+    bundle = export_bundle(path, ["the film"])
+    (backbone / "model.safetensors").unlink()
+    assert len(prompts_in(build_messages(bundle, "the film"))) == 1
+    template = (backbone / "chat_template.jinja").read_text()
+    (backbone / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<|model|>"))
+    with pytest.raises(LoPAError, match=r"the chat template of the backbone .* is not the one that the bundle"):
+        ServedPrompter(bundle)
+    shutil.rmtree(backbone)
+    with pytest.raises(LoPAError, match="tokenizer and the config of the backbone"):
+        ServedPrompter(bundle)
