@@ -6,9 +6,8 @@ import asyncio
 import functools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lopa_lightning.errors import LoPAError, at_least
@@ -20,10 +19,11 @@ from lopa_lightning.serving.requests import (
     check_options,
     labelling,
 )
+from lopa_lightning.serving.streams import AsyncCheckedStream, CheckedStream, stream_options
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
-    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+    from openai import AsyncOpenAI, OpenAI
+    from openai.types.chat import ChatCompletion
 
 _LONGEST_WAIT = 30.0  # seconds
 
@@ -117,8 +117,9 @@ class LoPAClient(_Client):
         """
         check_options(options)
         request = self._chat(prompt, instance_text)
+        self._find_model()
         if stream:
-            shows, streamed = _stream_options(options)
+            shows, streamed = stream_options(options)
             return CheckedStream(self._send(request, {**options, **streamed}), request, shows)
         return self._answer(request, options)
 
@@ -137,6 +138,7 @@ class LoPAClient(_Client):
             openai.OpenAIError: See :meth:`chat`.
         """
         requests = self._classes(texts)
+        self._find_model()
         with ThreadPoolExecutor(self.max_inflight) as pool:
             tasks = [pool.submit(self._label, request) for request in requests]
             try:
@@ -147,6 +149,10 @@ class LoPAClient(_Client):
     def close(self) -> None:
         """Closes its connections."""
         self.openai.close()
+
+    def _find_model(self) -> None:
+        if self.model is None:
+            self.model = chosen_model(self._retried(self.openai.models.list).data, self.served.backbone)
 
     def _label(self, request: ServedRequest) -> dict[str, Any]:
         steps = labelling(self.served.words)
@@ -165,8 +171,6 @@ class LoPAClient(_Client):
         return answer
 
     def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
-        if self.model is None:
-            self.model = chosen_model(self._retried(self.openai.models.list).data, self.served.backbone)
         create = functools.partial(self.openai.chat.completions.create, model=self.model, **options)
         return self._retried(lambda: create(messages=request.messages))
 
@@ -192,14 +196,16 @@ class AsyncLoPAClient(_Client):
         """See :meth:`LoPAClient.chat`; with ``stream`` an :class:`AsyncCheckedStream`."""
         check_options(options)
         request = await asyncio.to_thread(self._chat, prompt, instance_text)
+        await self._find_model()
         if stream:
-            shows, streamed = _stream_options(options)
+            shows, streamed = stream_options(options)
             return AsyncCheckedStream(await self._send(request, {**options, **streamed}), request, shows)
         return await self._answer(request, options)
 
     async def classify(self, texts: Any) -> list[dict[str, Any]]:
         """See :meth:`LoPAClient.classify`."""
         requests, room = await asyncio.to_thread(self._classes, texts), asyncio.Semaphore(self.max_inflight)
+        await self._find_model()
 
         async def label(request: ServedRequest) -> dict[str, Any]:
             async with room:
@@ -215,6 +221,10 @@ class AsyncLoPAClient(_Client):
     async def close(self) -> None:
         """Closes its connections."""
         await self.openai.close()
+
+    async def _find_model(self) -> None:
+        if self.model is None:
+            self.model = chosen_model((await self._retried(self.openai.models.list)).data, self.served.backbone)
 
     async def _label(self, request: ServedRequest) -> dict[str, Any]:
         steps = labelling(self.served.words)
@@ -233,8 +243,6 @@ class AsyncLoPAClient(_Client):
         return answer
 
     async def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
-        if self.model is None:
-            self.model = chosen_model((await self._retried(self.openai.models.list)).data, self.served.backbone)
         create = functools.partial(self.openai.chat.completions.create, model=self.model, **options)
         return await self._retried(lambda: create(messages=request.messages))
 
@@ -248,103 +256,6 @@ class AsyncLoPAClient(_Client):
                     raise
             await asyncio.sleep(seconds)
             attempt += 1
-
-
-class CheckedStream:
-    """The chunks of an answer; raises a PromptDroppedError where the server read another number of tokens.
-
-    A vLLM server says so with the first chunk. A stream that is not read to its end is closed by :meth:`close`, or by
-    a ``with`` around it.
-    """
-
-    def __init__(self, stream: Stream[ChatCompletionChunk], request: ServedRequest, shows_usage: bool) -> None:
-        self._stream, self._seen = stream, _Usage(request, shows_usage)
-        self._chunks = self._checked()
-
-    def __iter__(self) -> Iterator[ChatCompletionChunk]:
-        return self._chunks
-
-    def __next__(self) -> ChatCompletionChunk:
-        return next(self._chunks)
-
-    def __enter__(self) -> CheckedStream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the answer: the server stops."""
-        self._stream.close()
-
-    def _checked(self) -> Iterator[ChatCompletionChunk]:
-        try:
-            for chunk in self._stream:
-                if self._seen.shows(chunk):
-                    yield chunk
-            self._seen.check_end()
-        finally:
-            self.close()
-
-
-class AsyncCheckedStream:
-    """See :class:`CheckedStream`."""
-
-    def __init__(self, stream: AsyncStream[ChatCompletionChunk], request: ServedRequest, shows_usage: bool) -> None:
-        self._stream, self._seen = stream, _Usage(request, shows_usage)
-        self._chunks = self._checked()
-
-    def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
-        return self._chunks
-
-    async def __anext__(self) -> ChatCompletionChunk:
-        return await self._chunks.__anext__()
-
-    async def __aenter__(self) -> AsyncCheckedStream:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the answer: the server stops."""
-        await self._stream.close()
-
-    async def _checked(self) -> AsyncIterator[ChatCompletionChunk]:
-        try:
-            async for chunk in self._stream:
-                if self._seen.shows(chunk):
-                    yield chunk
-            self._seen.check_end()
-        finally:
-            await self.close()
-
-
-class _Usage:
-    """Checks the usage in a stream's chunks, and hides what the caller did not ask for."""
-
-    def __init__(self, request: ServedRequest, shows_usage: bool) -> None:
-        self._request, self._shows_usage, self._was_seen = request, shows_usage, False
-
-    def shows(self, chunk: Any) -> bool:
-        """Returns whether the caller gets a chunk."""
-        if chunk.usage is not None:
-            self._request.check_usage(chunk.usage)
-            self._was_seen = True
-            if chunk.choices or not self._shows_usage:
-                chunk.usage = None  # it was asked for at every chunk, to see the first one's
-        return bool(chunk.choices) or self._shows_usage
-
-    def check_end(self) -> None:
-        if not self._was_seen:
-            self._request.check_usage(None)
-
-
-def _stream_options(options: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """Whether the caller wants to see the usage, and the options by which the server sends it with each chunk."""
-    given = dict(options.get("stream_options") or {})
-    usage = {"include_usage": True, "continuous_usage_stats": True}
-    return bool(given.get("include_usage")), {"stream": True, "stream_options": {**given, **usage}}
 
 
 def chosen_model(cards: Sequence[Any], backbone: str) -> str:
@@ -383,7 +294,7 @@ def wait_before_retry(error: Exception, attempt: int) -> float | None:
         asked = float(headers.get("retry-after", 0))
     except ValueError:  # a date
         asked = 0.0
-    waits = 0.5 * 2**attempt * random.uniform(0.5, 1)
+    waits: float = 0.5 * 2**attempt * random.uniform(0.5, 1)
     return min(_LONGEST_WAIT, max(asked, waits))
 
 
