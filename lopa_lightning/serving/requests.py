@@ -16,10 +16,12 @@ from torch import Tensor
 
 from lopa_lightning.backbones.chat import Chat, listed_prompts, question
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
+from lopa_lightning.backbones.pretrained import meta_model
 from lopa_lightning.backbones.text_spec import TextSpec
+from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
 from lopa_lightning.errors import LoPAError, listed, one_line, shown
-from lopa_lightning.modules import ClassificationModule
+from lopa_lightning.modules import ClassificationModule, LoPALightningModule
 from lopa_lightning.modules.predict import check_rows
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
 from lopa_lightning.serving.prompter import LoPAPrompter
@@ -117,12 +119,13 @@ class ServedPrompter:
             )
         module = bundle.unloaded_module(trust_remote_code)
         self.backbone = module.backbone_spec.name
-        self.spec = _spec(module, self.backbone)
+        self.spec = _spec(module, self.facts.num_virtual_tokens)
         _check_tokenizer(bundle, self.spec, self.backbone)
         self.task = module.required_task() if isinstance(module, ClassificationModule) else None
         self.words: dict[str, int] = {}  # token of each label's word
-        if isinstance(module, ClassificationModule) and self.task is not None:
-            self.words = dict(zip(self.task.labels, module.word_ids(self.task.words or [])))
+        if self.task is not None:
+            ids = label_word_ids(self.spec.tokenizer, self.task.words or [], self.spec.chat.answer_start)
+            self.words = dict(zip(self.task.labels, ids))
             self._tokenize = task_encoder(self.task, self.spec).to_backbone
         self.prompter = source if isinstance(source, LoPAPrompter) else LoPAPrompter(source, trust_remote_code)
         self._one_at_a_time = threading.Lock()
@@ -295,15 +298,17 @@ def label_record(words: Mapping[str, int], logprobs: Mapping[int, float], reques
     return {"label": max(named, key=lambda label: named[label]), "probabilities": named}
 
 
-def _spec(module: Any, name: str) -> TextSpec:
-    """Tokenizer, chat template and lengths of the backbone."""
+def _spec(module: LoPALightningModule, m: int) -> TextSpec:
+    """Tokenizer, chat template and lengths of the backbone, of which no weight is opened."""
+    kind, name = module.builder.kind, module.backbone_spec.name
+    needs = f"a client needs the tokenizer and the config of the backbone {name!r}, to count the tokens of a chat"
     try:
-        spec = module.input_spec
+        backbone = kind.backbone(meta_model(kind.spec, kind.family), placement=module.placement)
+        spec = kind.input_spec(backbone, m, None, None)
     except LoPAError as error:
-        needs = f"a client needs the tokenizer and the config of the backbone {name!r}, to count the tokens of a chat"
         raise LoPAError(f"{needs}: {error}") from error
     except Exception as error:  # of transformers or the hub
-        raise LoPAError(f"tokenizer or config of the backbone {name!r} cannot be read: {one_line(error)}") from error
+        raise LoPAError(f"{needs}: {one_line(error)}") from error
     assert isinstance(spec, TextSpec)
     return spec
 
