@@ -13,12 +13,15 @@ import huggingface_hub
 import yaml
 from huggingface_hub import ModelCardData
 
+from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.bundle_file import BundleConfig
 
 LIBRARY = "lopa-lightning"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
-_SERVED = "A vLLM server of the backbone takes the soft prompts: `vllm serve {name} --enable-prompt-embeds`."
+_SERVED = "A vLLM server of the backbone takes the soft prompts: `vllm serve {name} --enable-prompt-embeds`. {how}"
+_IN_CHATS = "`LoPAClient` of LoPA Lightning puts them into chat messages."
+_WHOLE = "Its `/v1/completions` wants the embeddings of the whole text with them; in a chat they were not trained."
 _BODY = """# A soft prompt for {backbone}
 
 {what}
@@ -70,10 +73,17 @@ def model_card(
         d=config.prompt.embedding_dim,
         facts=_facts(config, run),
         python=_python(config, unserved),
-        serving=f"Not by an inference server: {unserved}." if unserved else _SERVED.format(name=backbone),
+        serving=_serving(config, backbone, unserved),
         made_with=config.made_with,
     )
     return f"---\n{_metadata(config, backbone, run, license).to_yaml()}\n---\n\n{body}"
+
+
+def _serving(config: BundleConfig, backbone: str, unserved: str | None) -> str:
+    if unserved:
+        return f"Not by an inference server: {unserved}."
+    how = _IN_CHATS if config.prompt.placement in CHAT_PLACEMENTS else _WHOLE
+    return _SERVED.format(name=backbone, how=how)
 
 
 def _metadata(config: BundleConfig, backbone: str, run: Mapping[str, Any], license: str | None) -> ModelCardData:
