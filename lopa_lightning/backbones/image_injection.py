@@ -1,6 +1,6 @@
 """Where virtual tokens go among the tokens of an image: between CLS and registers, and the patches.
 
-Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119). Hooks put them in, so that no model is written anew:
+Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119). Hooks put them in, so that no model is rewritten:
 what lies before and after them is what the layer before returned, to the bit.
 """
 

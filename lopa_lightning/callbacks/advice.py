@@ -29,7 +29,7 @@ def of_gate(gate: Tensor) -> str | None:
         return None
     return (
         f"{share:.0%} of the gate is within {_FLAT} of 0 or 1, where it hardly learns: lower the learning rate of "
-        "low_rank (learning_rates), or start anew with a smaller one"
+        "low_rank (learning_rates)"
     )
 
 
