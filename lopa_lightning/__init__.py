@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lopa_lightning.serving.bundle import Bundle
     from lopa_lightning.serving.client import AsyncLoPAClient, LoPAClient
     from lopa_lightning.serving.prompter import LoPAPrompter
-    from lopa_lightning.serving.requests import ServedPrompter, build_messages
+    from lopa_lightning.serving.requests import ServedPrompter, build_messages, build_prompt_embeds
     from lopa_lightning.task import Task, Verbalizer
 
 __version__ = "0.1.0"
@@ -70,6 +70,7 @@ _HOMES = {
     "Verbalizer": "task",
     "VisualPromptTuning": "prompts",
     "build_messages": "serving.requests",
+    "build_prompt_embeds": "serving.requests",
     "default_callbacks": "callbacks",
 }
 
@@ -102,6 +103,7 @@ __all__ = [
     "Verbalizer",
     "VisualPromptTuning",
     "build_messages",
+    "build_prompt_embeds",
     "default_callbacks",
 ]
 

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from lopa_lightning.backbones.transformers_internals import conversions, without_ignored
 from lopa_lightning.errors import LoPAError, one_line
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LEGACY = {"weight": "gamma", "bias": "beta"}  # of BERT's layer norms, as they were first saved
 _NUMBER = re.compile(r"\d+")
 
@@ -33,18 +33,34 @@ def weight_files(location: str, options: Mapping[str, Any]) -> dict[str, Path]:
     Raises:
         LoPAError: If an index is damaged, or names a file that is not there.
     """
-    index = _file(location, _INDEX, options)
-    if index is None:
-        single = _file(location, _SINGLE, options)
+    names = indexed(location, options)
+    if not names:
+        single = weight_file(location, SINGLE, options)
         return {} if single is None else dict.fromkeys(shapes_in(single), single)
+    files = {name: weight_file(location, name, options) for name in sorted(set(names.values()))}
+    if gone := [name for name, path in files.items() if path is None]:
+        what = f"the index of weights in {location!r}"
+        raise LoPAError(f"{what} names {', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}, not found there")
+    return {tensor: path for tensor, name in names.items() if (path := files[name]) is not None}
+
+
+def indexed(location: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the name of the file that has a tensor, by an index of weights; nothing where there is no index.
+
+    Args:
+        location: Hub id or folder.
+        options: See :func:`weight_files`.
+
+    Raises:
+        LoPAError: If the index is damaged.
+    """
+    index = weight_file(location, _INDEX, options)
+    if index is None:
+        return {}
     try:
-        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        files = {name: _file(location, name, options) for name in sorted(set(names.values()))}
+        return {str(key): str(name) for key, name in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoPAError(f"{str(index)!r} is no index of weights: {one_line(error)}") from error
-    if gone := [name for name, path in files.items() if path is None]:
-        raise LoPAError(f"{str(index)!r} names {', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}, not found there")
-    return {tensor: path for tensor, name in names.items() if (path := files[name]) is not None}
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
@@ -79,7 +95,7 @@ def check_files(name: str, model: PreTrainedModel, location: str, options: Mappi
         return
     folder = Path(location)
     if not files and folder.is_dir() and not any(path.is_file() for path in folder.glob("*model*.*")):
-        raise LoPAError(f"no model weights in {name!r}: neither {_SINGLE} nor pytorch_model.bin")
+        raise LoPAError(f"no model weights in {name!r}: neither {SINGLE} nor pytorch_model.bin")
     if not files:
         body = {id(parameter) for parameter in model.base_model.parameters()}
         head = [key for key, parameter in model.named_parameters() if id(parameter) not in body]
@@ -134,7 +150,7 @@ def check_weights(
             raise LoPAError(f"the weights of {name!r} have {key}, and its config no layer of that number")
 
 
-def sources_of(model: PreTrainedModel, files: Mapping[str, Path]) -> tuple[dict[str, str], list[str]]:
+def sources_of(model: PreTrainedModel, files: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
     """Returns the saved tensor of each parameter and buffer, and the parameters that have none.
 
     Args:
@@ -162,7 +178,7 @@ def _spellings(name: str, prefix: str) -> list[str]:
     return names
 
 
-def _file(location: str, name: str, options: Mapping[str, Any]) -> Path | None:
+def weight_file(location: str, name: str, options: Mapping[str, Any]) -> Path | None:
     """Returns a file of a hub id or folder; None if it is not there."""
     where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
     try:

@@ -21,7 +21,7 @@ LIBRARY = "lopa-lightning"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _SERVED = "A vLLM server of the backbone takes the soft prompts: `vllm serve {name} --enable-prompt-embeds`. {how}"
 _IN_CHATS = "`LoPAClient` of LoPA Lightning puts them into chat messages."
-_WHOLE = "Its `/v1/completions` wants the embeddings of the whole text with them. They were not trained inside a chat."
+_WHOLE = "`LoPAClient` of LoPA Lightning sends them with the embeddings of the whole text to its `/v1/completions`."
 _BODY = """# A soft prompt for {backbone}
 
 {what}

@@ -8,8 +8,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.serving.bundle import Bundle
 from lopa_lightning.serving.prompter import LoPAPrompter
@@ -23,7 +24,6 @@ from lopa_lightning.serving.streams import AsyncCheckedStream, CheckedStream, st
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
-    from openai.types.chat import ChatCompletion
 
 _LONGEST_WAIT = 30.0  # seconds
 
@@ -54,13 +54,24 @@ class _Client:
         # The package wants a key, and would take that of OpenAI from the environment.
         self.openai = kind(base_url=url, api_key=api_key or "none", max_retries=0, **options)
 
-    def _chat(self, prompt: Any, instance_text: str | None) -> ServedRequest:
+    def _request(self, method: str, prompt: Any, instance_text: str | None) -> ServedRequest:
         if self.served.task is not None:
             raise LoPAError("the bundle answers with label words; use classify")
+        placement = self.served.facts.placement
+        if (right := "chat" if placement in CHAT_PLACEMENTS else "complete") != method:
+            raise LoPAError(f"the bundle's soft prompt has placement {placement!r}; use {right} in place of {method}")
         requests = self.served.requests(prompt, instance_text)
         if len(requests) != 1:
-            raise LoPAError(f"chat takes one text or one chat, got {len(requests)}")
+            raise LoPAError(f"{method} takes one text or one chat, got {len(requests)}; use map for several")
         return requests[0]
+
+    def _texts(self, prompts: Any, instance_texts: Sequence[str] | None, options: Mapping[str, Any]) -> list[Any]:
+        check_options(options)
+        if options.get("stream"):
+            raise LoPAError("map gives whole answers; use chat or complete for a stream")
+        if self.served.task is not None:
+            raise LoPAError("the bundle answers with label words; use classify")
+        return self.served.requests(prompts, instance_texts)
 
     def _classes(self, texts: Any) -> list[ServedRequest]:
         if not self.served.words:
@@ -68,7 +79,17 @@ class _Client:
         return self.served.requests(texts)
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
-        """Seconds until a request is sent again; None where it is not."""
+        """Seconds until a request is sent again; None where it is not.
+
+        Raises:
+            LoPAError: If it was too large.
+        """
+        if getattr(error, "status_code", None) == 413:
+            size = cast(Any, error).request.headers.get("content-length", "that many")
+            raise LoPAError(
+                f"the server, or a proxy before it, takes no request of {size} bytes (413): raise its limit, such as "
+                "nginx's client_max_body_size (1 MiB by default), or send ServedPrompter(..., dtype='bfloat16')"
+            ) from error
         return wait_before_retry(error, attempt) if attempt < self.max_retries else None
 
 
@@ -82,7 +103,7 @@ class LoPAClient(_Client):
         model: What the server calls the backbone; by default it is asked.
         max_retries: How often a request is sent again that the server was too busy for (429, 503), or whose connection
             was not accepted. After any other error it is not: a request that ends a server would end the next one.
-        max_inflight: Requests of ``classify`` at a time.
+        max_inflight: Requests of ``classify`` and ``map`` at a time.
         **options: Of ``openai.OpenAI``, such as ``timeout`` in seconds.
 
     Raises:
@@ -115,13 +136,46 @@ class LoPAClient(_Client):
             PromptDroppedError: If the server read another number of tokens than it was sent.
             openai.OpenAIError: Of the server or the network.
         """
-        check_options(options)
-        request = self._chat(prompt, instance_text)
-        self._find_model()
-        if stream:
-            shows, streamed = stream_options(options)
-            return CheckedStream(self._send(request, {**options, **streamed}), request, shows)
-        return self._answer(request, options)
+        return self._asked("chat", prompt, instance_text, stream, options)
+
+    def complete(self, prompt: Any, *, instance_text: str | None = None, stream: bool = False, **options: Any) -> Any:
+        """Completes a text, for a bundle whose soft prompt does not stand in a chat: placement ``before``, the default.
+
+        The embeddings of the whole text are sent, of which rows of the backbone's table are read.
+
+        Args:
+            prompt: A text; or a chat, which is rendered here.
+            instance_text: See :meth:`chat`.
+            stream: See :meth:`chat`.
+            **options: Of ``openai.OpenAI().completions.create``; without ``max_tokens`` a server stops after 16.
+
+        Returns:
+            A ``Completion``; with ``stream`` a :class:`CheckedStream` of them.
+
+        Raises:
+            LoPAError: If the text or an option does not go with a soft prompt.
+            PromptDroppedError: See :meth:`chat`.
+            openai.OpenAIError: See :meth:`chat`.
+        """
+        return self._asked("complete", prompt, instance_text, stream, options)
+
+    def map(self, prompts: Any, *, instance_texts: Sequence[str] | None = None, **options: Any) -> list[Any]:
+        """Answers many texts or chats, each by a request of its own, ``max_inflight`` at a time.
+
+        Args:
+            prompts: A list of what :meth:`chat` or :meth:`complete` takes, whichever the bundle is for.
+            instance_texts: What the instance encoder reads of each.
+            **options: See these; there is no ``stream``.
+
+        Returns:
+            Their answers, in the order of the prompts.
+
+        Raises:
+            LoPAError: See :meth:`chat`.
+            PromptDroppedError: See :meth:`chat`.
+            openai.OpenAIError: See :meth:`chat`.
+        """
+        return self._each(lambda request: self._answer(request, options), self._texts(prompts, instance_texts, options))
 
     def classify(self, texts: Any) -> list[dict[str, Any]]:
         """Labels texts, as ``module.predict`` does.
@@ -137,25 +191,38 @@ class LoPAClient(_Client):
             PromptDroppedError: See :meth:`chat`.
             openai.OpenAIError: See :meth:`chat`.
         """
-        requests = self._classes(texts)
-        self._find_model()
-        with ThreadPoolExecutor(self.max_inflight) as pool:
-            tasks = [pool.submit(self._label, request) for request in requests]
-            try:
-                return [task.result() for task in tasks]
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return self._each(self._label, self._classes(texts))
 
     def close(self) -> None:
         """Closes its connections."""
         self.openai.close()
+
+    def _asked(
+        self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
+    ) -> Any:
+        check_options(options)
+        request = self._request(method, prompt, instance_text)
+        self._find_model()
+        if stream:
+            shows, streamed = stream_options(options)
+            return CheckedStream(self._send(request, {**options, **streamed}), request, shows)
+        return self._answer(request, options)
+
+    def _each(self, answer: Callable[[ServedRequest], Any], requests: Sequence[ServedRequest]) -> list[Any]:
+        self._find_model()
+        with ThreadPoolExecutor(self.max_inflight) as pool:
+            tasks = [pool.submit(answer, request) for request in requests]
+            try:
+                return [task.result() for task in tasks]
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _find_model(self) -> None:
         if self.model is None:
             self.model = chosen_model(self._retried(self.openai.models.list).data, self.served.backbone)
 
     def _label(self, request: ServedRequest) -> dict[str, Any]:
-        steps = labelling(self.served.words)
+        steps = labelling(self.served.words, request.path)
         options = next(steps)
         while True:
             answer = self._answer(request, options)
@@ -165,14 +232,13 @@ class LoPAClient(_Client):
                 record: dict[str, Any] = done.value
                 return record
 
-    def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> ChatCompletion:
-        answer: ChatCompletion = self._send(request, options)
+    def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
+        answer = self._send(request, options)
         request.check_usage(answer.usage)
         return answer
 
     def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
-        create = functools.partial(self.openai.chat.completions.create, model=self.model, **options)
-        return self._retried(lambda: create(messages=request.messages))
+        return self._retried(_call(self.openai, request, self.model, options))
 
     def _retried(self, send: Callable[[], Any]) -> Any:
         attempt = 0
@@ -194,40 +260,61 @@ class AsyncLoPAClient(_Client):
 
     async def chat(self, prompt: Any, *, instance_text: str | None = None, stream: bool = False, **options: Any) -> Any:
         """See :meth:`LoPAClient.chat`; with ``stream`` an :class:`AsyncCheckedStream`."""
+        return await self._asked("chat", prompt, instance_text, stream, options)
+
+    async def complete(
+        self, prompt: Any, *, instance_text: str | None = None, stream: bool = False, **options: Any
+    ) -> Any:
+        """See :meth:`LoPAClient.complete`; with ``stream`` an :class:`AsyncCheckedStream`."""
+        return await self._asked("complete", prompt, instance_text, stream, options)
+
+    async def map(self, prompts: Any, *, instance_texts: Sequence[str] | None = None, **options: Any) -> list[Any]:
+        """See :meth:`LoPAClient.map`."""
+        requests = await asyncio.to_thread(self._texts, prompts, instance_texts, options)
+        return await self._each(lambda request: self._answer(request, options), requests)
+
+    async def classify(self, texts: Any) -> list[dict[str, Any]]:
+        """See :meth:`LoPAClient.classify`."""
+        return await self._each(self._label, await asyncio.to_thread(self._classes, texts))
+
+    async def close(self) -> None:
+        """Closes its connections."""
+        await self.openai.close()
+
+    async def _asked(
+        self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
+    ) -> Any:
         check_options(options)
-        request = await asyncio.to_thread(self._chat, prompt, instance_text)
+        request = await asyncio.to_thread(self._request, method, prompt, instance_text)
         await self._find_model()
         if stream:
             shows, streamed = stream_options(options)
             return AsyncCheckedStream(await self._send(request, {**options, **streamed}), request, shows)
         return await self._answer(request, options)
 
-    async def classify(self, texts: Any) -> list[dict[str, Any]]:
-        """See :meth:`LoPAClient.classify`."""
-        requests, room = await asyncio.to_thread(self._classes, texts), asyncio.Semaphore(self.max_inflight)
+    async def _each(
+        self, answer: Callable[[ServedRequest], Awaitable[Any]], requests: Sequence[ServedRequest]
+    ) -> list[Any]:
+        room = asyncio.Semaphore(self.max_inflight)
         await self._find_model()
 
-        async def label(request: ServedRequest) -> dict[str, Any]:
+        async def one(request: ServedRequest) -> Any:
             async with room:
-                return await self._label(request)
+                return await answer(request)
 
-        tasks = [asyncio.ensure_future(label(request)) for request in requests]
+        tasks = [asyncio.ensure_future(one(request)) for request in requests]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def close(self) -> None:
-        """Closes its connections."""
-        await self.openai.close()
-
     async def _find_model(self) -> None:
         if self.model is None:
             self.model = chosen_model((await self._retried(self.openai.models.list)).data, self.served.backbone)
 
     async def _label(self, request: ServedRequest) -> dict[str, Any]:
-        steps = labelling(self.served.words)
+        steps = labelling(self.served.words, request.path)
         options = next(steps)
         while True:
             answer = await self._answer(request, options)
@@ -237,14 +324,13 @@ class AsyncLoPAClient(_Client):
                 record: dict[str, Any] = done.value
                 return record
 
-    async def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> ChatCompletion:
-        answer: ChatCompletion = await self._send(request, options)
+    async def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
+        answer = await self._send(request, options)
         request.check_usage(answer.usage)
         return answer
 
     async def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
-        create = functools.partial(self.openai.chat.completions.create, model=self.model, **options)
-        return await self._retried(lambda: create(messages=request.messages))
+        return await self._retried(_call(self.openai, request, self.model, options))
 
     async def _retried(self, send: Callable[[], Awaitable[Any]]) -> Any:
         attempt = 0
@@ -256,6 +342,14 @@ class AsyncLoPAClient(_Client):
                     raise
             await asyncio.sleep(seconds)
             attempt += 1
+
+
+def _call(openai: Any, request: ServedRequest, model: str | None, options: Mapping[str, Any]) -> Callable[[], Any]:
+    """What sends a request by a client of the ``openai`` package."""
+    if request.path == "completions":
+        body = {**(options.get("extra_body") or {}), **request.body}
+        return functools.partial(openai.completions.create, **{**options, "extra_body": body}, model=model, prompt=None)
+    return functools.partial(openai.chat.completions.create, **options, model=model, messages=request.messages)
 
 
 def chosen_model(cards: Sequence[Any], backbone: str) -> str:

@@ -1,8 +1,13 @@
-"""What a server is sent, and what it must answer: chats with a soft prompt as a part of a message. No network here."""
+"""What a server is sent, and what it must answer. No network here.
+
+A soft prompt that stands in a chat is sent as a part of a message. One that stands before a text is sent with the
+embeddings of the whole text.
+"""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import math
 import threading
@@ -13,6 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.chat import Chat, listed_prompts, question
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
@@ -20,14 +26,15 @@ from lopa_lightning.backbones.pretrained import meta_model
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
-from lopa_lightning.errors import LoPAError, listed, one_line, shown
-from lopa_lightning.modules import ClassificationModule, LoPALightningModule
+from lopa_lightning.errors import LoPAError, listed, one_line, one_of, shown
+from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
 from lopa_lightning.modules.predict import check_rows
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
+from lopa_lightning.serving.embeddings import EmbeddingTable, check_architecture
 from lopa_lightning.serving.prompter import LoPAPrompter
 
 MOST_BYTES = 2**20
-"""Of a soft prompt as it is sent; what many proxies take of a request."""
+"""Of a soft prompt as it is sent, with its text's embeddings where they are; what many proxies take of a request."""
 MOST_WORDS = 20  # logprobs that a server returns at most for a token, by default
 
 _READS_PROMPT = "it reads the prompt's own tokens, which a soft prompt does not have: some servers end, or count others"
@@ -40,7 +47,7 @@ _REFUSED = {
     **dict.fromkeys(("tools", "tool_choice", "functions", "function_call", "documents", "reasoning_effort"), _RENDERS),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "add_generation_prompt"), _RENDERS),
     **dict.fromkeys(("continue_final_message", "add_special_tokens", "truncate_prompt_tokens"), _RENDERS),
-    **dict.fromkeys(("messages", "prompt_embeds"), _OURS),
+    **dict.fromkeys(("messages", "prompt", "prompt_embeds"), _OURS),
     "model": "it is chosen once, as LoPAClient(..., model=...); adapters of a server's own do not go with soft prompts",
 }
 _NEUTRAL = {"echo": False, "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
@@ -53,17 +60,35 @@ class PromptDroppedError(LoPAError):
 
 @dataclass(frozen=True)
 class ServedRequest:
-    """A chat to send.
+    """A chat to send, or a text as embeddings.
 
     Attributes:
-        messages: With the soft prompt as a part of one.
+        body: What is sent of the prompt: ``messages``, with the soft prompt as a part of one, or ``prompt_embeds``.
         virtual_tokens: m.
-        text_tokens: Tokens of the rendered chat beside them.
+        ids: Tokens of the text or the rendered chat beside them.
+        position: How many of these stand before the virtual tokens.
     """
 
-    messages: list[dict[str, Any]]
+    body: dict[str, Any]
     virtual_tokens: int
-    text_tokens: int
+    ids: list[int]
+    position: int
+
+    @property
+    def path(self) -> str:
+        """Where it is sent to, after ``/v1/``."""
+        return "chat/completions" if "messages" in self.body else "completions"
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """Of a chat."""
+        found: list[dict[str, Any]] = self.body["messages"]
+        return found
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens beside the virtual ones."""
+        return len(self.ids)
 
     def check_usage(self, usage: Any) -> None:
         """Compares what a server says that it has read.
@@ -78,7 +103,7 @@ class ServedRequest:
         read = None if usage is None else usage.prompt_tokens
         if read == m + own:
             return
-        wanted = f"expected {m + own}: {m} virtual and {own} of the chat"
+        wanted = f"expected {m + own}: {m} virtual and {own} of the text"
         if read is None:
             raise PromptDroppedError(f"the server does not say how many tokens of the prompt it read ({wanted})")
         why = "its chat template or tokenizer is not the bundle's, or a proxy changed the request"
@@ -91,16 +116,20 @@ class ServedPrompter:
     """Makes the requests of a bundle. Threads may share it.
 
     It loads the instance encoder, and tokenizer and config of the backbone, which count the tokens that a server must
-    read. The backbone's weights are not read.
+    read. Of the backbone's weights nothing is read; or where the soft prompt does not stand in a chat, and the text is
+    sent as embeddings, the rows of its tokens.
 
     Args:
         source: The bundle, or its prompter.
         trust_remote_code: Whether models may run code of their own, where the bundle says that they do.
-        max_prompt_bytes: Of a soft prompt as it is sent, at most.
+        max_prompt_bytes: Of a soft prompt as it is sent, with the embeddings of its text where they are, at most.
+        dtype: In which values are sent: ``bfloat16``, ``float16`` or ``float32``; by default the dtype of the backbone
+            in training.
+        scale: All values are multiplied by it, for a server that wants them so; ``lopa doctor`` says if one does.
 
     Raises:
-        LoPAError: If no server can answer with the bundle, it is not placed in a chat, or the backbone's tokenizer or
-            chat template is not there, or not the bundle's.
+        LoPAError: If no server can answer with the bundle, or the backbone's tokenizer or chat template is not there,
+            or not the bundle's; or if its embedding table is needed, and cannot be read by rows.
     """
 
     def __init__(
@@ -108,25 +137,27 @@ class ServedPrompter:
         source: Bundle | LoPAPrompter,
         trust_remote_code: bool = False,
         max_prompt_bytes: int = MOST_BYTES,
+        dtype: str | None = None,
+        scale: float = 1.0,
     ) -> None:
         bundle = source if isinstance(source, Bundle) else source.bundle
         bundle.check_served()
         self.facts, self.max_prompt_bytes = bundle.config.prompt, max_prompt_bytes
-        if self.facts.placement not in CHAT_PLACEMENTS:
-            raise LoPAError(
-                f"the bundle's placement is {self.facts.placement!r}, and a chat server takes soft prompts inside a "
-                f"message alone; train with placement: {' or '.join(CHAT_PLACEMENTS)}"
-            )
         module = bundle.unloaded_module(trust_remote_code)
         self.backbone = module.backbone_spec.name
-        self.spec = _spec(module, self.facts.num_virtual_tokens)
+        model, self.spec = _backbone(module, self.facts.num_virtual_tokens)
         _check_tokenizer(bundle, self.spec, self.backbone)
         self.task = module.required_task() if isinstance(module, ClassificationModule) else None
         self.words: dict[str, int] = {}  # token of each label's word
+        in_chat = self.facts.placement in CHAT_PLACEMENTS
         if self.task is not None:
-            ids = label_word_ids(self.spec.tokenizer, self.task.words or [], self.spec.chat.answer_start)
+            answer = self.spec.chat.answer_start if in_chat else None
+            ids = label_word_ids(self.spec.tokenizer, self.task.words or [], answer)
             self.words = dict(zip(self.task.labels, ids))
             self._tokenize = task_encoder(self.task, self.spec).to_backbone
+        trained_in = _sent_dtype(self.facts.dtype)  # it reads virtual tokens in it, too
+        self.dtype, self.scale = trained_in if dtype is None else _sent_dtype(dtype), scale
+        self._table = None if in_chat else EmbeddingTable(module.backbone_spec, model, trained_in)
         self.prompter = source if isinstance(source, LoPAPrompter) else LoPAPrompter(source, trust_remote_code)
         self._one_at_a_time = threading.Lock()
 
@@ -146,34 +177,53 @@ class ServedPrompter:
                 raise LoPAError("the instance encoder of a classifier reads the rows; instance_texts is for chats")
             return self._of_rows(inputs)
         prompts = listed_prompts(inputs)
-        chats = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
         read = [instance_texts] if isinstance(instance_texts, str) else instance_texts
         instances = [question(each) for each in prompts] if read is None else listed("instance_texts", read)
-        if len(instances) != len(chats):
-            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(chats)}")
-        return self._sent(chats, {"text": instances})
+        if len(instances) != len(prompts):
+            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
+        return self._requests(prompts, {"text": instances})
 
     def _of_rows(self, texts: Any) -> list[ServedRequest]:
         assert self.task is not None
         rows = rows_of(texts, task_template(self.task).columns)
         check_rows(rows)
-        asked, cut = self._tokenize.texts(rows)
+        encoded = None
+        if self._table is None:
+            asked, cut = self._tokenize.texts(rows)
+        else:
+            found = self._tokenize(rows)
+            encoded, cut = found["input_ids"], found["truncated"]
+            asked = [""] * len(cut)  # its tokens are what is sent
         if sum(cut):
             rank_zero_warn(f"{sum(cut)} of {len(cut)} texts were cut to {self._tokenize.max_tokens} tokens")
-        return self._sent([[{"role": "user", "content": text}] for text in asked], rows)
+        return self._requests(asked, rows, encoded)
 
-    def _sent(self, chats: Sequence[Chat], rows: Mapping[str, Sequence[str]]) -> list[ServedRequest]:
-        if not chats:
+    def _requests(
+        self,
+        asked: Sequence[str | Chat],
+        rows: Mapping[str, Sequence[str]],
+        encoded: list[list[int]] | None = None,
+    ) -> list[ServedRequest]:
+        if not asked:
             return []
         with self._one_at_a_time:  # tokenizers and encoder are not made for threads
-            ids, _ = self.spec.prompt_ids(chats)
+            ids, positions = self.spec.prompt_ids(asked) if encoded is None else (encoded, [0] * len(encoded))
+            longest, room = max(map(len, ids)), self.spec.max_tokens
+            if room is not None and longest > room:
+                raise LoPAError(f"a text has {longest} tokens, and beside the virtual ones is room for {room}")
             prompts = self.prompter({name: list(texts) for name, texts in rows.items()})
-        dtype = _sent_dtype(self.facts.dtype)
-        parts = [prompt_part(prompt, dtype, self.max_prompt_bytes) for prompt in prompts]
-        return [
-            ServedRequest(self.spec.chat.sent(chat, part), self.facts.num_virtual_tokens, len(own))
-            for chat, part, own in zip(chats, parts, ids)
-        ]
+        return [self._request(*each) for each in zip(asked, prompts, ids, positions)]
+
+    def _request(self, asked: str | Chat, prompt: Tensor, ids: list[int], position: int) -> ServedRequest:
+        if self._table is None:
+            part = prompt_part(prompt * self.scale, self.dtype, self.max_prompt_bytes)
+            chat = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            body: dict[str, Any] = {"messages": self.spec.chat.sent(chat, part)}
+        else:
+            text, position = self._table(ids), int(self.facts.placement == "after_first")
+            whole = torch.cat([text[:position], prompt.to(text), text[position:]]) * self.scale
+            body = {"prompt_embeds": encoded_tensor(whole, self.dtype, self.max_prompt_bytes)}
+        return ServedRequest(body, len(prompt), ids, position)
 
 
 def build_messages(source: ServedPrompter | LoPAPrompter | Bundle, messages: Any) -> list[dict[str, Any]]:
@@ -186,39 +236,71 @@ def build_messages(source: ServedPrompter | LoPAPrompter | Bundle, messages: Any
         messages: A text or a chat; for a classifier a row as ``predict`` takes it.
 
     Raises:
-        LoPAError: See :class:`ServedPrompter`; or if it is not one chat.
+        LoPAError: See :class:`ServedPrompter`; or if it is not one chat, or the soft prompt does not stand in one.
     """
+    found = _one(source, messages)
+    if "messages" not in found.body:
+        raise LoPAError("the bundle's soft prompt does not stand in a chat; use build_prompt_embeds")
+    return found.messages
+
+
+def build_prompt_embeds(source: ServedPrompter | LoPAPrompter | Bundle, text: Any) -> str:
+    """Returns soft prompt and text as ``prompt_embeds``, to send with a client of one's own to ``/v1/completions``.
+
+    Nothing is sent. With ``openai``'s: ``completions.create(prompt=None, extra_body={"prompt_embeds": ...})``. Check
+    the answer's ``usage.prompt_tokens`` as for :func:`build_messages`.
+
+    Args:
+        source: See :func:`build_messages`.
+        text: A text or a chat; for a classifier a row as ``predict`` takes it.
+
+    Raises:
+        LoPAError: See :class:`ServedPrompter`; or if it is not one text, or the soft prompt stands in a chat.
+    """
+    found = _one(source, text)
+    if "messages" in found.body:
+        raise LoPAError("the bundle's soft prompt stands in a chat, which a server renders; use build_messages")
+    return str(found.body["prompt_embeds"])
+
+
+def _one(source: ServedPrompter | LoPAPrompter | Bundle, asked: Any) -> ServedRequest:
     served = source if isinstance(source, ServedPrompter) else ServedPrompter(source)
-    found = served.requests(messages)
+    found = served.requests(asked)
     if len(found) != 1:
-        raise LoPAError(f"messages must be one text or one chat, got {len(found)}")
-    return found[0].messages
+        raise LoPAError(f"there must be one text or one chat, got {len(found)}")
+    return found[0]
 
 
 def prompt_part(prompt: Tensor, dtype: torch.dtype, most: int = MOST_BYTES) -> dict[str, str]:
-    """Returns the part of a message that a soft prompt is for vLLM: base64 of what ``torch.save`` writes.
+    """Returns the part of a message that a soft prompt is for vLLM; see :func:`encoded_tensor`."""
+    return {"type": "prompt_embeds", "data": encoded_tensor(prompt, dtype, most)}
+
+
+def encoded_tensor(values: Tensor, dtype: torch.dtype, most: int = MOST_BYTES) -> str:
+    """Returns virtual tokens, or a text with them, as vLLM reads them: base64 of what ``torch.save`` writes.
 
     Args:
-        prompt: Z ``[m, d]``.
+        values: ``[T, d]``.
         dtype: In which it is sent.
         most: Bytes of base64 at most.
 
     Raises:
         LoPAError: If a value is NaN or infinite in this dtype, or there are more bytes.
     """
-    sent = prompt.detach().to("cpu", dtype)
+    sent = values.detach().to("cpu", dtype)
     if not sent.isfinite().all():
         raise LoPAError(f"the soft prompt is NaN or infinite in part in {dtype}, and a server would answer nothing")
     buffer = io.BytesIO()
     torch.save(sent.contiguous().clone(), buffer)  # of a view all that it is a view of would be written
     data = base64.b64encode(buffer.getvalue()).decode()
     if len(data) > most:
-        m, d = sent.shape
+        count, width = sent.shape
         raise LoPAError(
-            f"the soft prompt of {m} × {d} takes {len(data)} bytes, max_prompt_bytes is {most}; raise it where server "
-            "and proxies take more"
+            f"the soft prompt of {count} × {width} takes {len(data)} bytes, max_prompt_bytes is {most}: raise it by "
+            "ServedPrompter(..., max_prompt_bytes=...), and what proxies take of a request, such as nginx's "
+            "client_max_body_size (1 MiB by default)"
         )
-    return {"type": "prompt_embeds", "data": data}
+    return data
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -235,7 +317,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise LoPAError(f"extra_body must not have {', '.join(sorted(ours))}; give it as an argument")
 
 
-def labelling(words: Mapping[str, int]) -> Generator[dict[str, Any], Any, dict[str, Any]]:
+def labelling(
+    words: Mapping[str, int], path: str = "chat/completions"
+) -> Generator[dict[str, Any], Any, dict[str, Any]]:
     """Yields the options of each request that labels a text, is sent its answer, and returns what ``predict`` does.
 
     Words that are not among the likeliest tokens are asked for one by one, where a server does not know
@@ -243,36 +327,52 @@ def labelling(words: Mapping[str, int]) -> Generator[dict[str, Any], Any, dict[s
 
     Args:
         words: Token of each label's word.
+        path: Of the requests, see :class:`ServedRequest`.
     """
     every, found = list(words.values()), dict[int, float]()
     groups = [every[first : first + MOST_WORDS] for first in range(0, len(every), MOST_WORDS)]
     for group in groups:
-        found |= word_logprobs((yield word_options(group)), group)
+        found |= word_logprobs((yield word_options(group, path)), group)
     missing = [word for word in every if word not in found]
     for word in missing:
-        found |= word_logprobs((yield word_options([word])), [word])
+        found |= word_logprobs((yield word_options([word], path)), [word])
     return label_record(words, found, len(groups) + len(missing))
 
 
-def word_options(words: Sequence[int]) -> dict[str, Any]:
+def word_options(words: Sequence[int], path: str) -> dict[str, Any]:
     """Returns the options of a request whose answer is one of some tokens, with their log probabilities."""
-    extra = {"allowed_token_ids": words, "logprob_token_ids": words, "return_tokens_as_token_ids": True}
-    answer = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": MOST_WORDS}
-    return {**answer, "extra_body": extra}
+    return {**first_token_options(words, path), "extra_body": {"allowed_token_ids": words, **_named_ids(words)}}
+
+
+def first_token_options(ids: Sequence[int], path: str) -> dict[str, Any]:
+    """Returns the options of a request for one token, with the log probabilities of those that are asked for."""
+    answer: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "extra_body": _named_ids(ids)}
+    if path == "completions":
+        return {**answer, "logprobs": MOST_WORDS}
+    return {**answer, "logprobs": True, "top_logprobs": MOST_WORDS}
+
+
+def _named_ids(ids: Sequence[int]) -> dict[str, Any]:
+    return {"logprob_token_ids": list(ids), "return_tokens_as_token_ids": True}
 
 
 def word_logprobs(answer: Any, words: Sequence[int]) -> dict[int, float]:
-    """Returns log probabilities of tokens that an answer names, those of ``words`` alone.
+    """Returns log probabilities of first tokens that an answer names, those of ``words`` alone.
 
     Raises:
         LoPAError: If the answer has none.
     """
     logprobs = answer.choices[0].logprobs
-    if logprobs is None or not logprobs.content:
+    named: dict[str, float] = {}
+    if logprobs is not None and getattr(logprobs, "content", None):  # of a chat
+        first = logprobs.content[0]
+        named = {each.token: each.logprob for each in (*first.top_logprobs, first)}
+    elif logprobs is not None and getattr(logprobs, "top_logprobs", None):
+        named = dict(logprobs.top_logprobs[0] or {})
+    if not named:
         raise LoPAError("the server sent no logprobs, by which labels are chosen")
-    first = logprobs.content[0]
-    named = {each.token.removeprefix("token_id:"): each.logprob for each in (*first.top_logprobs, first)}
-    return {word: named[str(word)] for word in words if str(word) in named}
+    found = {token.removeprefix("token_id:"): value for token, value in named.items()}
+    return {word: found[str(word)] for word in words if str(word) in found}
 
 
 def label_record(words: Mapping[str, int], logprobs: Mapping[int, float], requests: int) -> dict[str, Any]:
@@ -298,19 +398,21 @@ def label_record(words: Mapping[str, int], logprobs: Mapping[int, float], reques
     return {"label": max(named, key=lambda label: named[label]), "probabilities": named}
 
 
-def _spec(module: LoPALightningModule, m: int) -> TextSpec:
-    """Tokenizer, chat template and lengths of the backbone, of which no weight is opened."""
+def _backbone(module: LoPALightningModule, m: int) -> tuple[PreTrainedModel, TextSpec]:
+    """The backbone without weights, and its tokenizer, chat template and lengths."""
     kind, name = module.builder.kind, module.backbone_spec.name
-    needs = f"a client needs the tokenizer and the config of the backbone {name!r}, to count the tokens of a chat"
+    needs = f"a client needs the tokenizer and the config of the backbone {name!r}, to count the tokens of a text"
     try:
-        backbone = kind.backbone(meta_model(kind.spec, kind.family), placement=module.placement)
-        spec = kind.input_spec(backbone, m, None, None)
+        model = meta_model(kind.spec, kind.family)
+        spec = kind.input_spec(kind.backbone(model, placement=module.placement), m, None, None)
     except LoPAError as error:
         raise LoPAError(f"{needs}: {error}") from error
     except Exception as error:  # of transformers or the hub
         raise LoPAError(f"{needs}: {one_line(error)}") from error
     assert isinstance(spec, TextSpec)
-    return spec
+    check_architecture(model)
+    starts = isinstance(module, CausalLMModule) and module.start_token
+    return model, dataclasses.replace(spec, start_token=starts)
 
 
 def _check_tokenizer(bundle: Bundle, spec: TextSpec, name: str) -> None:
@@ -325,5 +427,7 @@ def _check_tokenizer(bundle: Bundle, spec: TextSpec, name: str) -> None:
 
 
 def _sent_dtype(name: str) -> torch.dtype:
-    """The backbone's, in which it reads virtual tokens; nothing is won by more than float32."""
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+    """In which values are sent; nothing is won by more than float32."""
+    found = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float32}
+    one_of("dtype", name, found)
+    return found[name]

@@ -8,9 +8,7 @@ import io
 import json
 import math
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +23,13 @@ from lopa_lightning.modules.predict import row_encoder
 from lopa_lightning.serving import client as client_file
 from lopa_lightning.serving.export import export_bundle
 from lopa_lightning.serving.requests import MOST_WORDS, PromptDroppedError, labelling, prompt_part
+from tests.serving import upstream as upstream_file
 from tests.serving.helpers import checkpoint
+from tests.serving.upstream import M, Upstream, prompts_in, running
 from tests.tiny import WIDTH
 
 Tiny = Callable[[str], str]
-M, PLACES = 3, {"system": "<|system|>{z}<|user|>{text}<|assistant|>", "user": "<|user|>{z}\n{text}<|assistant|>"}
-
-
-class Upstream(ThreadingHTTPServer):
-    """Answers as vLLM does; what it is sent is kept in ``asked``."""
-
-    daemon_threads = True
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.tokenizer, self.asked, self.statuses = tokenizer, list[dict[str, Any]](), list[int]()
-        self.drops, self.knows_ids, self.headers = False, True, list[dict[str, str]]()
-        self.logprobs: dict[int, float] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def read(self, messages: list[dict[str, Any]]) -> int:
-        """Tokens of a chat: text joined by new lines around soft prompts of M tokens, as its template writes it."""
-        text = ""
-        for message in messages:
-            content = message["content"]
-            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-            text += f"<|{message['role']}|>" + "\n".join("\0" if "data" in part else part["text"] for part in parts)
-        pieces = f"{text}<|assistant|>".split("\0")
-        own = sum(len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
-        return own + (0 if self.drops else M * (len(pieces) - 1))
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Upstream
-
-    def do_GET(self) -> None:
-        cards = [{"id": "lora", "parent": "tiny", "object": "model"}, {"id": "tiny", "parent": None, "object": "model"}]
-        self._reply(200, json.dumps({"object": "list", "data": cards}))
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body)
-        self.server.headers.append(dict(self.headers))
-        if self.server.statuses and (status := self.server.statuses.pop(0)) != 200:
-            self._reply(status, json.dumps({"error": {"message": "no"}}))
-            return
-        usage = {"prompt_tokens": self.server.read(body["messages"]), "completion_tokens": 2, "total_tokens": 0}
-        common = {"id": "1", "created": 0, "model": body["model"]}
-        if body.get("stream"):
-            deltas = [{"index": 0, "delta": {"content": word}, "finish_reason": None} for word in ("a", "b")]
-            chunks = [{**common, "object": "chat.completion.chunk", "choices": [delta]} for delta in deltas]
-            if body["stream_options"].get("continuous_usage_stats"):
-                chunks = [{**chunk, "usage": usage} for chunk in chunks]
-            chunks.append({**common, "object": "chat.completion.chunk", "choices": [], "usage": usage})
-            lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
-            self._reply(200, "".join([*lines, "data: [DONE]\n\n"]), "text/event-stream")
-            return
-        choice = {"index": 0, "message": {"role": "assistant", "content": "ab"}, "finish_reason": "stop"}
-        choices = [{**choice, "index": index, "logprobs": self._logprobs(body)} for index in range(body.get("n", 1))]
-        self._reply(200, json.dumps({**common, "object": "chat.completion", "choices": choices, "usage": usage}))
-
-    def _logprobs(self, body: dict[str, Any]) -> dict[str, Any] | None:
-        if not body.get("logprobs"):
-            return None
-        assert body["top_logprobs"] == 20
-        assert body["return_tokens_as_token_ids"]
-        values, allowed = self.server.logprobs, body["allowed_token_ids"]
-        likely = sorted(values, key=lambda token: -values[token])[:2]
-        named = [
-            {"token": f"token_id:{token}", "logprob": values[token], "bytes": None}
-            for token in (body["logprob_token_ids"] if self.server.knows_ids else likely)
-        ]
-        best = max(allowed, key=lambda token: values[token])
-        first = {"token": f"token_id:{best}", "logprob": values[best], "bytes": None, "top_logprobs": named}
-        return {"content": [first]}
-
-    def _reply(self, status: int, text: str, kind: str = "application/json") -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+PLACES = {"system": "<|system|>{z}<|user|>{text}<|assistant|>", "user": "<|user|>{z}\n{text}<|assistant|>"}
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +48,8 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
 @pytest.fixture
 def upstream(tiny: Tiny) -> Iterator[Upstream]:
-    server = Upstream(AutoTokenizer.from_pretrained(tiny("chat")))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def prompts_in(messages: list[dict[str, Any]]) -> list[torch.Tensor]:
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    data = [base64.b64decode(part["data"], validate=True) for part in parts if part["type"] == "prompt_embeds"]
-    return [torch.load(io.BytesIO(each), weights_only=True) for each in data]
+    with running(Upstream(AutoTokenizer.from_pretrained(tiny("chat")))) as server:
+        yield server
 
 
 def asynchronous(client: AsyncLoPAClient, method: str, *args: Any, **options: Any) -> Any:
@@ -210,7 +117,7 @@ def test_a_stream_shows_what_was_asked_for(kind: str, made: Any, upstream: Upstr
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *_, last = called(kind, upstream, source, "chat", "the film", **options)
     assert last.choices == []
-    assert last.usage.prompt_tokens == upstream.read(upstream.asked[-1]["messages"])
+    assert last.usage.prompt_tokens == upstream.read(upstream.asked[-1])
 
 
 @BOTH
@@ -234,11 +141,15 @@ def test_only_a_busy_server_is_asked_again(
     with pytest.raises(openai.InternalServerError):
         called(kind, upstream, source, "chat", "the film", max_retries=1)
     assert len(upstream.asked) == 5
-    for status in (500, 400, 413):
+    for status in (500, 400):
         upstream.asked, upstream.statuses = [], [status]
         with pytest.raises(openai.APIStatusError):
             called(kind, upstream, source, "chat", "the film")
         assert len(upstream.asked) == 1
+    upstream.asked, upstream.statuses = [], [413]
+    with pytest.raises(LoPAError, match=r"no request of \d\d\d+ bytes \(413\).* client_max_body_size \(1 MiB"):
+        called(kind, upstream, source, "chat", "the film")
+    assert len(upstream.asked) == 1
 
 
 def test_a_connection_that_is_not_accepted_is_tried_again_and_a_broken_one_is_not(
@@ -251,7 +162,7 @@ def test_a_connection_that_is_not_accepted_is_tried_again_and_a_broken_one_is_no
     with pytest.raises(openai.APIConnectionError):
         client.chat("the film")
     assert len(waits) == 2
-    monkeypatch.setattr(_Handler, "_reply", lambda self, *_: self.connection.close())
+    monkeypatch.setattr(upstream_file._Handler, "_reply", lambda self, *_: self.connection.close())
     client = LoPAClient(upstream.url, source, model="tiny")
     with pytest.raises(openai.APIConnectionError):
         client.chat("the film")
@@ -277,7 +188,7 @@ def test_labels_are_those_of_their_words(kind: str, knows_ids: bool, made: Any, 
     assert all(text.endswith(" . It was") and len(text) < len(long) for text in texts)
     assert len(asked) == (2 if knows_ids else 4)
     encoder, rows = row_encoder(model, ["the film <|endoftext|>", long])
-    lengths = {upstream.read(body["messages"]) - M for body in upstream.asked}
+    lengths = {upstream.read(body) - M for body in upstream.asked}
     assert lengths == set(encoder(rows, [0, 1])["length"])
 
 
@@ -337,7 +248,7 @@ def test_what_does_not_go_with_a_soft_prompt_is_refused(
     client.chat("the film", presence_penalty=0, extra_body={"repetition_penalty": 1.0, "echo": False})
     with pytest.raises(LoPAError, match="use chat"):
         client.classify("the film")
-    with pytest.raises(LoPAError, match="takes one text or one chat, got 2"):
+    with pytest.raises(LoPAError, match="chat takes one text or one chat, got 2; use map"):
         client.chat(["the", "film"])
     assert len(upstream.asked) == 1
 
@@ -350,17 +261,15 @@ def test_a_soft_prompt_is_a_tensor_of_its_own_finite_and_bounded() -> None:
     assert len(part["data"]) < 4000
     with pytest.raises(LoPAError, match=r"NaN or infinite in part in torch\.float16"):
         prompt_part(torch.full((2, 2), 1e6), torch.float16)
-    with pytest.raises(LoPAError, match=r"4096 × 32 takes \d+ bytes, max_prompt_bytes is 1000"):
+    with pytest.raises(
+        LoPAError, match=r"4096 × 32 takes \d+ bytes, max_prompt_bytes is 1000: raise it by .* client_max_body_size"
+    ):
         prompt_part(table, torch.float32, 1000)
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [("soft", "placement is 'before'.* train with placement: system or user"), ("head", "a head reads hidden states")],
-)
-def test_a_bundle_that_no_chat_server_answers_with_is_refused(kind: str, said: str, tiny: Tiny, tmp_path: Path) -> None:
-    _, path = checkpoint(kind, tmp_path, tiny)
-    with pytest.raises(LoPAError, match=said):
+def test_a_bundle_that_no_server_answers_with_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    _, path = checkpoint("head", tmp_path, tiny)
+    with pytest.raises(LoPAError, match="a head reads hidden states"):
         LoPAClient("http://127.0.0.1:9", export_bundle(path, ["the film"]))
 
 
