@@ -149,7 +149,7 @@ def test_the_card_says_what_it_is(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
         "Licence: unknown",  # of the encoder
         "Licence: mit",
         "vllm serve me/tiny --enable-prompt-embeds",
-        "wants the embeddings of the whole text",
+        "with the embeddings of the whole text",
         "3 virtual tokens of width 32",
     ):
         assert said in body, said

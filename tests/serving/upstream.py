@@ -41,7 +41,7 @@ class Upstream(ThreadingHTTPServer):
         self.drops, self.knows_ids, self.says_usage, self.late_usage = False, True, True, False
         self.version: str | None = "0.32.0"
         self.name, self.key, self.takes_prompts, self.tokenizes, self.most = "tiny", "", True, True, 2**30
-        self.extra_tokens = 0
+        self.extra_tokens, self.reverses = 0, False
 
     @property
     def url(self) -> str:
@@ -85,7 +85,7 @@ class Upstream(ThreadingHTTPServer):
             first, *others = (embed(torch.tensor(ids, dtype=torch.long)) for ids in self.pieces(body["messages"]))
             whole = torch.cat([first, *(x for pair in zip(sent, others) for x in (pair[0] * self.scale, pair[1]))])
         with torch.no_grad():
-            logits = self.model(inputs_embeds=whole[None]).logits[0, -1]
+            logits = self.model(inputs_embeds=whole[None].to(self.model.dtype)).logits[0, -1]
         return dict(enumerate(logits.float().log_softmax(-1).tolist()))
 
 
@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tokenize(self, body: dict[str, Any]) -> None:
         first, *others = self.server.pieces(body["messages"])
         tokens = [*first, *(token for ids in others for token in (*[len(self.server.tokenizer)] * M, *ids))]
-        tokens += [0] * self.server.extra_tokens
+        tokens = tokens[::-1] if self.server.reverses else tokens
         self._reply(200 if self.server.tokenizes else 404, json.dumps({"tokens": tokens, "count": len(tokens)}))
 
     def _logprobs(self, body: dict[str, Any], chats: bool) -> dict[str, Any] | None:
