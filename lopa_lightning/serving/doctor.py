@@ -127,9 +127,7 @@ def _version(client: LoPAClient) -> Finding:
         return Finding("FAIL", "version", f"vLLM {said} takes no soft prompts in chats; install 0.32 or later")
     if found < _ADVISED:
         least = "0.26, and better 0.32" if found < _SAFER else "0.32"
-        return Finding(
-            "warn", "version", f"vLLM {said} can be stopped by requests made for it; install {least} or later"
-        )
+        return Finding("warn", "version", f"hostile requests can stop vLLM {said}; install {least} or later")
     return Finding("ok", "version", f"vLLM {said}")
 
 
@@ -220,9 +218,7 @@ def _parity(client: LoPAClient) -> Finding:
                 return Finding("FAIL", "parity", f"{said}; {fits} otherwise, as older ones do; update it")
     finally:
         served.scale = before
-    return Finding(
-        "FAIL", "parity", f"{said}; serve the bundle's backbone, at its revision and not quantised otherwise"
-    )
+    return Finding("FAIL", "parity", f"{said}; serve the bundle's backbone: its revision and quantisation")
 
 
 def _distance(client: LoPAClient, bundle: Bundle) -> float:
@@ -231,19 +227,19 @@ def _distance(client: LoPAClient, bundle: Bundle) -> float:
     for row in bundle.rows:
         try:
             if "probabilities" in row:
-                found = client.classify(row["input"])[0]["probabilities"]
-                wanted = row["probabilities"]
+                found, wanted = client.classify(row["input"])[0]["probabilities"], row["probabilities"]
                 pairs = [(math.log(max(found[label], 1e-9)), math.log(max(wanted[label], 1e-9))) for label in wanted]
             else:
                 (request,) = client.served.requests(row["input"])
-                first = row["first_tokens"]
-                told = word_logprobs(
-                    client._send(request, first_token_options(first["ids"], request.path)), first["ids"]
-                )
-                pairs = [(told[i], value) for i, value in zip(first["ids"], first["log_probabilities"]) if i in told]
+                ids, values = row["first_tokens"]["ids"], row["first_tokens"]["log_probabilities"]
+                told = word_logprobs(client._send(request, first_token_options(ids, request.path)), ids)
+                pairs = [(told[token], value) for token, value in zip(ids, values) if token in told]
         except Exception:  # of the server, or no log probabilities in its answer
             return math.inf
-        worst = max([worst, *(abs(found - wanted) for found, wanted in pairs)]) if pairs else math.inf
+        off = [abs(here - there) for here, there in pairs]
+        if not off or not all(map(math.isfinite, off)):
+            return math.inf
+        worst = max(worst, *off)
     return worst
 
 

@@ -12,6 +12,7 @@ from tests.backbones.chat_templates import TEMPLATES, tokenizer_of
 from tests.tiny import causal_tokenizer
 
 ASKED = [{"role": "user", "content": "It was good"}]
+READS_PARTS = {"gemma3", "qwen3_vl"}
 IN_CHAT = [
     (name, placement, getattr(template, placement))
     for name, template in TEMPLATES.items()
@@ -34,6 +35,25 @@ def test_a_soft_prompt_stands_where_a_familys_template_puts_it(
     assert chat.prompt(ASKED) == f"{around[0]}{PLACEHOLDER}{around[1]}"
     assert chat.ids([chat.prompt(ASKED)]) == ([[*before, *after]], [len(before)])
     assert PLACEHOLDER not in chat.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(("name", "placement"), [each[:2] for each in IN_CHAT])
+def test_a_server_reads_what_is_sent_as_training_does(name: str, placement: str) -> None:
+    chat, part = chat_format(name, placement), {"type": "prompt_embeds", "data": "..."}
+    server = tokenizer_of(TEMPLATES[name])
+    server.add_tokens([PLACEHOLDER], special_tokens=True)
+    for messages in (ASKED, [*ASKED, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "No"}]):
+        (ids,), (at,) = chat.ids([chat.prompt(messages)])
+        read = []
+        for message in chat.sent(messages, part):
+            content = message["content"]
+            if not isinstance(content, str):
+                texts = [each.get("text", PLACEHOLDER) for each in content]
+                as_parts = [{"type": "text", "text": text} for text in texts]
+                content = as_parts if name in READS_PARTS else "\n".join(texts)
+            read.append({**message, "content": content})
+        tokens = server.apply_chat_template(read, add_generation_prompt=True, return_dict=False)
+        assert tokens == [*ids[:at], server.convert_tokens_to_ids(PLACEHOLDER), *ids[at:]]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -130,7 +150,7 @@ def test_prompts_are_one_or_several_texts_or_chats() -> None:
 
 
 def test_which_templates_go_through_parts() -> None:
-    assert {name for name, template in TEMPLATES.items() if reads_parts(template.text)} == {"gemma3", "qwen3_vl"}
+    assert {name for name, template in TEMPLATES.items() if reads_parts(template.text)} == READS_PARTS
     loop = "{% for part in content %}{{ part.text }}{% endfor %}"
     assert reads_parts(f"{{% for m in messages %}}{{% set content = m.content %}}{loop}{{% endfor %}}")
     assert reads_parts(f"{{% for m in messages %}}{loop.replace('content', 'm.content | list')}{{% endfor %}}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lopa_lightning import AsyncLoPAClient, Bundle, LoPAClient, ServedPrompter, build_messages
+from lopa_lightning import AsyncLoPAClient, Bundle, LoPAClient, ServedPrompter, build_messages, serving
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.predict import row_encoder
 from lopa_lightning.serving import client as client_file
@@ -118,6 +120,53 @@ def test_a_stream_shows_what_was_asked_for(kind: str, made: Any, upstream: Upstr
     *_, last = called(kind, upstream, source, "chat", "the film", **options)
     assert last.choices == []
     assert last.usage.prompt_tokens == upstream.read(upstream.asked[-1])
+
+
+@BOTH
+@pytest.mark.parametrize("says", ["at the end", "never"])
+def test_a_stream_is_not_left_unchecked_in_silence(kind: str, says: str, made: Any, upstream: Upstream) -> None:
+    source = ServedPrompter(made("chat system")[1])
+    upstream.late_usage, upstream.says_usage = True, says == "at the end"
+    if says == "never":
+        with pytest.raises(PromptDroppedError, match="does not say how many tokens"):
+            called(kind, upstream, source, "chat", "the film", stream=True)
+    else:
+        called(kind, upstream, source, "chat", "the film", stream=True)
+
+    async def left() -> None:
+        async with await AsyncLoPAClient(upstream.url, source).chat("the film", stream=True) as stream:
+            await stream.__anext__()
+
+    def dropped() -> None:
+        next(LoPAClient(upstream.url, source).chat("the film", stream=True))
+        gc.collect()
+
+    with pytest.warns(UserWarning, match="closed before the server said how many tokens") as warned:
+        asyncio.run(left()) if kind == "async" else dropped()
+    assert len([each for each in warned if "closed before" in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize(("number", "trained"), [(0, "chat system"), (1, "completion")])
+def test_the_examples_of_the_readme_run_word_for_word(
+    number: int,
+    trained: str,
+    made: Any,
+    upstream: Upstream,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made(trained)[1].save_pretrained(tmp_path / "OUT")
+    monkeypatch.chdir(tmp_path)
+    for name in ("http_proxy", "HTTP_PROXY"):  # which leads localhost:8000 here
+        monkeypatch.setenv(name, upstream.url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    text = (Path(serving.__file__).parent / "README.md").read_text(encoding="utf-8")
+    code = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "LoPAClient" in block][number]
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert set(capsys.readouterr().out.split()) == {"ab"}
+    assert {path.partition("/v1/")[0] for path in upstream.paths} == {"http://localhost:8000"}
 
 
 @BOTH

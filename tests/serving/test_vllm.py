@@ -36,6 +36,7 @@ from lopa_lightning import (
 )
 from lopa_lightning.backbones.chat import PLACEHOLDER, reads_parts
 from lopa_lightning.serving import export
+from lopa_lightning.serving.doctor import findings
 from tests.backbones.chat_templates import TEMPLATES
 from tests.conftest import REAL_MODELS
 from tests.serving.vllm_server import VARIABLE, missing, vllm_server
@@ -143,10 +144,11 @@ def test_chats_with_a_soft_prompt_are_answered_as_generate_does(server: str, pla
     assert len(set(found)) == len(found)
 
 
-def bundle_of(model: Any) -> Bundle:
-    return Bundle(
-        export._config(model, {}, {}), {key: value.detach() for key, value in model.state_dict().items()}, "", []
-    )
+def bundle_of(model: Any, texts: list[str] | None = None) -> Bundle:
+    rows = export._rows(model, texts) if texts else []
+    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    prompts = torch.cat([prompt for _, prompt in rows]) if rows else None
+    return Bundle(export._config(model, {}, {}), tensors, "", [row for row, _ in rows], prompts)
 
 
 @pytest.mark.parametrize("placement", ["system", "user"])
@@ -193,10 +195,32 @@ def test_whole_embeddings_are_completed_as_generate_does(server: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda body: post(f"{server}/v1/completions", body), bodies))
     assert [answer["usage"]["prompt_tokens"] for answer in answers] == [M + len(own) for own in ids]
-    assert [answer["choices"][0]["text"] for answer in answers] == [text for (text,) in model.generate(TEXTS)]
+    wanted = [text for (text,) in model.generate(TEXTS)]
+    assert [answer["choices"][0]["text"] for answer in answers] == wanted
+    client = LoPAClient(server, ServedPrompter(bundle_of(model), max_prompt_bytes=2**22))
+    greedy = {"temperature": 0, "max_tokens": NEW}
+    assert [answer.choices[0].text for answer in client.map(TEXTS, **greedy)] == wanted
+    chunks = list(client.complete(TEXTS[0], stream=True, **greedy))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == wanted[0]
+    assert len(client.complete(TEXTS[0], n=2, max_tokens=2).choices) == 2
+    chats = [answer.choices[0].text for answer in client.map(CHATS, **greedy)]
+    assert chats == [text for (text,) in model.generate(CHATS)]
 
 
-def test_a_label_is_the_word_that_the_server_chooses(server: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", ["before", "after_first", "system", "user"])
+def test_a_server_of_the_backbone_passes_every_check(server: str, placement: str) -> None:
+    source = ServedPrompter(bundle_of(module(placement), TEXTS[:3]), max_prompt_bytes=2**22)
+    found = list(findings(LoPAClient(server, source, max_retries=0)))
+    assert {each.status for each in found} == {"ok"}, list(map(str, found))
+    assert [each.check for each in found][-2:] == ["parity", "size"]
+    assert ("token by token" in found[4].said) == (placement in ("system", "user"))
+    source.scale = 0.5
+    (parity,) = (each for each in findings(LoPAClient(server, source, max_retries=0)) if each.check == "parity")
+    assert parity.status == "FAIL"
+
+
+@pytest.mark.parametrize("placement", ["system", "before"])
+def test_a_label_is_the_word_that_the_server_chooses(server: str, placement: str, tmp_path: Path) -> None:
     texts = [
         "a dull film",
         "great fun",
@@ -214,7 +238,7 @@ def test_a_label_is_the_word_that_the_server_chooses(server: str, tmp_path: Path
         instance_encoder=InstanceEncoderSpec(str(ENCODER), pooling="mean"),
         prompt_encoder=functools.partial(LoPA, num_virtual_tokens=M, rank=4, hidden_dim=64),
         objective="causal_lm",
-        placement="system",
+        placement=placement,
     )
     data = TextClassificationDataModule(
         data_files=dict.fromkeys(("train", "test"), str(tmp_path / "new.csv")),
@@ -228,6 +252,8 @@ def test_a_label_is_the_word_that_the_server_chooses(server: str, tmp_path: Path
     for record, own in zip(records, model.predict(texts), strict=True):
         assert record["label"] == own["label"]
         assert record["probabilities"] == pytest.approx(own["probabilities"], abs=1e-4)
+    if placement == "before":
+        return
     words = model.word_ids(["no", "yes"])
     for index, (text, prompt) in enumerate(zip(texts, soft_prompts(model, texts))):
         asked = [{"role": "user", "content": f"{text}\nIs that praise?"}]
