@@ -54,29 +54,18 @@ class _Client:
         # The package wants a key, and would take that of OpenAI from the environment.
         self.openai = kind(base_url=url, api_key=api_key or "none", max_retries=0, **options)
 
-    def _request(self, method: str, prompt: Any, instance_text: str | None) -> ServedRequest:
-        if self.served.task is not None:
-            raise LoPAError("the bundle answers with label words; use classify")
+    def _requests(self, method: str, prompts: Any, instance_texts: Any = None) -> list[ServedRequest]:
+        """Makes the requests of a method, if it is the one that goes with the bundle; ``map`` goes with two."""
         placement = self.served.facts.placement
-        if (right := "chat" if placement in CHAT_PLACEMENTS else "complete") != method:
-            raise LoPAError(f"the bundle's soft prompt has placement {placement!r}; use {right} in place of {method}")
-        requests = self.served.requests(prompt, instance_text)
-        if len(requests) != 1:
-            raise LoPAError(f"{method} takes one text or one chat, got {len(requests)}; use map for several")
-        return requests[0]
-
-    def _texts(self, prompts: Any, instance_texts: Sequence[str] | None, options: Mapping[str, Any]) -> list[Any]:
-        check_options(options)
-        if options.get("stream"):
-            raise LoPAError("map gives whole answers; use chat or complete for a stream")
+        right, why = "chat" if placement in CHAT_PLACEMENTS else "complete", f"text, with placement {placement!r}"
         if self.served.task is not None:
-            raise LoPAError("the bundle answers with label words; use classify")
-        return self.served.requests(prompts, instance_texts)
-
-    def _classes(self, texts: Any) -> list[ServedRequest]:
-        if not self.served.words:
-            raise LoPAError("the bundle answers with text, and has no label words; use chat")
-        return self.served.requests(texts)
+            right, why = "classify", "label words"
+        if method != right and (method != "map" or right == "classify"):
+            raise LoPAError(f"the bundle answers with {why}; use {right} in place of {method}")
+        found = self.served.requests(prompts, instance_texts)
+        if method in ("chat", "complete") and len(found) != 1:
+            raise LoPAError(f"{method} takes one text or one chat, got {len(found)}; use map for several")
+        return found
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
         """Seconds until a request is sent again; None where it is not.
@@ -175,7 +164,9 @@ class LoPAClient(_Client):
             PromptDroppedError: See :meth:`chat`.
             openai.OpenAIError: See :meth:`chat`.
         """
-        return self._each(lambda request: self._answer(request, options), self._texts(prompts, instance_texts, options))
+        check_options(options, ("stream",))
+        requests = self._requests("map", prompts, instance_texts)
+        return self._each(lambda request: self._answer(request, options), requests)
 
     def classify(self, texts: Any) -> list[dict[str, Any]]:
         """Labels texts, as ``module.predict`` does.
@@ -191,7 +182,7 @@ class LoPAClient(_Client):
             PromptDroppedError: See :meth:`chat`.
             openai.OpenAIError: See :meth:`chat`.
         """
-        return self._each(self._label, self._classes(texts))
+        return self._each(self._label, self._requests("classify", texts))
 
     def close(self) -> None:
         """Closes its connections."""
@@ -201,7 +192,7 @@ class LoPAClient(_Client):
         self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
     ) -> Any:
         check_options(options)
-        request = self._request(method, prompt, instance_text)
+        (request,) = self._requests(method, prompt, instance_text)
         self._find_model()
         if stream:
             shows, streamed = stream_options(options)
@@ -270,12 +261,13 @@ class AsyncLoPAClient(_Client):
 
     async def map(self, prompts: Any, *, instance_texts: Sequence[str] | None = None, **options: Any) -> list[Any]:
         """See :meth:`LoPAClient.map`."""
-        requests = await asyncio.to_thread(self._texts, prompts, instance_texts, options)
+        check_options(options, ("stream",))
+        requests = await asyncio.to_thread(self._requests, "map", prompts, instance_texts)
         return await self._each(lambda request: self._answer(request, options), requests)
 
     async def classify(self, texts: Any) -> list[dict[str, Any]]:
         """See :meth:`LoPAClient.classify`."""
-        return await self._each(self._label, await asyncio.to_thread(self._classes, texts))
+        return await self._each(self._label, await asyncio.to_thread(self._requests, "classify", texts))
 
     async def close(self) -> None:
         """Closes its connections."""
@@ -285,7 +277,7 @@ class AsyncLoPAClient(_Client):
         self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
     ) -> Any:
         check_options(options)
-        request = await asyncio.to_thread(self._request, method, prompt, instance_text)
+        (request,) = await asyncio.to_thread(self._requests, method, prompt, instance_text)
         await self._find_model()
         if stream:
             shows, streamed = stream_options(options)

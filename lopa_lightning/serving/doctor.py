@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,15 @@ from lopa_lightning.serving.requests import (
     MOST_BYTES,
     ServedPrompter,
     ServedRequest,
-    first_token_options,
     word_logprobs,
+    word_options,
 )
 from lopa_lightning.stopping import stoppable
 
 _OLDEST, _SAFER, _ADVISED = (0, 21), (0, 26), (0, 32)
 _EXACT, _ROUNDED = 1e-3, 5e-2  # of log probabilities, in float32 and in bfloat16
 _TIMEOUT = 120.0  # seconds
+_NO_ROWS = "the bundle has no rows to compare with; export it again"
 
 
 @dataclass(frozen=True)
@@ -77,31 +79,16 @@ def main(args: Sequence[str]) -> None:
 
 
 def findings(client: LoPAClient) -> Iterator[Finding]:
-    """Checks a server, and yields what was found; nothing more where the next check makes no sense.
+    """Checks a server, and yields what was found; nothing more after a failure that leaves nothing to check.
 
     Args:
         client: Of the server, with a bundle.
     """
-    reached = _reached(client)
-    yield reached
-    if reached.status == "FAIL":
-        return
-    yield _version(client)
-    named = _model(client)
-    yield named
-    if named.status == "FAIL":
-        return
-    bundle = client.served.prompter.bundle
-    rows = [row["input"] for row in bundle.rows] or ["Hello"]
-    requests = [client.served.requests(row)[0] for row in rows]
-    taken = _taken(client, requests[0])
-    yield taken
-    if taken.status == "FAIL":
-        return
-    yield _layout(client, requests)
-    yield from _prompts(client.served.prompter.bundle, client.served)
-    yield _parity(client)
-    yield _body(client, requests[0])
+    for check in (_reached, _version, _model, _taken, _layout, _prompts, _parity, _body):
+        found = check(client)
+        yield found
+        if found.status == "FAIL" and check in (_reached, _model, _taken):
+            return
 
 
 def _reached(client: LoPAClient) -> Finding:
@@ -144,63 +131,57 @@ def _model(client: LoPAClient) -> Finding:
     return Finding("warn", "model", said)
 
 
-def _taken(client: LoPAClient, request: ServedRequest) -> Finding:
-    try:
-        client._send(request, {"max_tokens": 1})
-    except Exception as error:
-        said, what = str(error), shown(str(error), str)
-        if "enable-prompt-embeds" in said:
-            return Finding("FAIL", "flag", "the server takes no soft prompts: start it with --enable-prompt-embeds")
-        if "hidden_size" in said:
-            return Finding("FAIL", "width", f"the server's model is not the bundle's backbone: {what}")
-        return Finding("FAIL", "request", f"the server refuses a soft prompt: {what}")
+def _taken(client: LoPAClient) -> Finding:
     shape = client.served.facts
+    try:
+        client._send(_requests(client)[0], {"max_tokens": 1})
+    except Exception as error:
+        said = shown(str(error), str)
+        if "enable-prompt-embeds" in str(error):
+            return Finding("FAIL", "flag", "the server takes no soft prompts: start it with --enable-prompt-embeds")
+        if "hidden_size" in str(error):
+            return Finding("FAIL", "width", f"the server's model is not the bundle's backbone: {said}")
+        return Finding("FAIL", "request", f"the server refuses a soft prompt: {said}")
     return Finding("ok", "flag", f"soft prompts are taken, {shape.num_virtual_tokens} × {shape.embedding_dim}")
 
 
-def _layout(client: LoPAClient, requests: Sequence[ServedRequest]) -> Finding:
+def _layout(client: LoPAClient) -> Finding:
     """Compares what is read token by token where the server tells, else by number."""
-    told = 0
+    requests, by = _requests(client), "by number of tokens"
+    fix = "serve the bundle's backbone with its own chat template"
     for request in requests:
         try:
             request.check_usage(client._send(request, {"max_tokens": 1}).usage)
-        except LoPAError as error:
-            return Finding("FAIL", "layout", f"{error}; serve the bundle's backbone with its own chat template")
+        except Exception as error:
+            return Finding("FAIL", "layout", f"{error}; {fix}")
         if request.path == "completions":
             continue
-        try:
-            body = {"model": client.model, "messages": request.messages}
-            found = list(_ask(client, "tokenize", body)["tokens"])
-        except Exception:  # which may be closed to clients
-            continue
-        at, m = request.position, request.virtual_tokens
-        if found[:at] + found[at + m :] != request.ids or len(set(found[at : at + m])) != 1:
-            same = next((i for i, pair in enumerate(zip(found, request.ids[:at])) if pair[0] != pair[1]), at)
-            said = f"another chat is read, from token {same} on; serve the bundle's backbone with its own chat template"
-            return Finding("FAIL", "layout", said)
-        told += 1
-    by = "token by token" if told else "by number of tokens"
+        with contextlib.suppress(Exception):  # it may be closed to clients
+            found = list(_ask(client, "tokenize", {"model": client.model, "messages": request.messages})["tokens"])
+            at, end, by = request.position, request.position + request.virtual_tokens, "token by token"
+            if found[:at] + found[end:] != request.ids or len(set(found[at:end])) != 1:
+                return Finding("FAIL", "layout", f"another chat is read, or the soft prompt stands elsewhere; {fix}")
     return Finding("ok", "layout", f"{len(requests)} prompts are read as in training, {by}")
 
 
-def _prompts(bundle: Bundle, served: ServedPrompter) -> Iterator[Finding]:
+def _prompts(client: LoPAClient) -> Finding:
     """Whether this machine makes the soft prompts that the bundle was exported with."""
-    if bundle.prompts is None or not bundle.rows:
-        return
-    made = served.prompter([row["input"] for row in bundle.rows]).cpu()
-    off = float((made - bundle.prompts).abs().max())
+    prompter = client.served.prompter
+    wanted = prompter.bundle.prompts
+    if wanted is None or not len(wanted):
+        return Finding("warn", "prompts", _NO_ROWS)
+    off = float((prompter([row["input"] for row in prompter.bundle.rows]).cpu() - wanted).abs().max())
     said = f"within {off:.1e} of the bundle's"
-    if off <= _EXACT * max(1.0, float(bundle.prompts.abs().max())):
-        yield Finding("ok", "prompts", said)
-    else:
-        yield Finding("FAIL", "prompts", f"{said}: the instance encoder computes otherwise here; use its usual dtype")
+    if off <= _EXACT * max(1.0, float(wanted.abs().max())):
+        return Finding("ok", "prompts", said)
+    return Finding("FAIL", "prompts", f"{said}; use the instance encoder's files and dtype of training")
 
 
 def _parity(client: LoPAClient) -> Finding:
     """Compares first tokens with the bundle's rows; where they differ, tries other scales."""
     served, bundle = client.served, client.served.prompter.bundle
     if not bundle.rows:
-        return Finding("warn", "parity", "the bundle has no rows to compare with; export it again")
+        return Finding("warn", "parity", _NO_ROWS)
     off = _distance(client, bundle)
     tolerance = _EXACT if served.facts.dtype == "float32" else _ROUNDED
     said = f"first tokens' log probabilities are within {off:.1e} of the module's"
@@ -218,7 +199,8 @@ def _parity(client: LoPAClient) -> Finding:
                 return Finding("FAIL", "parity", f"{said}; {fits} otherwise, as older ones do; update it")
     finally:
         served.scale = before
-    return Finding("FAIL", "parity", f"{said}; serve the bundle's backbone: its revision and quantisation")
+    fix = "serve the bundle's backbone at its revision, with the default --logprobs-mode"
+    return Finding("FAIL", "parity", f"{said}; {fix}")
 
 
 def _distance(client: LoPAClient, bundle: Bundle) -> float:
@@ -232,7 +214,7 @@ def _distance(client: LoPAClient, bundle: Bundle) -> float:
             else:
                 (request,) = client.served.requests(row["input"])
                 ids, values = row["first_tokens"]["ids"], row["first_tokens"]["log_probabilities"]
-                told = word_logprobs(client._send(request, first_token_options(ids, request.path)), ids)
+                told = word_logprobs(client._send(request, word_options(ids, request.path)), ids)
                 pairs = [(told[token], value) for token, value in zip(ids, values) if token in told]
         except Exception:  # of the server, or no log probabilities in its answer
             return math.inf
@@ -243,12 +225,18 @@ def _distance(client: LoPAClient, bundle: Bundle) -> float:
     return worst
 
 
-def _body(client: LoPAClient, request: ServedRequest) -> Finding:
+def _body(client: LoPAClient) -> Finding:
     try:
-        client._send(request, {"max_tokens": 1, "user": "x" * MOST_BYTES})
+        client._send(_requests(client)[0], {"max_tokens": 1, "user": "x" * MOST_BYTES})
     except Exception as error:
         return Finding("warn", "size", f"a request of 1 MiB is not taken: {shown(str(error), str)}")
     return Finding("ok", "size", "requests of 1 MiB are taken")
+
+
+def _requests(client: LoPAClient) -> list[ServedRequest]:
+    """Of the bundle's rows."""
+    rows = [row["input"] for row in client.served.prompter.bundle.rows] or ["Hello"]
+    return [client.served.requests(row)[0] for row in rows]
 
 
 def _ask(client: LoPAClient, path: str, body: dict[str, Any] | None = None) -> Any:

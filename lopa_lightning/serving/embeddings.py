@@ -72,26 +72,23 @@ class EmbeddingTable:
         self._scale, self._dtype = _scale(layer), dtype
         self._rows: Any
         location, options = spec.location(), spec.source_options()
-        files, local = indexed(location, options), {**options, "local_files_only": True}
-        single = None if files else weight_file(location, SINGLE, local)
-        if single is not None:
-            files = dict.fromkeys(shapes_in(single), SINGLE)
-        elif not files and Path(location).is_dir():
-            raise LoPAError(f"no {SINGLE} in {spec.name!r}, of which the embeddings of texts are read")
+        local = {**options, "local_files_only": True}
         try:
-            remote = None if files else _HubFile(location, SINGLE, spec.revision)
-            key = _key(spec.name, model, remote.header if remote is not None else files)
-            path = None if remote is not None else weight_file(location, files[key], local)
-            if path is None and Path(location).is_dir():
-                raise LoPAError(f"no {files[key]} in {spec.name!r}, of which the embeddings of texts are read")
+            files: Mapping[str, str] = indexed(location, options)
+            if not files:
+                path = weight_file(location, SINGLE, local)
+                names = shapes_in(path) if path is not None else _HubFile(location, SINGLE, spec.revision).header
+                files = dict.fromkeys(names, SINGLE)
+            key = _key(spec.name, model, files)
+            path = weight_file(location, files[key], local)
             if path is not None:
                 opened: Any = safe_open(path, "pt")
                 self._rows = opened.get_slice(key)
             else:
-                self._rows = _HubRows(remote or _HubFile(location, files[key], spec.revision), key)
+                self._rows = _HubRows(_HubFile(location, files[key], spec.revision), key)
         except LoPAError:
             raise
-        except Exception as error:  # of the hub, the network or a damaged file
+        except Exception as error:  # of a damaged file
             raise LoPAError(f"the embedding table of {spec.name!r} cannot be read: {one_line(error)}") from error
         found, wanted = self._rows.get_shape(), list(layer.weight.shape)
         if found != wanted or self._rows.get_dtype() not in _DTYPES:
@@ -139,6 +136,8 @@ class _HubFile:
     """A safetensors file of the hub, of which ranges are read."""
 
     def __init__(self, repository: str, file: str, revision: str | None) -> None:
+        if Path(repository).is_dir():
+            raise LoPAError(f"no {file} in {repository!r}, of which the embeddings of texts are read")
         self._url = hf_hub_url(repository, file, revision=revision)
         length = int.from_bytes(self.read(0, 8), "little")
         if length > _LONGEST_HEADER:
@@ -148,14 +147,21 @@ class _HubFile:
         self.header.pop("__metadata__", None)
 
     def read(self, start: int, end: int) -> bytes:
-        """Returns the bytes of a range."""
+        """Returns the bytes of a range.
+
+        Raises:
+            LoPAError: If the hub does not send them.
+        """
         hub: Any = hub_utils  # which names what it exports in no way that types know
         headers = {**hub.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
-        with hub.get_session().stream("GET", self._url, headers=headers) as response:
-            hub.hf_raise_for_status(response)
-            if response.status_code != 206:  # else the whole file would come
-                raise LoPAError(f"{self._url}: no ranges of bytes are sent; download the backbone's files")
-            return bytes(response.read())
+        try:
+            with hub.get_session().stream("GET", self._url, headers=headers) as response:
+                hub.hf_raise_for_status(response)
+                if response.status_code == 206:  # else the whole file would come
+                    return bytes(response.read())
+        except Exception as error:  # of the hub or the network
+            raise LoPAError(f"rows of embeddings cannot be read from {self._url}: {one_line(error)}") from error
+        raise LoPAError(f"{self._url}: no ranges of bytes are sent; download the backbone's files")
 
 
 class _HubRows:
@@ -183,10 +189,5 @@ class _HubRows:
     def _row(self, index: int) -> Tensor:
         dtype, width = _DTYPES[self._dtype], math.prod(self._shape[1:])
         start = self._first + index * width * dtype.itemsize
-        try:
-            read = self._file.read(start, start + width * dtype.itemsize)
-        except LoPAError:
-            raise
-        except Exception as error:
-            raise LoPAError(f"row {index} of the embedding table cannot be read: {one_line(error)}") from error
+        read = self._file.read(start, start + width * dtype.itemsize)
         return torch.frombuffer(bytearray(read), dtype=dtype).view(1, width)

@@ -81,14 +81,14 @@ class ServedRequest:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """Of a chat."""
-        found: list[dict[str, Any]] = self.body["messages"]
-        return found
+        """Of a chat.
 
-    @property
-    def text_tokens(self) -> int:
-        """Number of tokens beside the virtual ones."""
-        return len(self.ids)
+        Raises:
+            LoPAError: If it is a text as embeddings.
+        """
+        if "messages" not in self.body:
+            raise LoPAError("the bundle's soft prompt does not stand in a chat, and whole texts are sent (complete)")
+        return list(self.body["messages"])
 
     def check_usage(self, usage: Any) -> None:
         """Compares what a server says that it has read.
@@ -99,7 +99,7 @@ class ServedRequest:
         Raises:
             PromptDroppedError: If ``prompt_tokens`` is not that of text and soft prompt together.
         """
-        m, own = self.virtual_tokens, self.text_tokens
+        m, own = self.virtual_tokens, len(self.ids)
         read = None if usage is None else usage.prompt_tokens
         if read == m + own:
             return
@@ -215,15 +215,16 @@ class ServedPrompter:
         return [self._request(*each) for each in zip(asked, prompts, ids, positions)]
 
     def _request(self, asked: str | Chat, prompt: Tensor, ids: list[int], position: int) -> ServedRequest:
-        if self._table is None:
-            part = prompt_part(prompt * self.scale, self.dtype, self.max_prompt_bytes)
-            chat = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-            body: dict[str, Any] = {"messages": self.spec.chat.sent(chat, part)}
-        else:
+        sent = prompt
+        if self._table is not None:
             text, position = self._table(ids), int(self.facts.placement == "after_first")
-            whole = torch.cat([text[:position], prompt.to(text), text[position:]]) * self.scale
-            body = {"prompt_embeds": encoded_tensor(whole, self.dtype, self.max_prompt_bytes)}
-        return ServedRequest(body, len(prompt), ids, position)
+            sent = torch.cat([text[:position], prompt.to(text), text[position:]])
+        data = encoded_tensor(sent * self.scale, self.dtype, self.max_prompt_bytes)
+        if self._table is not None:
+            return ServedRequest({"prompt_embeds": data}, len(prompt), ids, position)
+        chat = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        messages = self.spec.chat.sent(chat, {"type": "prompt_embeds", "data": data})
+        return ServedRequest({"messages": messages}, len(prompt), ids, position)
 
 
 def build_messages(source: ServedPrompter | LoPAPrompter | Bundle, messages: Any) -> list[dict[str, Any]]:
@@ -238,10 +239,7 @@ def build_messages(source: ServedPrompter | LoPAPrompter | Bundle, messages: Any
     Raises:
         LoPAError: See :class:`ServedPrompter`; or if it is not one chat, or the soft prompt does not stand in one.
     """
-    found = _one(source, messages)
-    if "messages" not in found.body:
-        raise LoPAError("the bundle's soft prompt does not stand in a chat; use build_prompt_embeds")
-    return found.messages
+    return _one(source, messages).messages
 
 
 def build_prompt_embeds(source: ServedPrompter | LoPAPrompter | Bundle, text: Any) -> str:
@@ -271,11 +269,6 @@ def _one(source: ServedPrompter | LoPAPrompter | Bundle, asked: Any) -> ServedRe
     return found[0]
 
 
-def prompt_part(prompt: Tensor, dtype: torch.dtype, most: int = MOST_BYTES) -> dict[str, str]:
-    """Returns the part of a message that a soft prompt is for vLLM; see :func:`encoded_tensor`."""
-    return {"type": "prompt_embeds", "data": encoded_tensor(prompt, dtype, most)}
-
-
 def encoded_tensor(values: Tensor, dtype: torch.dtype, most: int = MOST_BYTES) -> str:
     """Returns virtual tokens, or a text with them, as vLLM reads them: base64 of what ``torch.save`` writes.
 
@@ -303,8 +296,12 @@ def encoded_tensor(values: Tensor, dtype: torch.dtype, most: int = MOST_BYTES) -
     return data
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], ours: Sequence[str] = ()) -> None:
     """Refuses options of a request that do not go with a soft prompt.
+
+    Args:
+        options: As they are given to the ``openai`` package.
+        ours: More that must not be among them.
 
     Raises:
         LoPAError: If there is one; the message says why.
@@ -313,8 +310,10 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in [*options.items(), *extra.items()]:
         if name in _REFUSED and value is not None and not (name in _NEUTRAL and value == _NEUTRAL[name]):
             raise LoPAError(f"{name}={shown(value)} is refused with a soft prompt: {_REFUSED[name]}")
-    if ours := {"stream", "stream_options"} & set(extra):
-        raise LoPAError(f"extra_body must not have {', '.join(sorted(ours))}; give it as an argument")
+    if taken := sorted(set(ours) & set(options)):
+        raise LoPAError(f"{', '.join(taken)} goes with single requests")
+    if inside := {"stream", "stream_options"} & set(extra):
+        raise LoPAError(f"extra_body must not have {', '.join(sorted(inside))}; give it as an argument")
 
 
 def labelling(
@@ -341,19 +340,11 @@ def labelling(
 
 def word_options(words: Sequence[int], path: str) -> dict[str, Any]:
     """Returns the options of a request whose answer is one of some tokens, with their log probabilities."""
-    return {**first_token_options(words, path), "extra_body": {"allowed_token_ids": words, **_named_ids(words)}}
-
-
-def first_token_options(ids: Sequence[int], path: str) -> dict[str, Any]:
-    """Returns the options of a request for one token, with the log probabilities of those that are asked for."""
-    answer: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "extra_body": _named_ids(ids)}
+    extra = {"allowed_token_ids": words, "logprob_token_ids": words, "return_tokens_as_token_ids": True}
+    answer: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "extra_body": extra}
     if path == "completions":
         return {**answer, "logprobs": MOST_WORDS}
     return {**answer, "logprobs": True, "top_logprobs": MOST_WORDS}
-
-
-def _named_ids(ids: Sequence[int]) -> dict[str, Any]:
-    return {"logprob_token_ids": list(ids), "return_tokens_as_token_ids": True}
 
 
 def word_logprobs(answer: Any, words: Sequence[int]) -> dict[int, float]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gc
-import io
 import json
 import math
 import re
@@ -24,10 +22,10 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.predict import row_encoder
 from lopa_lightning.serving import client as client_file
 from lopa_lightning.serving.export import export_bundle
-from lopa_lightning.serving.requests import MOST_WORDS, PromptDroppedError, labelling, prompt_part
+from lopa_lightning.serving.requests import MOST_WORDS, PromptDroppedError, encoded_tensor, labelling
 from tests.serving import upstream as upstream_file
 from tests.serving.helpers import checkpoint
-from tests.serving.upstream import M, Upstream, prompts_in, running
+from tests.serving.upstream import M, Upstream, decoded, prompts_in, running
 from tests.tiny import WIDTH
 
 Tiny = Callable[[str], str]
@@ -304,16 +302,15 @@ def test_what_does_not_go_with_a_soft_prompt_is_refused(
 
 def test_a_soft_prompt_is_a_tensor_of_its_own_finite_and_bounded() -> None:
     table = torch.randn(4096, WIDTH)
-    part = prompt_part(table[:4], torch.bfloat16)
-    loaded = torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True)
-    assert torch.equal(loaded, table[:4].bfloat16())
-    assert len(part["data"]) < 4000
+    data = encoded_tensor(table[:4], torch.bfloat16)
+    assert torch.equal(decoded(data), table[:4].bfloat16())
+    assert len(data) < 4000
     with pytest.raises(LoPAError, match=r"NaN or infinite in part in torch\.float16"):
-        prompt_part(torch.full((2, 2), 1e6), torch.float16)
+        encoded_tensor(torch.full((2, 2), 1e6), torch.float16)
     with pytest.raises(
         LoPAError, match=r"4096 × 32 takes \d+ bytes, max_prompt_bytes is 1000: raise it by .* client_max_body_size"
     ):
-        prompt_part(table, torch.float32, 1000)
+        encoded_tensor(table, torch.float32, 1000)
 
 
 def test_a_bundle_that_no_server_answers_with_is_refused(tiny: Tiny, tmp_path: Path) -> None:
