@@ -13,7 +13,7 @@ from lopa_lightning.command_line.shipped import descriptions
 
 TASKS = ("fit", "validate", "test", "predict")
 EXPERIMENTS = ("compare", "sweep", "plan")
-SERVING = ("export", "doctor")
+SERVING = ("export", "doctor", "serve")
 COMMANDS = (*TASKS, *EXPERIMENTS, *SERVING, "configs")
 _WITHOUT_CONFIG = ("--text", "--file")  # options of `lopa predict` that take a configuration's place
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
 _LONGEST_WAIT = 30.0  # seconds
+BUSY = (429, 503)
+"""What a server says that takes no more requests now."""
 
 
 class _Client:
@@ -358,7 +360,7 @@ def chosen_model(cards: Sequence[Any], backbone: str) -> str:
     named = [card for card in bases if backbone in (card.id, getattr(card, "root", None))]
     if len(bases) != 1 and not named:
         names = ", ".join(card.id for card in bases) or "none"
-        raise LoPAError(f"the server has not {backbone!r} among its models ({names}); give model=")
+        raise LoPAError(f"the server has not {backbone!r} among its models ({names}); give model")
     return str((named or bases)[0].id)
 
 
@@ -373,9 +375,18 @@ def wait_before_retry(error: Exception, attempt: int) -> float | None:
     status, cause = getattr(error, "status_code", None), error.__cause__
     # The HTTP client's error, by its name: versions of the package are built on different ones.
     refused = any(kind.__name__ == "ConnectError" for kind in type(cause).__mro__)
-    if status not in (429, 503) and not refused:
+    if status not in BUSY and not refused:
         return None
-    headers = getattr(getattr(error, "response", None), "headers", {})
+    return busy_wait(getattr(getattr(error, "response", None), "headers", {}), attempt)
+
+
+def busy_wait(headers: Mapping[str, str], attempt: int) -> float:
+    """Returns how many seconds to wait for a server that is too busy, or not there.
+
+    Args:
+        headers: Of its answer, if there was one; ``retry-after`` is heeded.
+        attempt: How often the request was sent again before.
+    """
     try:
         asked = float(headers.get("retry-after", 0))
     except ValueError:  # a date

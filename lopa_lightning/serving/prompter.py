@@ -134,11 +134,23 @@ class LoPAPrompter(nn.Module):
             rank_zero_warn(f"{cut} texts were cut to {self.max_tokens} tokens for the instance encoder")
         return encoded
 
-    def _prompts(self, encoded: Mapping[str, list[list[int]]]) -> Tensor:
+    def vectors(self, encoded: Mapping[str, list[list[int]]]) -> Tensor:
+        """Encodes texts that are token ids already; a subclass may keep what it has encoded.
+
+        Args:
+            encoded: What the instance encoder reads, by its names.
+
+        Returns:
+            Instance vectors ``[B, e]``.
+        """
         assert self.encoder is not None
         assert self.tokenizer is not None
-        vectors = self.encoder(instance_batch(self.tokenizer, encoded, self.device))
-        vectors = controlled(vectors, self.encoder.spec.control)
+        found: Tensor = self.encoder(instance_batch(self.tokenizer, encoded, self.device))
+        return found
+
+    def _prompts(self, encoded: Mapping[str, list[list[int]]]) -> Tensor:
+        assert self.encoder is not None
+        vectors = controlled(self.vectors(encoded), self.encoder.spec.control)
         prompts: Tensor = self.prompt_encoder(vectors.to(next(self.prompt_encoder.parameters()).dtype))
         return prompts
 
