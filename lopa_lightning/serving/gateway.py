@@ -181,11 +181,11 @@ class Gateway:
         name = body.get("model")
         served = self.bundles.get(name) if isinstance(name, str) else None
         if served is None:
-            response = await self._send("POST", call.path, call, raw)
+            response = await self._send("POST", call.target, call, raw)
             if response.content_type != "text/event-stream":
                 async with response:
                     return await passed(response)
-            return Stream(self._guarded(response.content.iter_any(), response, call), response)
+            return Stream(self._guarded(response.content.iter_any(), response.status, call), response, call)
         call.model = str(name)
         is_chat = served.task is not None or served.facts.placement in CHAT_PLACEMENTS
         if call.path != (right := CHAT if is_chat else COMPLETIONS):
@@ -235,7 +235,7 @@ class Gateway:
             async for piece in pieces:
                 yield piece
 
-        return Stream(self._guarded(every(), response, call), response)
+        return Stream(self._guarded(every(), response.status, call), response, call)
 
     async def _label(
         self, call: Call, served: ServedPrompter, made: ServedRequest, model: Mapping[str, str], body: Mapping[str, Any]
@@ -270,6 +270,7 @@ class Gateway:
     async def _ask(self, call: Call, made: ServedRequest, options: Mapping[str, Any]) -> aiohttp.ClientResponse:
         """Sends a request with its soft prompt; what is no answer goes to the client as it is."""
         data = json.dumps({**options, **made.body}).encode()
+        call.headers["content-type"] = "application/json"
         response = await self._send("POST", f"/v1/{made.path}", call, data)
         if response.status == 200:
             return response
@@ -298,23 +299,17 @@ class Gateway:
             await asyncio.sleep(wait)
         raise AssertionError
 
-    async def _guarded(
-        self, pieces: AsyncIterator[bytes], response: aiohttp.ClientResponse, call: Call
-    ) -> AsyncIterator[bytes]:
-        """A stream whose end is told, and whose connection is closed when the client goes."""
-        status = 499
+    async def _guarded(self, pieces: AsyncIterator[bytes], status: int, call: Call) -> AsyncIterator[bytes]:
+        """A stream whose last event is what went wrong, if something did."""
         try:
             async for piece in pieces:
                 call.first_byte()
                 yield piece
-            status = response.status
-        except Exception as error:  # the answer has begun: an error is its last event
+        except Exception as error:  # the answer has begun
             told = call.told(error, self.upstream)
             status = told.status
             yield event(bytes(refusal(told, call.id).body))
-        finally:
-            response.close()
-            call.end(status)
+        call.end(status)
 
     # Of the gateway itself
 

@@ -96,6 +96,7 @@ class Call:
         given = request.headers.get("x-request-id", "")
         self.id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
         self.path, self.model, self.error = request.url.path, PLAIN, ""
+        self.target = f"{self.path}?{request.url.query}".rstrip("?")
         self.headers = {**kept_headers(request.headers), "x-request-id": self.id, "accept-encoding": "identity"}
         self._metrics, self._start, self._has_begun, self._has_ended = metrics, time.perf_counter(), False, False
         metrics.running.inc()
@@ -150,17 +151,19 @@ class Call:
 
 
 class Stream(StreamingResponse):
-    """An answer in pieces, whose source is closed when the client has gone."""
+    """An answer in pieces; the server's is closed when the client has gone."""
 
-    def __init__(self, pieces: AsyncIterator[bytes], response: aiohttp.ClientResponse) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], response: aiohttp.ClientResponse, call: Call) -> None:
         super().__init__(pieces, response.status, kept_headers(response.headers))
+        self._response, self._call = response, call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+            self._response.close()
+            self._call.end(499)  # if it has not ended before
 
 
 def kept_headers(headers: Mapping[str, str], *others: str) -> dict[str, str]:
