@@ -76,7 +76,7 @@ async def _write(writer: asyncio.StreamWriter, body: bytes) -> None:
 @contextlib.contextmanager
 def process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """Runs Python in a process of its own until the block ends."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryFile() as log:
         running = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
         try:
