@@ -15,6 +15,7 @@ import contextlib
 import csv
 import functools
 import json
+import operator
 import os
 import re
 import signal
@@ -64,25 +65,24 @@ def main() -> None:
     if (why := missing()) is not None:
         options.error(why)
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    models = {
-        "completions": generator("before", given.tokens),
-        "system": generator("system", given.tokens),
-        "user": generator("user", given.tokens),
-        "sst2": classifier(),
+    system = generator("system", given.tokens)
+    programs, talks = completions(given.items), chats(given.items)
+    cases = {
+        "CRUXEval, before": (generator("before", given.tokens), programs),
+        "CRUXEval, system": (system, [one_turn(text) for text in programs]),
+        "chats, system": (system, talks),
+        "chats, user": (generator("user", given.tokens), talks),
+        "SST-2": (classifier(), sentences(given.sentences)),
     }
-    asked = {
-        "completions": completions(given.items),
-        "system": chats(given.items),
-        "user": chats(given.items),
-        "sst2": sentences(given.sentences),
-    }
-    wanted = {name: own_answers(models[name], prompts) for name, prompts in asked.items()}
-    asked["code"], wanted["code"] = asked["completions"], own_answers(models["system"], asked["completions"])
+    own = {name: own_answers(model, prompts) for name, (model, prompts) in cases.items()}
     with tempfile.TemporaryDirectory() as folder, vllm_server(str(MODEL)) as server:
-        folders = {name: written(model, Path(folder) / name) for name, model in models.items()}
-        folders["code"] = folders["system"]
-        with gateway(server, folders) as address:
-            table = proof(server, address, folders, asked, wanted, given.tokens)
+        for name, (model, _) in cases.items():
+            written(model, Path(folder) / name)
+        bundles = {name: str(Path(folder) / name) for name in cases}
+        with gateway(server, bundles) as address:
+            asked = {name: prompts for name, (_, prompts) in cases.items()}
+            table = [*of_clients(server, bundles, asked, own, given.tokens)]
+            table += of_gateway(server, address, asked, own, given.tokens)
     given.json.write_text(json.dumps(table, indent=2))
     print("\n| answers | through | equal | of | seconds |\n|-|-|-:|-:|-:|")
     for row in table:
@@ -90,79 +90,88 @@ def main() -> None:
     sys.exit(any(row["equal"] != row["of"] for row in table))
 
 
-def proof(
-    server: str,
-    address: str,
-    folders: Mapping[str, Path],
-    asked: Mapping[str, list[Any]],
-    wanted: Mapping[str, list[Any]],
-    tokens: int,
-) -> list[dict[str, Any]]:
-    """Asks client and gateway for each bundle's answers alone, then the gateway for all of them mixed with plain ones."""
+def compared(answers: str, through: str, ask: Callable[[], list[str]], right: Sequence[str]) -> dict[str, Any]:
+    """Returns a row of the table: how many answers are the right ones."""
+    start = time.perf_counter()
+    found = ask()
+    row = {"answers": answers, "through": through, "equal": 0, "of": len(right), "seconds": 0.0}
+    row |= {"equal": sum(map(operator.eq, found, right)), "seconds": time.perf_counter() - start}
+    print(row, flush=True)
+    return row
+
+
+def each(ask: Callable[[Any], str], prompts: Sequence[Any]) -> list[str]:
+    """Asks for every prompt, several at a time."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(ask, prompts))
+
+
+def answer(client: openai.OpenAI, model: str, options: Mapping[str, Any], prompt: Any) -> str:
+    """Returns the answer to a text or a chat, by OpenAI's own client."""
+    if isinstance(prompt, str):
+        return client.completions.create(model=model, prompt=prompt, **options).choices[0].text
+    return str(client.chat.completions.create(model=model, messages=prompt, **options).choices[0].message.content)
+
+
+def of_clients(
+    server: str, bundles: Mapping[str, str], asked: Mapping[str, Any], own: Mapping[str, Any], tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Compares what ``LoPAClient`` answers."""
     greedy: dict[str, Any] = {"temperature": 0, "max_tokens": tokens}
-    stock = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-    through = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    table: list[dict[str, Any]] = []
-
-    def row(answers: str, way: str, ask: Callable[[], list[Any]], right: Sequence[Any]) -> None:
-        start = time.perf_counter()
-        found = ask()
-        equal = sum(one == other for one, other in zip(found, right, strict=True))
-        table.append({"answers": answers, "through": way, "equal": equal, "of": len(right)})
-        table[-1]["seconds"] = time.perf_counter() - start
-        print(table[-1], flush=True)
-
-    def each(ask: Callable[[Any], Any], prompts: Sequence[Any]) -> list[Any]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(ask, prompts))
-
-    def of_gateway(name: str, prompt: Any) -> Any:
-        if name == "completions":
-            return through.completions.create(model=name, prompt=prompt, **greedy).choices[0].text
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        options = {} if name == "sst2" else greedy
-        return through.chat.completions.create(model=name, messages=messages, **options).choices[0].message.content
-
-    def plain(prompt: Any) -> Any:
-        if isinstance(prompt, list):
-            return stock.chat.completions.create(model=str(MODEL), messages=prompt, **greedy).choices[0].message.content
-        return stock.completions.create(model=str(MODEL), prompt=prompt, **greedy).choices[0].text
-
-    def plain_through(prompt: Any) -> Any:
-        if isinstance(prompt, list):
-            made = through.chat.completions.create(model=str(MODEL), messages=prompt, **greedy)
-            return made.choices[0].message.content
-        return through.completions.create(model=str(MODEL), prompt=prompt, **greedy).choices[0].text
-
-    for name, folder in folders.items():
-        client = LoPAClient(server, ServedPrompter(Bundle.from_pretrained(str(folder)), max_prompt_bytes=2**22))
-        if name == "sst2":
-            row(name, "client", lambda: [each["label"] for each in client.classify(asked[name])], wanted[name])
-        elif name == "completions":
-            row(name, "client", lambda: [one.choices[0].text for one in client.map(asked[name], **greedy)], wanted[name])
+    for name, folder in bundles.items():
+        source = ServedPrompter(Bundle.from_pretrained(folder), max_prompt_bytes=2**22)
+        client = LoPAClient(server, source, max_inflight=AT_ONCE)
+        if source.task is not None:
+            ask: Callable[[], list[str]] = functools.partial(_labels, client, asked[name])
         else:
-            ask = functools.partial(client.chat, **greedy)
-            row(
-                name,
-                "client",
-                lambda: each(lambda prompt: ask(prompt).choices[0].message.content, asked[name]),
-                wanted[name],
-            )
+            ask = functools.partial(_answers, client, asked[name], greedy)
+        yield compared(name, "client", ask, own[name])
         client.close()
-        row(name, "gateway", lambda: each(functools.partial(of_gateway, name), asked[name]), wanted[name])
-    prompts = [*asked["system"][:25], *asked["completions"][:25]]
-    own = each(plain, prompts)
-    row("plain", "gateway", lambda: each(plain_through, prompts), own)
-    mixed = [(name, prompt, right) for name in folders for prompt, right in zip(asked[name][:50], wanted[name])]
-    mixed += [("", prompt, right) for prompt, right in zip(prompts, own)]
-    mixed = [mixed[index] for index in torch.randperm(len(mixed), generator=torch.manual_seed(0)).tolist()]
-    row(
-        f"all of them mixed, {AT_ONCE} at a time",
-        "gateway",
-        lambda: each(lambda one: of_gateway(one[0], one[1]) if one[0] else plain_through(one[1]), mixed),
-        [right for _, _, right in mixed],
+
+
+def _labels(client: LoPAClient, texts: list[str]) -> list[str]:
+    return [record["label"] for record in client.classify(texts)]
+
+
+def _answers(client: LoPAClient, prompts: list[Any], options: Mapping[str, Any]) -> list[str]:
+    choices = [found.choices[0] for found in client.map(prompts, **options)]
+    return [choice.text if hasattr(choice, "text") else choice.message.content for choice in choices]
+
+
+def of_gateway(
+    server: str, address: str, asked: Mapping[str, Any], own: Mapping[str, Any], tokens: int
+) -> list[dict[str, Any]]:
+    """Compares what the gateway answers, for each bundle alone and for all of them mixed with plain requests."""
+    greedy = {"temperature": 0, "max_tokens": tokens}
+    stock, through = (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) for url in (server, address)
     )
+    labelled = [one_turn(text) for text in asked["SST-2"]]
+    asked = {**asked, "SST-2": labelled}
+    options = {name: {} if name == "SST-2" else greedy for name in asked}
+    asks = {name: functools.partial(answer, through, name, options[name]) for name in asked}
+    table = [
+        compared(name, "gateway", functools.partial(each, asks[name], prompts), own[name])
+        for name, prompts in asked.items()
+    ]
+    half = len(asked["chats, user"]) // 2
+    prompts = [*asked["chats, user"][:half], *asked["CRUXEval, before"][:half]]
+    asks["plain"], right = (
+        functools.partial(answer, through, str(MODEL), greedy),
+        each(functools.partial(answer, stock, str(MODEL), greedy), prompts),
+    )
+    table.append(compared("plain requests", "gateway", functools.partial(each, asks["plain"], prompts), right))
+    mixed = [("plain", *pair) for pair in zip(prompts, right, strict=True)]
+    mixed += [(name, *pair) for name in asked for pair in list(zip(asked[name], own[name], strict=True))[: 2 * half]]
+    mixed = [mixed[at] for at in torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0)).tolist()]
+    ask = functools.partial(each, lambda one: asks[one[0]](one[1]), mixed)
+    table.append(compared(f"all mixed, {AT_ONCE} at a time", "gateway", ask, [right for _, _, right in mixed]))
     return table
+
+
+def one_turn(text: str) -> list[dict[str, str]]:
+    """Returns a chat of one message."""
+    return [{"role": "user", "content": text}]
 
 
 def completions(count: int) -> list[str]:
