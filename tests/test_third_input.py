@@ -42,10 +42,6 @@ class NumbersBackbone(Backbone):
 
     input_keys = ("numbers",)
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.placement = model, "before"
-
     @property
     def prompt_dim(self) -> int:
         return int(self.model.config.hidden_size)

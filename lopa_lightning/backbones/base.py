@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lopa_lightning.backbones.adapters import TrainedWeights, adapter_layers, trained_weights
 from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.pretrained import Family, PretrainedSpec, hidden_size
-from lopa_lightning.backbones.transformer_layers import transformer_layers
+from lopa_lightning.backbones.transformer_layers import compile_for_training, recompute, transformer_layers
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.prompts.base import UniformTokens, Vocabulary
 
@@ -61,20 +62,41 @@ class Backbone(nn.Module, ABC):
 
     As a baseline it may be changed after all: by an adapter in ``model``, or as a whole.
 
-    Attributes:
+    Args:
         model: The pretrained model.
+        dropout: Whether the model's own dropout is active in training. It is off otherwise, always.
         placement: Where virtual tokens go.
+        trained: Which of its own weights are trained, see :func:`~lopa_lightning.backbones.adapters.trained_weights`.
+        gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
+        compiled: Whether torch compiles its layers for training.
+
+    Raises:
+        LoPAError: If the model does not have the weights that are to be trained, or layers are to be computed a second
+            time or compiled, and it does not say which they are.
     """
 
     input_keys: ClassVar[tuple[str, ...]]
     """Entries of a batch that ``forward`` reads, the optional ones too."""
 
-    model: PreTrainedModel
-    placement: str
-    dropout: bool = False
-    """Whether the model's own dropout is active in training."""
-    adapted: Sequence[nn.Module] = ()
-    """Layers that an adapter has changed."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dropout: bool = False,
+        placement: str = "before",
+        trained: TrainedWeights = False,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.placement = model, placement
+        self.dropout = dropout or bool(trained)
+        for parameter in trained_weights(model, trained):
+            parameter.requires_grad_()
+        if compiled:
+            compile_for_training(self.layers())
+        if gradient_checkpointing:
+            recompute(self.layers())
+        self.adapted = adapter_layers(model)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode, unless the model's dropout was asked for; an adapter's dropout is its own."""

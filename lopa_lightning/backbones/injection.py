@@ -8,12 +8,10 @@ goes with a token (embedding, mask, token type, label) is moved by one layout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from lopa_lightning.errors import LoPAError
 
 Placement = Literal["before", "after_first", "every_layer", "system", "user"]
 """Where virtual tokens go: ``before`` a text's first token (as published), ``after_first``, between a ``[CLS]``
@@ -61,12 +59,6 @@ def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, position: Ten
     text = place[:, :length]
     is_same = attention_mask[:, 0].all() & (start == start[0]).all()
     return Layout(index, int(start[0]) if is_same else None, text + m * (text >= start))
-
-
-def check_placement(placement: str) -> None:
-    """Raises a LoPAError if ``placement`` is unknown."""
-    if placement not in get_args(Placement):
-        raise LoPAError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
 
 
 def insert(layout: Layout, prompt: Tensor | int, text: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -24,42 +25,36 @@ class VocabularyHead:
 
     Args:
         model: With a language model head.
-        replaced: Other parts that the copy does not share, by the ``id`` of what they are in place of.
     """
 
-    def __init__(self, model: PreTrainedModel, replaced: Mapping[int, nn.Module] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.projection = cast(Any, model).get_output_embeddings()
-        self.model = _with_replaced(model, {id(model.base_model): _GivenStates(), **(replaced or {})})
+        self.model = _with_replaced(model, {id(model.base_model): _GivenStates()})
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Returns the logits ``[N, V]`` of hidden states ``[N, h]``."""
-        logits: Tensor = self.model(inputs_embeds=hidden.unsqueeze(0)).logits
+    def __call__(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Computes logits.
+
+        Args:
+            hidden: Hidden states ``[N, h]``.
+            token_ids: The tokens that are wanted, ``[n]``: of the projection to the vocabulary only their rows are
+                computed. None for all.
+
+        Returns:
+            ``[N, V]`` or ``[N, n]``.
+        """
+        inputs, rows = {"inputs_embeds": hidden.unsqueeze(0)}, {}
+        if token_ids is not None:
+            # Read at every call, not copied once: the weights may be moved or sharded meanwhile.
+            size = len(self.projection.weight)
+            whole = {id(parameter) for parameter in self.projection.parameters() if len(parameter) == size}
+            rows = {name: p[token_ids] for name, p in self.model.named_parameters() if id(p) in whole}
+        logits: Tensor = functional_call(self.model, rows, kwargs=inputs).logits
         return logits.squeeze(0)
 
     @property
     def is_trained(self) -> bool:
         """Whether a weight of the head is trained, as in full fine-tuning."""
         return any(parameter.requires_grad for parameter in self.model.parameters())
-
-
-class LabelWordHead:
-    """Runs a language model's own head on chosen hidden states, for chosen tokens, see :class:`VocabularyHead`.
-
-    Of the projection to the vocabulary only the rows for the wanted tokens are computed.
-
-    Args:
-        model: With a language model head.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        projection = cast(Any, model).get_output_embeddings()
-        self.rows = _ProjectionRows(projection)
-        self.head = VocabularyHead(model, {id(projection): self.rows})
-
-    def __call__(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Returns the logits ``[B, n]`` of ``token_ids [n]`` for hidden states ``[B, h]``."""
-        self.rows.token_ids = token_ids
-        return self.head(hidden)
 
 
 def chunked_cross_entropy(
@@ -123,28 +118,6 @@ class _GivenStates(nn.Module):
         self, input_ids: None = None, *, inputs_embeds: Tensor, **_: object
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=inputs_embeds)
-
-
-class _ProjectionRows(nn.Module):
-    """Stands in for the projection to the vocabulary: only its rows for ``token_ids``.
-
-    The rows are read at every call, not copied once: the weights may be moved or sharded meanwhile.
-    """
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self._projection = [projection]
-        self.token_ids = torch.tensor([])
-
-    @property
-    def weight(self) -> Tensor:
-        """Weight of the projection, whose dtype Mamba's language model asks for."""
-        return cast(Tensor, self._projection[0].weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        projection, ids = cast(Any, self._projection[0]), self.token_ids
-        bias = projection.bias[ids] if getattr(projection, "bias", None) is not None else None
-        return F.linear(hidden, self.weight[ids], bias)
 
 
 def _with_replaced(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:

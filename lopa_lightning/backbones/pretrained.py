@@ -27,9 +27,9 @@ from transformers.utils import logging as transformers_logging
 
 from lopa_lightning.backbones.headers import check_files, check_weights, weight_files
 from lopa_lightning.backbones.quantization import check_quantization, quantization_config
-from lopa_lightning.backbones.sharded_weights import read_to_shards
+from lopa_lightning.backbones.sharding import read_to_shards
 from lopa_lightning.backbones.transformers_internals import class_of
-from lopa_lightning.errors import LoPAError, one_line
+from lopa_lightning.errors import LoPAError, one_line, one_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Family = Literal["encoder", "masked_lm", "causal_lm"]
@@ -72,7 +72,7 @@ class PretrainedSpec:
 
     def __post_init__(self) -> None:
         check_quantization(self.quantization)
-        check_dtype(self.dtype)
+        one_of("dtype", self.dtype, get_args(Dtype))
 
     def location(self) -> str:
         """Returns the hub id or folder that ``name`` stands for, ``~`` expanded.
@@ -99,12 +99,6 @@ class PretrainedSpec:
     def source_options(self) -> dict[str, Any]:
         """Returns what every ``from_pretrained`` is told of where the files come from."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises a LoPAError if ``dtype`` is not one that weights can have here."""
-    if dtype not in get_args(Dtype):
-        raise LoPAError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
 
 
 def load_config(spec: PretrainedSpec) -> PretrainedConfig:

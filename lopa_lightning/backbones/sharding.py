@@ -1,18 +1,28 @@
-"""Models split over processes by FSDP2: each layer a group of its own, all that lies around the layers one more."""
+"""Models split over processes by FSDP2: each layer a group of its own, all that lies around the layers one more.
+
+Weights are read straight to shards: each process reads its rows of each layer, and none ever holds the whole model.
+transformers' own sharded loading (``DistributedConfig(fsdp_size=...)``) does not serve: version 5.0 has none, and 5.24
+makes of BERT one group, whose embeddings cannot be used before its ``forward``, where soft prompts meet them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from lopa_lightning.backbones.headers import sources_of
 from lopa_lightning.backbones.transformer_layers import transformer_layers
+from lopa_lightning.backbones.transformers_internals import is_converted
 from lopa_lightning.errors import LoPAError
 
 
@@ -119,17 +129,6 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def row_range(tensor: DTensor) -> tuple[int, int]:
-    """Returns the first and the last (exclusive) row that this process has of a tensor sharded by rows.
-
-    Args:
-        tensor: As FSDP2 shards it: equal parts, the last ones perhaps short.
-    """
-    part = -(-len(tensor) // tensor.device_mesh.size())
-    rank = tensor.device_mesh.get_local_rank()
-    return min(rank * part, len(tensor)), min((rank + 1) * part, len(tensor))
-
-
 @contextmanager
 def gathered(net: nn.Module) -> Iterator[None]:
     """Keeps whole, in its block, what lies outside of the layers; every process must enter it.
@@ -145,3 +144,43 @@ def gathered(net: nn.Module) -> Iterator[None]:
     finally:
         if root is not None:
             root.reshard()
+
+
+def read_to_shards(model: PreTrainedModel, files: Mapping[str, Path], mesh: DeviceMesh) -> bool:
+    """Shards a model's layers, and reads each process's part of them; what lies around them is whole.
+
+    Args:
+        model: On the ``meta`` device; changed in place.
+        files: Which file has which tensor.
+        mesh: The processes.
+
+    Returns:
+        False, and the model is as it was, if transformers changes tensors as it loads this architecture, files and
+        model do not name the same tensors, or its class is none of transformers', which all initialise their buffers.
+    """
+    sources, missing = sources_of(model, files)
+    if missing or is_converted(model) or not type(model).__module__.startswith("transformers."):
+        return False
+    buffers = _initial_buffers(model)
+    shard_layers(model, mesh)
+    on_cpu = mesh.device_type == "cpu"
+    model.to_empty(device="cpu" if on_cpu else torch.device(mesh.device_type, torch.cuda.current_device()))
+    model.tie_weights()
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if (source := sources.get(name)) is None:
+                tensor.copy_(buffers[name])
+            else:  # a file is mapped: of a tensor, the rows that are copied are all that is read
+                tensor.detach().copy_(placed_like(opened[files[source]].get_tensor(source), tensor))
+    return True
+
+
+def _initial_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Returns the buffers with the values that the model's class gives them after every load."""
+    for part in model.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        cast(Any, model).initialize_weights()  # of parameters on the meta device it has nothing to initialise
+    return dict(model.named_buffers())

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from lopa_lightning.backbones.adapters import adapter_layers
 from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
 from lopa_lightning.backbones.injection import (
     CHAT_PLACEMENTS,
     Layout,
     Placement,
-    check_placement,
     insert,
     position_ids,
     prompt_layout,
     with_offset,
 )
-from lopa_lightning.backbones.lm_head import LabelWordHead, VocabularyHead, chunked_cross_entropy
+from lopa_lightning.backbones.lm_head import VocabularyHead, chunked_cross_entropy
 from lopa_lightning.backbones.padding import Side, check_padding
 from lopa_lightning.backbones.prefix import cache_input, layer_prompts
 from lopa_lightning.backbones.pretrained import (
@@ -34,9 +32,15 @@ from lopa_lightning.backbones.pretrained import (
     max_positions,
 )
 from lopa_lightning.backbones.tokens import vocabulary
-from lopa_lightning.backbones.transformer_layers import compile_for_training, recompute, transformer_layers
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_of
 from lopa_lightning.prompts.base import Vocabulary
+
+_REFUSED_IN_EVERY_LAYER = {
+    "compiled": "compile makes one program of all layers, and placement 'every_layer' one of each; "
+    "use placement 'before' or 'after_first', or compile: false",
+    "gradient_checkpointing": "gradient_checkpointing computes a layer twice, and placement 'every_layer' fills its "
+    "cache once; use placement 'before' or 'after_first', or gradient_checkpointing: false",
+}
 
 
 class TextBackbone(Backbone, LanguageModel):
@@ -44,12 +48,9 @@ class TextBackbone(Backbone, LanguageModel):
 
     Args:
         model: Encoder, masked LM or causal LM from transformers.
-        dropout: Whether the model's own dropout is active in training. It is off otherwise, always.
-        placement: Where virtual tokens go, see :mod:`~lopa_lightning.backbones.injection`.
-        trained: Whether all of the model's weights are trained.
-        gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
-        compiled: Whether torch compiles its layers for training.
         tokenizer: The model's, for soft prompts to start from words; None if there is none.
+        placement: Where virtual tokens go, see :mod:`~lopa_lightning.backbones.injection`.
+        **settings: As of :class:`~lopa_lightning.backbones.base.Backbone`.
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
@@ -62,18 +63,15 @@ class TextBackbone(Backbone, LanguageModel):
     def __init__(
         self,
         model: PreTrainedModel,
-        dropout: bool = False,
-        placement: Placement = "before",
-        trained: bool = False,
-        gradient_checkpointing: bool = False,
-        compiled: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        placement: str = "before",
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        check_placement(placement)
-        self.model = model.requires_grad_() if trained else model
-        self.dropout = dropout or trained
-        self.placement = placement
+        one_of("placement", placement, get_args(Placement))
+        for setting, reason in _REFUSED_IN_EVERY_LAYER.items():
+            if placement == "every_layer" and settings.get(setting):
+                raise LoPAError(reason)
+        super().__init__(model, placement=placement, **settings)
         self._accepts = accepted_inputs(self.body)
         if missing := {"inputs_embeds", "attention_mask"} - self._accepts:
             names = " and no ".join(sorted(missing))
@@ -83,23 +81,8 @@ class TextBackbone(Backbone, LanguageModel):
         self.tokenizer = tokenizer
         self._checked_sides: set[Side] = set()
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
-        if compiled:
-            if self._layers is not None:
-                raise LoPAError(
-                    "compile makes one program of all layers, and placement 'every_layer' one of each; "
-                    "use placement 'before' or 'after_first', or compile: false"
-                )
-            compile_for_training(transformer_layers(self.body))
-        if gradient_checkpointing:
-            if self._layers is not None:
-                raise LoPAError(
-                    "gradient_checkpointing computes a layer twice, and placement 'every_layer' fills its cache once; "
-                    "use placement 'before' or 'after_first', or gradient_checkpointing: false"
-                )
-            recompute(transformer_layers(self.body))
-        self.adapted = adapter_layers(model)
         # In a list, so that torch does not register the head's weights a second time.
-        self._heads = [] if self.body is model else [(LabelWordHead(model), VocabularyHead(model))]
+        self._heads = [] if self.body is model else [VocabularyHead(model)]
 
     @property
     def prompt_dim(self) -> int:
@@ -254,18 +237,18 @@ class TextBackbone(Backbone, LanguageModel):
 
     def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""
-        logits: Tensor = self._required_heads()[0](hidden, token_ids)
-        return logits
+        return self._head(hidden, token_ids)
 
     def label_log_probabilities(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""
-        return self._required_heads()[1](hidden).float().log_softmax(-1)[:, token_ids]
+        return self._head(hidden).float().log_softmax(-1)[:, token_ids]
 
     def token_losses(self, hidden: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor | None]:
         """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""
-        return chunked_cross_entropy(self._required_heads()[1], hidden, targets, chunk)
+        return chunked_cross_entropy(self._head, hidden, targets, chunk)
 
-    def _required_heads(self) -> tuple[LabelWordHead, VocabularyHead]:
+    @property
+    def _head(self) -> VocabularyHead:
         if not self._heads:
             raise LoPAError(f"{type(self.model).__name__} has no language model head")
         return self._heads[0]

@@ -132,22 +132,15 @@ def end_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens:
         ``input_ids``, ``token_type_ids`` where the tokenizer has them, and ``truncated``, a list of bools.
     """
     options: dict[str, Any] = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
-    encoded = tokenizer(list(texts), **options)
-    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
-    found: dict[str, list[Any]] = {key: list(encoded[key]) for key in keys}
-    too_long = [max_tokens is not None and len(ids) > max_tokens for ids in found["input_ids"]]
     side = tokenizer.truncation_side
     tokenizer.truncation_side = "left"
     try:
-        for row, is_long in enumerate(too_long):
-            if is_long:
-                cut = tokenizer(texts[row], truncation=True, max_length=max_tokens, **options)
-                for key in keys:
-                    found[key][row] = cut[key]
+        encoded = tokenizer(list(texts), truncation=max_tokens is not None, max_length=max_tokens, **options)
     finally:
         tokenizer.truncation_side = side
         tokenizer.backend_tokenizer.no_truncation()  # it is part of what a tokenizer is told apart by
-    return {**found, "truncated": too_long}
+    found = {key: list(encoded[key]) for key in ("input_ids", "token_type_ids") if key in encoded}
+    return {**found, "truncated": [bool(each.overflowing) for each in encoded.encodings or []]}
 
 
 def cut_left(prompts: Sequence[list[int]], room: int, kept: int = 0) -> list[list[int]]:

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lopa_lightning.backbones.adapters import adapter_layers
 from lopa_lightning.backbones.base import Backbone, Batch, States
 from lopa_lightning.backbones.image_injection import pad_position_biases, padded_shared_bias, virtual_tokens
 from lopa_lightning.backbones.image_processing import ImageProcessing
-from lopa_lightning.backbones.transformer_layers import compile_for_training, recompute, transformer_layers
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_of
 from lopa_lightning.prompts.base import UniformTokens
 
 _CLS = {"cls_token", "class_embedding"}
@@ -52,12 +50,9 @@ class VisionBackbone(Backbone):
     Args:
         model: One of the architectures of :mod:`~lopa_lightning.backbones.image_spec`, without a head.
         processing: How pixels are scaled and normalised, and the size of images.
-        dropout: Whether the model's own dropout is active in training, and stochastic depth and random rescaling of
-            positions with it. It is off otherwise, always.
         placement: ``before`` the patches or in ``every_layer``.
-        trained: Whether all of the model's weights are trained.
-        gradient_checkpointing: Whether its layers are computed a second time in the backward pass.
-        compiled: Whether torch compiles its layers for training.
+        **settings: As of :class:`~lopa_lightning.backbones.base.Backbone`. With the model's dropout its stochastic
+            depth and random rescaling of positions are active too.
 
     Raises:
         LoPAError: If ``placement`` is not one of the two, or not every layer can be found.
@@ -66,23 +61,12 @@ class VisionBackbone(Backbone):
     input_keys = ("pixels",)
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        processing: ImageProcessing,
-        dropout: bool = False,
-        placement: str = "before",
-        trained: bool = False,
-        gradient_checkpointing: bool = False,
-        compiled: bool = False,
+        self, model: PreTrainedModel, processing: ImageProcessing, placement: str = "before", **settings: Any
     ) -> None:
-        super().__init__()
-        if placement not in ("before", "every_layer"):
-            raise LoPAError(f"placement of images must be one of before, every_layer, got {placement!r}")
-        self.model = model.requires_grad_() if trained else model
+        one_of("placement of images", placement, ("before", "every_layer"))
+        super().__init__(model, placement=placement, **settings)
         self.processing = processing
-        self.dropout = dropout or trained
-        self.placement = placement
-        self._layers, expected = tuple(transformer_layers(self.body)), self.body.config.num_hidden_layers
+        self._layers, expected = tuple(self.layers()), self.body.config.num_hidden_layers
         if len(self._layers) != expected:
             raise LoPAError(f"{type(model).__name__} has {expected} layers, and {len(self._layers)} were found")
         self.num_patches: int = num_patches(self.body, processing)
@@ -90,11 +74,6 @@ class VisionBackbone(Backbone):
         self.has_cls: bool = has_cls(self.body)
         """Whether the model has a CLS token."""
         pad_position_biases(self._layers, self.num_patches)
-        if compiled:
-            compile_for_training(self._layers)
-        if gradient_checkpointing:
-            recompute(self._layers)
-        self.adapted = adapter_layers(model)
 
     @property
     def body(self) -> PreTrainedModel:

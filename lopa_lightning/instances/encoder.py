@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.adapters import adapt, adapter_layers
 from lopa_lightning.backbones.base import Batch, InputKind
-from lopa_lightning.backbones.pretrained import Dtype, PretrainedSpec, check_dtype
+from lopa_lightning.backbones.pretrained import Dtype, PretrainedSpec
 from lopa_lightning.errors import LoPAError, one_of
 
 Pooling = Literal["cls", "mean", "last", "max"]
@@ -71,8 +71,8 @@ class InstanceEncoderSpec:
     control: Control | None = None
 
     def __post_init__(self) -> None:
-        check_pooling(self.pooling)
-        check_dtype(self.dtype)
+        one_of("pooling", self.pooling, get_args(Pooling))
+        one_of("dtype", self.dtype, get_args(Dtype))
         if self.max_length is not None and self.max_length < 1:
             raise LoPAError(f"instance_encoder.max_length must be at least 1, got {self.max_length}")
         if self.adapter is not None and self.trainable:
@@ -125,7 +125,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         >>> [pool(hidden, mask, p).item() for p in ("cls", "mean", "last", "max")]
         [1.0, 2.0, 3.0, 3.0]
     """
-    check_pooling(pooling)
+    one_of("pooling", pooling, get_args(Pooling))
     if pooling == "mean":
         # Summed in float32: bfloat16 cannot hold 257.
         weight = mask.unsqueeze(-1).to(hidden.dtype)
@@ -262,9 +262,3 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-def check_pooling(pooling: str, name: str = "pooling") -> None:
-    """Raises a LoPAError if a pooling is unknown."""
-    if pooling not in get_args(Pooling):
-        raise LoPAError(f"{name} must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lopa_lightning.backbones.injection import check_placement, insert, position_ids, prompt_layout
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.backbones.injection import insert, position_ids, prompt_layout
 
 
 @st.composite
@@ -109,9 +107,3 @@ def test_a_tokens_position_is_the_number_of_tokens_before_it(masks: tuple[Tensor
                 assert position == offset + sum(row[:place])
             else:  # not read, but looked up: it must be a position that the text has as well
                 assert offset <= position < offset + sum(row)
-
-
-@pytest.mark.parametrize("placement", ["after", "", "Before"])
-def test_unknown_placement_is_an_error_that_lists_the_choices(placement: str) -> None:
-    with pytest.raises(LoPAError, match=f"before, after_first, every_layer, system, user, got '{placement}'"):
-        check_placement(placement)

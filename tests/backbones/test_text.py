@@ -222,3 +222,9 @@ class IdsOnly(PreTrainedModel):
 def test_a_model_that_takes_no_embeddings_is_refused() -> None:
     with pytest.raises(LoPAError, match="IdsOnly takes no attention_mask and no inputs_embeds"):
         TextBackbone(IdsOnly(PretrainedConfig()))
+
+
+@pytest.mark.parametrize("placement", ["after", "", "Before"])
+def test_unknown_placement_is_an_error_that_lists_the_choices(placement: str, load: Load) -> None:
+    with pytest.raises(LoPAError, match=f"before, after_first, every_layer, system, user, got '{placement}'"):
+        TextBackbone(load("bert"), placement=placement)
