@@ -56,7 +56,7 @@ WRONG_TYPE: dict[str, list[str]] = {
     "model.learning_rates": ["abc", "[1]", "{head: abc}"],
     "model.learning_rates.head": ["abc"],
     "model.frozen_dropout": ["maybe"],
-    "model.train_backbone": ["3"],
+    "model.train_backbone": ["some", "1.5"],
     "model.optimizer": ["nope", "torch.optim.Nope"],
     "model.optimizer.lr": ["abc", "[1]"],
     "model.optimizer.weight_decay": ["abc"],

@@ -52,6 +52,11 @@ LSTM = [
     for way in ("", "_reverse")
 ]
 SOFT = in_prompt_encoder("shared_prompt.weight")
+LINEAR_AND_NORM = [
+    *(f"attention.self.{part}" for part in ("query", "key", "value")),
+    *(f"{part}.{kind}" for part in ("attention.output", "output") for kind in ("dense", "LayerNorm")),
+    "intermediate.dense",
+]
 SAVED: dict[str, set[str]] = {
     **dict.fromkeys(
         ["lopa", "lopa_add", "lopa_concat", "lopa_max", "lopa_deep", "lopa_trained_encoder", "lopa_paper_nlu"],
@@ -92,6 +97,10 @@ SAVED: dict[str, set[str]] = {
     },
     "head_only": {"net.readout.linear.weight", "net.readout.linear.bias"},
     "full": set(),
+    "bias_only": {f"{LAYER}.{layer}.{part}.bias" for layer in (0, 1) for part in LINEAR_AND_NORM}
+    | {f"net.backbone.model.{part}.bias" for part in ("roberta.embeddings.LayerNorm", "lm_head.dense")}
+    | {f"net.backbone.model.{part}.bias" for part in ("lm_head.layer_norm", "lm_head")},
+    "partial": {f"{LAYER}.1.{part}.{kind}" for part in LINEAR_AND_NORM for kind in ("weight", "bias")},
 }
 # Of these parts, all is trained.
 WHOLE = {

@@ -1,14 +1,17 @@
-"""Adapters by PEFT: in the instance encoder, and in the backbone as baselines that soft prompts are compared with."""
+"""What is trained in a pretrained model, as in baselines of soft prompts: an adapter by PEFT, or weights of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from lopa_lightning.backbones.transformer_layers import transformer_layers
 from lopa_lightning.errors import LoPAError, one_line
+
+TrainedWeights = bool | Literal["bias"] | int
 
 
 def adapt(model: PreTrainedModel, config: Mapping[str, Any], name: str = "adapter") -> None:
@@ -48,3 +51,30 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
     except ImportError:
         return []
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def trained_weights(model: PreTrainedModel, which: TrainedWeights) -> list[nn.Parameter]:
+    """Returns the weights of a backbone that are trained, as a baseline.
+
+    Args:
+        model: The backbone's.
+        which: All (True) or none (False); ``bias``: all biases (BitFit, Zaken et al. 2022, arXiv 2106.10199); a number
+            k: those of the last k layers and the norm after them (Partial-k in VPT, Jia et al. 2022, arXiv 2203.12119).
+
+    Raises:
+        LoPAError: If the model does not have them.
+    """
+    if isinstance(which, bool):
+        return list(model.parameters()) if which else []
+    if which == "bias":
+        biases = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        if not biases:
+            raise LoPAError(f"train_backbone: bias needs a backbone with biases, and {type(model).__name__} has none")
+        return biases
+    layers, parts = transformer_layers(model), list(model.base_model.modules())
+    if not isinstance(which, int) or not 1 <= which <= len(layers):
+        allowed = f"true, false, bias, or a number of last layers from 1 to {len(layers)}"
+        raise LoPAError(f"train_backbone must be {allowed}, got {which!r}")
+    after = parts[parts.index(layers[-1]) + len(list(layers[-1].modules())) :]
+    norms = [part for part in after if "Norm" in type(part).__name__]
+    return [parameter for part in (*layers[-which:], *norms[:1]) for parameter in part.parameters()]

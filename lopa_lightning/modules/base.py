@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.backbones.adapters import TrainedWeights
 from lopa_lightning.backbones.base import Batch, InputSpec, ReadsInputs
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.sharding import data_mesh, placed_like, shard
@@ -58,7 +59,8 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             (prefix tuning, P-tuning v2), or in a chat: as its ``system`` message, or before its ``user``'s text.
         adapter: A PEFT adapter in the backbone, as in ``adapter_config.json``, such as
             ``{peft_type: LORA, r: 8}``; a baseline.
-        train_backbone: Whether all weights of the backbone are trained; a baseline.
+        train_backbone: Which weights of the backbone are trained, as a baseline: ``true`` for all, ``bias`` for its
+            biases, or a number k for its last k layers.
         frozen_dropout: Whether the backbone's own dropout is active in training.
         optimizer: An optimizer that still wants parameters.
         lr_scheduler: A scheduler that still wants an optimizer; stepped once for each optimizer step,
@@ -84,7 +86,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         instance_encoder: InstanceEncoderSpec = InstanceEncoderSpec(),
         placement: str = "before",
         adapter: dict[str, Any] | None = None,
-        train_backbone: bool = False,
+        train_backbone: TrainedWeights = False,
         frozen_dropout: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -97,7 +99,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             raise LoPAError(f"learning_rates must be at least 0 and finite, got {wrong}")
         if not 0 <= warmup < float("inf"):
             raise LoPAError(f"warmup must be a number of steps, or a share of the run below 1; got {warmup}")
-        if adapter is not None and train_backbone:
+        if adapter is not None and train_backbone is not False:
             raise LoPAError("give adapter or train_backbone, not both")
         self.save_hyperparameters()
         given = {key: value for key, value in self.hparams.items() if not key.startswith("_")}

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.adapters import adapt
+from lopa_lightning.backbones.adapters import TrainedWeights, adapt
 from lopa_lightning.backbones.base import Backbone, InputKind, InputSpec
 from lopa_lightning.backbones.pretrained import (
     Family,
@@ -77,7 +77,7 @@ class Builder:
         instance_encoder: The model that reads instances.
         placement: Where virtual tokens go.
         adapter: PEFT config of an adapter in the backbone; None for none.
-        train_backbone: Whether all weights of the backbone are trained.
+        train_backbone: Which weights of the backbone are trained.
     """
 
     kind: InputKind
@@ -85,7 +85,7 @@ class Builder:
     instance_encoder: InstanceEncoderSpec
     placement: str = "before"
     adapter: Mapping[str, Any] | None = None
-    train_backbone: bool = False
+    train_backbone: TrainedWeights = False
 
     @property
     def backbone(self) -> PretrainedSpec:
@@ -204,13 +204,18 @@ class Builder:
                 "config": ckpt.config_facts(load_config(self.backbone)),
             },
             "quantization": self.backbone.quantization,
-            "backbone_training": "all" if self.train_backbone else plain(self.adapter),
+            "backbone_training": self._trained_weights(),
             "prompt_encoder": with_arguments(plain(self.make_prompt_encoder), without_defaults, PromptEncoder),
             "instance_encoder": None,
         }
         if self.skeleton.prompt_encoder.uses_instance:
             identity["instance_encoder"] = self.encoder_identity()
         return identity
+
+    def _trained_weights(self) -> Any:
+        if isinstance(self.train_backbone, bool):
+            return "all" if self.train_backbone else plain(self.adapter)
+        return self.train_backbone if self.train_backbone == "bias" else f"last {self.train_backbone} layers"
 
     def encoder_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint says of the instance encoder, as far as it is known without weights."""

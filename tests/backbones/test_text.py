@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +229,27 @@ def test_a_model_that_takes_no_embeddings_is_refused() -> None:
 def test_unknown_placement_is_an_error_that_lists_the_choices(placement: str, load: Load) -> None:
     with pytest.raises(LoPAError, match=f"before, after_first, every_layer, system, user, got '{placement}'"):
         TextBackbone(load("bert"), placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("trained", "fault"),
+    [
+        (0, "must be true, false, bias, or a number of last layers from 1 to 2, got 0"),
+        (3, "from 1 to 2, got 3"),
+        ("last", "from 1 to 2, got 'last'"),
+        ("bias", "train_backbone: bias needs a backbone with biases, and LlamaForCausalLM has none"),
+    ],
+)
+def test_weights_to_train_that_a_backbone_does_not_have_are_refused(trained: Any, fault: str, load: Load) -> None:
+    with pytest.raises(LoPAError, match=fault):
+        TextBackbone(load("llama"), trained=trained)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("gpt2", "transformer.ln_f"), ("llama", "model.norm")])
+def test_the_last_layer_is_trained_with_the_norm_after_it(kind: str, norm: str, load: Load) -> None:
+    model = load(kind)
+    backbone = TextBackbone(model, trained=1)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = {name for name, _ in model.named_parameters() if ".1." in name}
+    assert trained == last | {f"{norm}.{name}" for name, _ in model.get_submodule(norm).named_parameters()}
+    assert backbone.dropout

@@ -38,6 +38,7 @@ HEAD = CLASSES * (WIDTH + 1)
 DEEP = {"placement": "every_layer"}
 SIZES: dict[str, Any] = {"num_virtual_tokens": M, "hidden_dim": H}
 LOW_RANK = 2 * (WIDTH + 1) * H + (H + 1) * (M + WIDTH) * 2
+LAYER = 4 * (WIDTH + 1) * WIDTH + (2 * WIDTH + 1) * 24 + WIDTH + 4 * WIDTH
 # Options of the module, and how many parameters are trained beside the head.
 METHODS: dict[str, tuple[dict[str, Any], int | None]] = {
     "vpt_shallow": ({"prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=M)}, M * WIDTH),
@@ -65,6 +66,9 @@ METHODS: dict[str, tuple[dict[str, Any], int | None]] = {
         LAYERS * 2 * 2 * 2 * WIDTH,
     ),
     "full": ({"prompt_encoder": NoPrompt, "train_backbone": True}, None),
+    # Of each layer, its attention, MLP and two norms; of ViT's patches or CLIP's first norm; of the last norm.
+    "bias": ({"prompt_encoder": NoPrompt, "train_backbone": "bias"}, LAYERS * (7 * WIDTH + 24) + 2 * WIDTH),
+    "last_2": ({"prompt_encoder": NoPrompt, "train_backbone": 2}, 2 * LAYER + 2 * WIDTH),
 }
 
 
@@ -216,7 +220,7 @@ trainer: {{max_epochs: 6, accelerator: cpu, devices: 1, enable_progress_bar: fal
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 OF_IMAGES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "vision" in path.stem or path.stem.startswith("vpt"))
-OF_BOTH = ["full", "head_only", "idpg", "lopa", "lopa_deep", "p_tuning_mlp", "prompt_tuning"]
+OF_BOTH = ["bias_only", "partial", "full", "head_only", "idpg", "lopa", "lopa_deep", "p_tuning_mlp", "prompt_tuning"]
 
 
 @pytest.mark.parametrize("method", [*OF_IMAGES, *OF_BOTH])
