@@ -202,7 +202,7 @@ class ChatFormat:
         return "" if other is None else f" with placement {self.placement!r}; use placement {other} or before"
 
     def _as_served(self, messages: Chat) -> list[dict[str, Any]]:
-        """The messages as a server hands them to the template, with the placeholder."""
+        """Returns the messages as a server hands them to the template, with the placeholder."""
         served = self.sent(messages, _text(PLACEHOLDER))
         for message in served:
             parts = [_text(message["content"])] if isinstance(message["content"], str) else message["content"]
@@ -317,7 +317,7 @@ def _name(node: nodes.Node) -> str | None:
 
 
 def _bare(node: nodes.Node) -> nodes.Node:
-    """The node without filters, tests and slices around it."""
+    """Returns the node without filters, tests and slices around it."""
     while isinstance(node, (nodes.Filter, nodes.Test)) or (
         isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
     ):

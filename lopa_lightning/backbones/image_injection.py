@@ -100,8 +100,8 @@ def _padded(table: Tensor, m: int, num_patches: int) -> Tensor:
     if m == 0:
         return table
     size = table.shape[-1]
-    place = torch.arange(size, device=table.device)
-    place = place + m * (place >= size - num_patches)
+    position = torch.arange(size, device=table.device)
+    position = position + m * (position >= size - num_patches)
     padded = table.new_zeros(*table.shape[:-2], m + size, m + size)
-    padded[..., place.unsqueeze(1), place] = table
+    padded[..., position.unsqueeze(1), position] = table
     return padded

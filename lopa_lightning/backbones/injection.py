@@ -23,11 +23,11 @@ CHAT_PLACEMENTS = ("system", "user")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the content of each place of a prompted sequence comes from.
+    """Says where the content of each position of a prompted sequence comes from.
 
     Attributes:
-        index: ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on a place of the text.
-        start: The first virtual token's place, where it is the same in every row and every text starts at the
+        index: ``[B, m + T]`` into ``[virtual tokens; text]``: below m a virtual token, from m on one of the text.
+        start: The first virtual token's position, where it is the same in every row and every text starts at the
             first position: nothing then need be looked up by the index. None where rows differ.
         positions: Where each of the text's tokens is in the prompted sequence, ``[B, T]``.
     """
@@ -38,7 +38,7 @@ class Layout:
 
 
 def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, position: Tensor | int = 0) -> Layout:
-    """Returns where the content of each place of the prompted sequence comes from.
+    """Returns where the content of each position of the prompted sequence comes from.
 
     Args:
         attention_mask: 1 at the text's tokens, 0 at padding, ``[B, T]``. The ones of a row are contiguous.
@@ -99,9 +99,9 @@ def with_offset(embedded: Tensor, offset: Tensor, attention_mask: Tensor) -> Ten
     Returns:
         ``[B, T, d]``.
     """
-    place = position_ids(attention_mask)
-    added = offset[place.clamp(max=len(offset) - 1)].to(embedded.dtype)
-    return embedded + added * (place < len(offset)).unsqueeze(-1)
+    positions = position_ids(attention_mask)
+    added = offset[positions.clamp(max=len(offset) - 1)].to(embedded.dtype)
+    return embedded + added * (positions < len(offset)).unsqueeze(-1)
 
 
 def position_ids(attention_mask: Tensor, offset: int = 0) -> Tensor:

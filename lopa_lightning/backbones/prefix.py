@@ -37,14 +37,9 @@ class LayerPrompts:
         """Numbers that one virtual token has."""
         return sum(heads * dim for heads, dim in self.shapes)
 
-    def cache(self, prompt: Tensor, batch: int) -> Cache:
-        """Makes the cache that a model would have after reading the virtual tokens.
-
-        Args:
-            prompt: ``[B, m, width]``, or ``[1, m, width]`` for all.
-            batch: Number B of texts.
-        """
-        parts = torch.split(prompt.expand(batch, -1, -1), [heads * dim for heads, dim in self.shapes], dim=-1)
+    def cache(self, prompt: Tensor) -> Cache:
+        """Makes the cache that a model would have after reading the virtual tokens ``[B, m, width]``."""
+        parts = torch.split(prompt, [heads * dim for heads, dim in self.shapes], dim=-1)
         states = [torch.unflatten(part, -1, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes)]
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(states[::2], states[1::2])):
@@ -103,7 +98,7 @@ def layer_prompts(model: PreTrainedModel) -> LayerPrompts:
             cache = DynamicCache()
             run(**{cache_name: cache})
             found = LayerPrompts(tuple((int(part.shape[1]), int(part.shape[3])) for part in _states(cache)))
-            filled = found.cache(torch.empty(1, 2, found.width), 1)
+            filled = found.cache(torch.empty(1, 2, found.width))
             run(**{cache_name: filled})
             lengths = {int(part.shape[2]) for part in _states(filled)}
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:

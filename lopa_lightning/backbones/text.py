@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
@@ -100,7 +101,7 @@ class TextBackbone(Backbone, LanguageModel):
         return max_positions(self.body)
 
     def embedding_table(self) -> Tensor:
-        """The vectors that token ids stand for at the model's input, ``[V, d]``.
+        """Returns the vectors that token ids stand for at the model's input, ``[V, d]``.
 
         No copy, unless the model's embedding layer does more than look up (Gemma's scales).
         """
@@ -111,7 +112,7 @@ class TextBackbone(Backbone, LanguageModel):
             return cast(Tensor, layer(torch.arange(len(weight), device=weight.device)))
 
     def virtual_tokens(self, token_ids: Tensor) -> Tensor:
-        """What real tokens are where virtual tokens go, ``[n, d]``.
+        """Returns what real tokens are where virtual tokens go, ``[n, d]``.
 
         Args:
             token_ids: ``[n]``.
@@ -157,24 +158,23 @@ class TextBackbone(Backbone, LanguageModel):
             LoPAError: If m + T is more than the backbone has positions for.
         """
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-        token_type_ids = batch.get("token_type_ids")
-        size, m = len(input_ids), prompt.shape[1]
+        token_type_ids, m = batch.get("token_type_ids"), prompt.shape[1]
         if self.max_positions is not None and m + input_ids.shape[1] > self.max_positions:
             raise LoPAError(
                 f"{m} virtual tokens and {input_ids.shape[1]} tokens of text are more than the "
                 f"{self.max_positions} positions of the backbone; truncate the text"
             )
-        prompt, embedded = self._embedded(prompt, input_ids, attention_mask, offset)
+        virtual, embedded = self._embedded(prompt, batch, offset)
         if self._layers is not None:
-            cache = self._layers.cache(prompt, size)
-            mask = torch.cat([attention_mask.new_ones(size, m), attention_mask], dim=1)
             positions = position_ids(attention_mask, first_position(self.body) + m)
-            given = {str(cache_input(self.body)): cache}
-            hidden = self._run(embedded, positions, token_type_ids, attention_mask=mask, **given)
-            here = torch.arange(input_ids.shape[1], device=input_ids.device).expand(size, -1)
+            mask, cache = F.pad(attention_mask, (m, 0), value=1), self._layers.cache(virtual)
+            hidden = self._run(
+                embedded, positions, token_type_ids, attention_mask=mask, **{str(cache_input(self.body)): cache}
+            )
+            here = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             return States(hidden, attention_mask, here)
         layout = self._layout(batch, m)
-        prompted = insert(layout, prompt.expand(size, -1, -1), embedded)
+        prompted = insert(layout, virtual, embedded)
         types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
         if self._is_causal and layout.start is not None:
             # All padding comes after the tokens that are read, which see nothing of it: attention without a mask.
@@ -189,19 +189,17 @@ class TextBackbone(Backbone, LanguageModel):
         position = batch["prompt_position"] if in_chat else int(self.placement == "after_first")
         return prompt_layout(batch["attention_mask"], num_virtual_tokens, position)
 
-    def _embedded(
-        self, prompt: Tensor, input_ids: Tensor, attention_mask: Tensor, offset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Virtual tokens in the backbone's dtype, and the text's embeddings."""
-        embedded = self.model.get_input_embeddings()(input_ids)
+    def _embedded(self, prompt: Tensor, batch: Batch, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns virtual tokens in the backbone's dtype ``[B, m, ...]``, and the text's embeddings ``[B, T, d]``."""
+        embedded = self.model.get_input_embeddings()(batch["input_ids"])
         if offset is not None:
-            embedded = with_offset(embedded, offset, attention_mask)
-        return prompt.to(embedded.dtype), embedded
+            embedded = with_offset(embedded, offset, batch["attention_mask"])
+        return prompt.to(embedded.dtype).expand(len(embedded), -1, -1), embedded
 
     def to_continue(
         self, prompt: Tensor, texts: Batch, offset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Cache | None]:
-        """What a model's ``generate`` is given to continue ``[Z; x]``.
+        """Returns what a model's ``generate`` is given to continue ``[Z; x]``.
 
         Args:
             prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
@@ -212,19 +210,16 @@ class TextBackbone(Backbone, LanguageModel):
             Embeddings ``[B, m + T, d]`` and their mask ``[B, m + T]``. With virtual tokens in every layer,
             the filled cache as well: of the embeddings, the virtual tokens' are then never read.
         """
-        attention_mask = texts["attention_mask"]
-        batch, m = len(attention_mask), prompt.shape[1]
-        prompt, embedded = self._embedded(prompt, texts["input_ids"], attention_mask, offset)
+        attention_mask, m = texts["attention_mask"], prompt.shape[1]
+        virtual, embedded = self._embedded(prompt, texts, offset)
         if self._layers is not None:
-            mask = torch.cat([attention_mask.new_ones(batch, m), attention_mask], dim=1)
-            unread = embedded.new_zeros(batch, m, embedded.shape[-1])
-            return torch.cat([unread, embedded], dim=1), mask, self._layers.cache(prompt, batch) if m else None
+            cache = self._layers.cache(virtual) if m else None
+            return F.pad(embedded, (0, 0, m, 0)), F.pad(attention_mask, (m, 0), value=1), cache
         layout = self._layout(texts, m)
-        embeddings = insert(layout, prompt.expand(batch, -1, -1), embedded)
-        return embeddings, insert(layout, 1, attention_mask), None
+        return insert(layout, virtual, embedded), insert(layout, 1, attention_mask), None
 
     def _run(self, embedded: Tensor, places: Tensor | None, token_type_ids: Tensor | None, **options: Any) -> Tensor:
-        """Last hidden states of the model; what it does not take is left out."""
+        """Runs the model, and returns its last hidden states; what it does not take is left out."""
         if places is not None and "position_ids" in self._accepts:
             options["position_ids"] = places
         if token_type_ids is not None and self._has_token_types:

@@ -160,12 +160,12 @@ def image_states(hidden: Tensor, m: int, num_patches: int, has_cls: bool) -> Ima
         has_cls: Whether the first one is CLS.
     """
     size, length = hidden.shape[:2]
-    place = torch.arange(length, device=hidden.device)
+    position = torch.arange(length, device=hidden.device)
     first = length - num_patches
-    content = (place >= first) | ((place == 0) & has_cls)
-    virtual = (place >= first - m) & (place < first)
+    content = (position >= first) | ((position == 0) & has_cls)
+    virtual = (position >= first - m) & (position < first)
     content, virtual = (mask.long().expand(size, -1) for mask in (content, virtual))
-    return ImageStates(hidden, content, place[first:].expand(size, -1), virtual)
+    return ImageStates(hidden, content, position[first:].expand(size, -1), virtual)
 
 
 def patch_size(model: PreTrainedModel) -> tuple[int, int]:

@@ -102,7 +102,7 @@ class InstanceEncoderSpec:
         return self.name == BACKBONE
 
     def pretrained(self) -> PretrainedSpec:
-        """How to load the encoder's own model."""
+        """Returns how to load the encoder's own model."""
         return PretrainedSpec(self.name, self.revision, self.dtype, self.attn_implementation, self.trust_remote_code)
 
 
@@ -200,7 +200,7 @@ class InstanceEncoder(nn.Module):
         return None if self.shared or self._load is not None else self.model
 
     def loaded(self) -> PreTrainedModel:
-        """The model, loaded if it is not there."""
+        """Returns the model, loaded if it is not there."""
         if self._load is not None and not self._unregistered:
             # As if nothing happened: what is drawn next, and what may later be part of a graph.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
@@ -233,7 +233,7 @@ class InstanceEncoder(nn.Module):
         return self.vectors(batch)
 
     def vectors(self, batch: Batch) -> Tensor:
-        """Encodes instances with a model that is in its place; see :meth:`forward`."""
+        """Encodes instances with a model that is on its device; see :meth:`forward`."""
         model = self.loaded()
         # A backbone may be in training mode while it serves as a frozen encoder.
         is_still = model.training and not self.spec.is_varying

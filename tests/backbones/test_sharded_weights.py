@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lopa_lightning import PretrainedSpec
 from lopa_lightning.backbones import pretrained
 from lopa_lightning.backbones.pretrained import Family, load_model
-from lopa_lightning.backbones.sharding import row_range, whole
+from lopa_lightning.backbones.sharding import whole
 from lopa_lightning.checkpoint import fingerprint
 
 Tiny = Callable[[str], str]
@@ -106,29 +106,3 @@ def test_files_that_name_other_tensors_are_read_whole(tiny: Tiny, tmp_path: Path
     got = load_model(PretrainedSpec(str(tmp_path)), "causal_lm", mesh)
     assert not any(isinstance(parameter, DTensor) for parameter in got.parameters())
     assert all(torch.equal(value, got.state_dict()[name]) for name, value in expected.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("rows", "size", "expected"), [(10, 4, [3, 3, 3, 1]), (5, 4, [2, 2, 1, 0]), (2, 4, [1, 1, 0, 0])]
-)
-def test_rows_of_a_process_are_those_that_fsdp_gives_it(rows: int, size: int, expected: list[int]) -> None:
-    class Mesh:
-        def __init__(self, rank: int) -> None:
-            self.rank = rank
-
-        def size(self) -> int:
-            return size
-
-        def get_local_rank(self) -> int:
-            return self.rank
-
-    class Sharded:
-        def __init__(self, rank: int) -> None:
-            self.device_mesh = Mesh(rank)
-
-        def __len__(self) -> int:
-            return rows
-
-    ranges = [row_range(Sharded(rank)) for rank in range(size)]  # type: ignore[arg-type]
-    assert [last - first for first, last in ranges] == expected
-    assert [len(part) for part in torch.arange(rows).chunk(size)] == [n for n in expected if n]
