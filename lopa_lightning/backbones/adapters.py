@@ -53,13 +53,14 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def trained_weights(model: PreTrainedModel, which: TrainedWeights) -> list[nn.Parameter]:
+def trained_weights(model: PreTrainedModel, body: PreTrainedModel, which: TrainedWeights) -> list[nn.Parameter]:
     """Returns the weights of a backbone that are trained, as a baseline.
 
     Args:
         model: The backbone's.
-        which: All (True) or none (False); ``bias``: all biases (BitFit, Zaken et al. 2022, arXiv 2106.10199); a number
-            k: those of the last k layers and the norm after them (Partial-k in VPT, Jia et al. 2022, arXiv 2203.12119).
+        body: The same without its head.
+        which: All (True) or none (False); ``bias``: all biases (BitFit, Ben Zaken et al. 2022, arXiv 2106.10199); k:
+            those of the last k layers and of the norm after them (Partial-k in VPT, Jia et al. 2022, arXiv 2203.12119).
 
     Raises:
         LoPAError: If the model does not have them.
@@ -71,7 +72,7 @@ def trained_weights(model: PreTrainedModel, which: TrainedWeights) -> list[nn.Pa
         if not biases:
             raise LoPAError(f"train_backbone: bias needs a backbone with biases, and {type(model).__name__} has none")
         return biases
-    layers, parts = transformer_layers(model), list(model.base_model.modules())
+    layers, parts = transformer_layers(body), list(body.modules())
     if not isinstance(which, int) or not 1 <= which <= len(layers):
         allowed = f"true, false, bias, or a number of last layers from 1 to {len(layers)}"
         raise LoPAError(f"train_backbone must be {allowed}, got {which!r}")

@@ -90,7 +90,7 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.model, self.placement = model, placement
         self.dropout = dropout or bool(trained)
-        for parameter in trained_weights(model, trained):
+        for parameter in trained_weights(model, self.body, trained):
             parameter.requires_grad_()
         if compiled:
             compile_for_training(self.layers())

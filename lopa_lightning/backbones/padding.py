@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lopa_lightning.backbones.pretrained import in_eval_mode
 from lopa_lightning.errors import LoPAError
 
 if TYPE_CHECKING:
@@ -35,16 +36,11 @@ def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, p
     Raises:
         LoPAError: If padding changes states only because of where virtual tokens are.
     """
-    name, modes = type(backbone.body).__name__, [(part, part.training) for part in backbone.modules()]
-    allowed, m = tolerance(backbone.body), min(num_virtual_tokens, _VIRTUAL)
-    backbone.train(False)
-    try:
+    name, allowed, m = type(backbone.body).__name__, tolerance(backbone.body), min(num_virtual_tokens, _VIRTUAL)
+    with in_eval_mode(backbone):
         if (found := _change(backbone, m, side, pad_id)) <= allowed:
             return
         own = _change(backbone, 0, side, pad_id)
-    finally:
-        for part, mode in modes:
-            part.training = mode
     if own <= allowed:
         raise LoPAError(
             f"placement {backbone.placement!r} cannot be right with padding on the {side}: beside virtual tokens it "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
@@ -285,6 +286,18 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     model.requires_grad_(False)
     model.train(False)
     return model
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switches dropout off in its block, an adapter's too."""
+    training = [part for part in model.modules() if part.training]
+    model.train(False)
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _class_options(spec: PretrainedSpec, family: Family, config: PretrainedConfig) -> dict[str, Any]:

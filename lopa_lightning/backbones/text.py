@@ -126,9 +126,8 @@ class TextBackbone(Backbone, LanguageModel):
         """Returns the tokenizer's tokens that stand for text."""
         if self.tokenizer is None:
             return None
-        table = self.embedding_weight
-        found = vocabulary(self.tokenizer, len(table), self.virtual_tokens)
-        return dataclasses.replace(found, table=table if self._layers is None else None)
+        found = vocabulary(self.tokenizer, len(self.embedding_weight), self.virtual_tokens)
+        return found if self._layers is not None else dataclasses.replace(found, table=self.embedding_weight)
 
     def count_tokens(self, batch: Batch) -> Tensor:
         """Returns how many tokens the texts of a batch have, without waiting for a device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.adapters import adapt, adapter_layers
 from lopa_lightning.backbones.base import Batch, InputKind
-from lopa_lightning.backbones.pretrained import Dtype, PretrainedSpec
+from lopa_lightning.backbones.pretrained import Dtype, PretrainedSpec, in_eval_mode
 from lopa_lightning.errors import LoPAError, one_of
 
 Pooling = Literal["cls", "mean", "last", "max"]
@@ -228,7 +228,7 @@ class InstanceEncoder(nn.Module):
                 cast(nn.Module, model).to(next(iter(batch.values())).device)
         if not self.is_checked:
             self.is_checked = True
-            with torch.no_grad(), _in_eval_mode(model):
+            with torch.no_grad(), in_eval_mode(model):
                 self._kind.check_instances(self)
         return self.vectors(batch)
 
@@ -238,7 +238,7 @@ class InstanceEncoder(nn.Module):
         # A backbone may be in training mode while it serves as a frozen encoder.
         is_still = model.training and not self.spec.is_varying
         with (
-            _in_eval_mode(model) if is_still else contextlib.nullcontext(),
+            in_eval_mode(model) if is_still else contextlib.nullcontext(),
             torch.set_grad_enabled(self.spec.is_trained and torch.is_grad_enabled()),
         ):
             vector = pool(*self._kind.instance_states(model, batch), self.spec.pooling).float()
@@ -250,15 +250,3 @@ class InstanceEncoder(nn.Module):
         for layer in self._adapted:
             layer.train(mode)
         return self
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Switches dropout off in its block, an adapter's too."""
-    training = [part for part in model.modules() if part.training]
-    model.train(False)
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -351,3 +351,13 @@ def test_a_processing_of_a_strangers_file_has_pixels(resize: Any) -> None:
     ImageProcessing(size=(12, 12), resize=(12, 13), **numbers)
     with pytest.raises(LoPAError, match="resize must be pixels from 1 to 10000, got"):
         ImageProcessing(size=(12, 12), resize=resize, **numbers)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_partial_tuning_is_of_the_last_layer_and_the_norm_after_it(kind: str) -> None:
+    norm = {"beit": None, "clip": "post_layernorm", "siglip": "post_layernorm", "dinov3": "norm"}
+    model = VisionBackbone(vision_model(kind), PROCESSING, trained=1).model
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = {name for name, _ in model.named_parameters() if f".{LAYERS - 1}." in name}
+    own = norm.get(kind.partition("_")[0], "layernorm")  # of BEiT it is in the pooler, which nothing reads
+    assert trained == last | ({f"{own}.weight", f"{own}.bias"} if own else set())
