@@ -81,6 +81,7 @@ def step_of(module: Any) -> tuple[int, int]:
     [
         ("bert_base", ()),
         ("bert_base", ("--model.train_backbone=true",)),
+        ("bert_base", ("--model.train_backbone=bias",)),
         ("llama", ("--model.backbone.dtype=bfloat16", "--model.adapter={peft_type: LORA, r: 4}")),
         ("llama", ("--trainer.precision=bf16-mixed",)),
         ("llama", ("--trainer.precision=bf16-true",)),
