@@ -171,8 +171,12 @@ def read_to_shards(model: PreTrainedModel, files: Mapping[str, Path], mesh: Devi
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if (source := sources.get(name)) is None:
                 tensor.copy_(buffers[name])
-            else:  # a file is mapped: of a tensor, the rows that are copied are all that is read
-                tensor.detach().copy_(placed_like(opened[files[source]].get_tensor(source), tensor))
+                continue
+            saved, kept = opened[files[source]].get_tensor(source), tensor.detach()  # mapped, and not read yet
+            if isinstance(kept, DTensor):  # by FSDP2, of a chunk of the rows; the last processes may have none
+                parts, rank, kept = saved.chunk(mesh.size()), mesh.get_local_rank(), kept.to_local()
+                saved = parts[rank] if rank < len(parts) else saved[:0]
+            kept.copy_(saved)
     return True
 
 
