@@ -49,7 +49,7 @@ class TextBackbone(Backbone, LanguageModel):
 
     Args:
         model: Encoder, masked LM or causal LM from transformers.
-        tokenizer: The model's, for soft prompts to start from words; None if there is none.
+        tokenizer: The model's, to initialise soft prompts from words; None if there is none.
         placement: Where virtual tokens go, see :mod:`~lopa_lightning.backbones.injection`.
         **settings: As of :class:`~lopa_lightning.backbones.base.Backbone`.
 

@@ -1,4 +1,4 @@
-"""Token ids: of label words, of running text, and those that soft prompts start from."""
+"""Token ids of label words, of running text, and of the tokens that soft prompts are initialised from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def label_word_ids(
     Args:
         tokenizer: The backbone's.
         words: The verbalizer's words, one for each label.
-        answer: Writes a word as a chat's answer begins with it; None where words stand in running text.
+        answer: Maps a word to what a chat's answer begins with; None where words stand in running text.
 
     Raises:
         LoPAError: If a word is not one token, or two words are the same one.
@@ -78,7 +78,7 @@ def check_token_ids(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) ->
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, embed: Callable[[Tensor], Tensor]) -> Vocabulary:
-    """Returns the backbone's tokens, for soft prompts to start from.
+    """Returns the backbone's tokens, from which soft prompts are initialised.
 
     Args:
         tokenizer: The backbone's.

@@ -42,7 +42,7 @@ class VisionBackbone(Backbone):
 
     Virtual tokens stand after CLS, distillation and register tokens, before the patches, and have no position. With
     placement ``before`` the first layer reads them (VPT-shallow; CLIP's first layer comes after ``pre_layrnorm``).
-    With ``every_layer`` each layer reads m of its own, in the place of what the layer before made of its own
+    With ``every_layer`` each layer reads m of its own, which replace what the layer before returned at their positions
     (VPT-deep): a virtual token is then L·d numbers, layer by layer.
 
     The hidden states are those after the model's final norm. CLIP norms CLS alone by itself; here it is applied to all.

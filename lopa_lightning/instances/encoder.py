@@ -34,7 +34,7 @@ class InstanceEncoderSpec:
         pooling: ``cls``: the first token's hidden state; ``last``: the last token's; ``mean`` and
             ``max``: over the text's tokens.
         normalize: Whether vectors are scaled to a root mean square of 1. Encoders differ twentyfold in scale, and
-            prompt encoders start as if it were about 1; the paper's released code takes them as they come.
+            prompt encoders are initialised for about 1; the paper's released code takes them as they come.
         trainable: Whether the encoder is trained (and saved) as well, as the paper's released NLU code does.
         cache: Whether a frozen encoder's vectors are made once on a machine and kept beside the data sets' cache;
             the encoder is then not in memory while prompts are trained. False to encode every batch again.
