@@ -6,38 +6,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lopa_lightning.backbones.pretrained import PretrainedSpec
-    from lopa_lightning.callbacks import default_callbacks
-    from lopa_lightning.data import (
-        CompletionDataModule,
-        CRUXEvalDataModule,
-        GLUEDataModule,
-        ImageClassificationDataModule,
-        MBPPDataModule,
-        TextClassificationDataModule,
-    )
-    from lopa_lightning.instances.encoder import InstanceEncoderSpec
-    from lopa_lightning.modules import (
-        CausalLMModule,
-        ClassificationModule,
-        ImageClassificationModule,
-        LoPALightningModule,
-    )
-    from lopa_lightning.prompts import (
-        IDPG,
-        DePT,
-        LoPA,
-        NoPrompt,
-        PromptEncoder,
-        PromptTuning,
-        PTuning,
-        VisualPromptTuning,
-    )
-    from lopa_lightning.serving.bundle import Bundle
-    from lopa_lightning.serving.client import AsyncLoPAClient, LoPAClient
-    from lopa_lightning.serving.prompter import LoPAPrompter
-    from lopa_lightning.serving.requests import ServedPrompter, build_messages, build_prompt_embeds
-    from lopa_lightning.task import Task, Verbalizer
+    from lopa_lightning.backbones.pretrained import PretrainedSpec as PretrainedSpec
+    from lopa_lightning.callbacks import default_callbacks as default_callbacks
+    from lopa_lightning.data import CompletionDataModule as CompletionDataModule
+    from lopa_lightning.data import CRUXEvalDataModule as CRUXEvalDataModule
+    from lopa_lightning.data import GLUEDataModule as GLUEDataModule
+    from lopa_lightning.data import ImageClassificationDataModule as ImageClassificationDataModule
+    from lopa_lightning.data import MBPPDataModule as MBPPDataModule
+    from lopa_lightning.data import TextClassificationDataModule as TextClassificationDataModule
+    from lopa_lightning.instances.encoder import InstanceEncoderSpec as InstanceEncoderSpec
+    from lopa_lightning.modules import CausalLMModule as CausalLMModule
+    from lopa_lightning.modules import ClassificationModule as ClassificationModule
+    from lopa_lightning.modules import ImageClassificationModule as ImageClassificationModule
+    from lopa_lightning.modules import LoPALightningModule as LoPALightningModule
+    from lopa_lightning.prompts import IDPG as IDPG
+    from lopa_lightning.prompts import DePT as DePT
+    from lopa_lightning.prompts import LoPA as LoPA
+    from lopa_lightning.prompts import NoPrompt as NoPrompt
+    from lopa_lightning.prompts import PromptEncoder as PromptEncoder
+    from lopa_lightning.prompts import PromptTuning as PromptTuning
+    from lopa_lightning.prompts import PTuning as PTuning
+    from lopa_lightning.prompts import VisualPromptTuning as VisualPromptTuning
+    from lopa_lightning.serving.bundle import Bundle as Bundle
+    from lopa_lightning.serving.client import AsyncLoPAClient as AsyncLoPAClient
+    from lopa_lightning.serving.client import LoPAClient as LoPAClient
+    from lopa_lightning.serving.prompter import LoPAPrompter as LoPAPrompter
+    from lopa_lightning.serving.requests import ServedPrompter as ServedPrompter
+    from lopa_lightning.serving.requests import build_messages as build_messages
+    from lopa_lightning.serving.requests import build_prompt_embeds as build_prompt_embeds
+    from lopa_lightning.task import Task as Task
+    from lopa_lightning.task import Verbalizer as Verbalizer
 
 __version__ = "0.1.0"
 
@@ -65,8 +63,8 @@ _HOMES = {
     "PromptEncoder": "prompts",
     "PromptTuning": "prompts",
     "ServedPrompter": "serving.requests",
-    "TextClassificationDataModule": "data",
     "Task": "task",
+    "TextClassificationDataModule": "data",
     "Verbalizer": "task",
     "VisualPromptTuning": "prompts",
     "build_messages": "serving.requests",
@@ -74,38 +72,7 @@ _HOMES = {
     "default_callbacks": "callbacks",
 }
 
-__all__ = [
-    "IDPG",
-    "AsyncLoPAClient",
-    "Bundle",
-    "CRUXEvalDataModule",
-    "CausalLMModule",
-    "ClassificationModule",
-    "CompletionDataModule",
-    "DePT",
-    "GLUEDataModule",
-    "ImageClassificationDataModule",
-    "ImageClassificationModule",
-    "InstanceEncoderSpec",
-    "LoPA",
-    "LoPAClient",
-    "LoPALightningModule",
-    "LoPAPrompter",
-    "MBPPDataModule",
-    "NoPrompt",
-    "PTuning",
-    "PretrainedSpec",
-    "PromptEncoder",
-    "PromptTuning",
-    "ServedPrompter",
-    "Task",
-    "TextClassificationDataModule",
-    "Verbalizer",
-    "VisualPromptTuning",
-    "build_messages",
-    "build_prompt_embeds",
-    "default_callbacks",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
