@@ -1,10 +1,11 @@
-"""Files that are whole or not there, and folders that no second process writes to."""
+"""Writes files that are whole or not there, and keeps second processes out of folders."""
 
 from __future__ import annotations
 
 import errno
 import os
 import platform
+import secrets
 import shutil
 import sys
 import tempfile
@@ -29,32 +30,22 @@ def write_whole(path: Path, content: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes a path's place when the block ends well and leaves nothing else.
+    """Yields a file to write to, which takes a path's place when the block ends well and leaves nothing else.
 
     What a process leaves that is killed meanwhile, :func:`clear_unfinished` removes.
 
     Args:
         path: The file; its folder is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: between file systems a rename would be a copy, which can be cut short.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        name_file(error, path)
-        raise
+    with _taking_place_of(path, 0o644) as temporary, temporary.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def new_folder(path: Path, what: str) -> Iterator[Path]:
-    """A folder to write to, which takes a path's place when the block ends well and leaves nothing else.
+    """Yields a folder to write to, which takes a path's place when the block ends well and leaves nothing else.
 
     Args:
         path: The folder; must not be there, or be empty.
@@ -65,16 +56,27 @@ def new_folder(path: Path, what: str) -> Iterator[Path]:
     """
     path = path.absolute()
     check_new(path, what)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}."))
-    try:
+    with _taking_place_of(path, 0o755) as temporary:
+        temporary.mkdir()
         yield temporary
-        os.chmod(temporary, 0o755)
         with suppress(FileNotFoundError):
             path.rmdir()  # empty, or something was put into it meanwhile
+
+
+@contextmanager
+def _taking_place_of(path: Path, mode: int) -> Iterator[Path]:
+    """Yields a name for what takes a path's place; in its folder, since between file systems a rename is a copy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         name_file(error, path)
         raise
 
@@ -133,14 +135,11 @@ def clear_unfinished(folder: Path, name: str = "*") -> None:
 
 
 def _is_running(process: int) -> bool:
-    if sys.platform == "win32":  # there is no harmless signal
-        return True
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
+        if sys.platform != "win32":  # where there is no harmless signal
+            os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH  # else another user's
     return True
 
 
