@@ -68,11 +68,11 @@ class SecondStep(Callback):
             self.most = self.peak.most
 
 
-def arguments(case: str) -> list[str]:
-    """The configuration of a case, as for ``lopa fit``."""
+def arguments(case: str, *more: str) -> list[str]:
+    """The configuration of a case, as for ``lopa fit``, with more options."""
     (config, data), overlay, options = CASES[case]
     configs = [part for name in (config, overlay) for part in ("--config", str(ROOT / "configs" / name))]
-    return [*configs, f"--data.path={REAL_DATA / data}", "--data.max_train_examples=64", *options]
+    return [*configs, f"--data.path={REAL_DATA / data}", "--data.max_train_examples=64", *options, *more]
 
 
 def first_batch(module: Any, data: Any) -> dict[str, torch.Tensor]:
@@ -129,22 +129,22 @@ def measured(case: str, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         }
 
 
-def compared(case: str) -> dict[str, tuple[int, int]]:
-    """Planned and measured figures of a case, found in a process of its own."""
+def compared(case: str, *more: str) -> dict[str, tuple[int, int]]:
+    """Planned and measured figures of a case with more options, found in a process of its own."""
     # Memory that is given back goes back to the system: what is left in a process's pools would count otherwise.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "tests.benchmarks.plan", case]
+    command = [sys.executable, "-m", "tests.benchmarks.plan", case, *more]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, tuple[int, int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def main(cases: list[str]) -> None:
-    if cases:
-        module, data = built(arguments(cases[0]))
+def main(given: list[str]) -> None:
+    if given:
+        module, data = built(arguments(*given))
         batch = first_batch(module, data)
         said = planned(module, step_of(batch))
-        took = measured(cases[0], batch)
+        took = measured(given[0], batch)
         print(json.dumps({name: (said[name], took[name]) for name in said}))
         return
     print("| case | | planned | measured | ratio |\n|-|-|-:|-:|-:|")

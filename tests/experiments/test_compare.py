@@ -58,12 +58,10 @@ def compared(tmp_path_factory: pytest.TempPathFactory, configs: Configs) -> Path
     folder = tmp_path_factory.mktemp("compared")
     killed = {"class_path": "tests.experiments.killer.KilledOnce", "init_args": {"marker": str(folder / "killed")}}
     soft = yaml.safe_load(Path(configs["soft"]).read_text())
-    far = {"shared_prompt": 1e30, "head": 1e30}
     methods = [
         configs["soft"],
         write_yaml(folder / "killed.yaml", {**soft, "trainer": {"callbacks": [killed]}}),
         write_yaml(folder / "nodata.yaml", {**soft, "data": {"init_args": {"data_files": {"train": "no.csv"}}}}),
-        write_yaml(folder / "diverging.yaml", {"model": {"init_args": {"learning_rates": far}}}),
     ]
     for call in ("first", "second"):
         said, errors = io.StringIO(), io.StringIO()
@@ -126,9 +124,9 @@ def test_a_line_of_the_csv_is_a_run(compared: Path) -> None:
     with (compared / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["task"], row["method"], row["seed"]) for row in rows] == [
-        ("reviews", method, seed) for method in ("soft", "killed", "nodata", "diverging") for seed in ("1", "2")
+        ("reviews", method, seed) for method in ("soft", "killed", "nodata") for seed in ("1", "2")
     ]
-    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 4
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2
     for row in rows[:4]:
         run = results(compared)[f"{row['method']} seed-{row['seed']}"]
         assert float(row["score"]) == float(row["val/score"]) == run["metrics"]["val/score"]
@@ -147,12 +145,11 @@ def test_finished_runs_leave_config_log_and_result(compared: Path) -> None:
 def test_what_fails_is_named(compared: Path) -> None:
     first = call(compared, "first")
     failed = [name for name, run in first["results"].items() if run["status"] == "failed"]
-    assert set(failed) >= {f"{method} seed-{seed}" for method in ("nodata", "diverging") for seed in (1, 2)}
+    assert set(failed) >= {"nodata seed-1", "nodata seed-2"}
     assert first["results"]["killed seed-1"]["status"] == "failed"
-    assert f"{len(failed)} of 8 runs failed: " in first["err"]
+    assert f"{len(failed)} of 6 runs failed: " in first["err"]
     assert "reviews/killed/seed-1" in first["err"]
     reasons = {name: run["reason"] for name, run in first["results"].items()}
-    assert reasons["diverging seed-1"].startswith("train/loss is nan at step 1 (epoch 0, batch 1), rows ")
     assert "no.csv" in reasons["nodata seed-1"]
     assert "error: no such regular file: no.csv" in (compared / "runs/reviews/nodata/seed-1/log.txt").read_text()
     assert "ended by SIGKILL" in reasons["killed seed-1"]
@@ -164,7 +161,7 @@ def test_what_fails_is_named(compared: Path) -> None:
 def test_what_failed_is_tried_again_and_what_was_interrupted_goes_on(compared: Path) -> None:
     first, second = call(compared, "first"), call(compared, "second")
     before = sum(run["status"] == "done" for run in first["results"].values())
-    assert f"{before} of 8 runs have ended before" in second["out"]
+    assert f"{before} of 6 runs have ended before" in second["out"]
     for name, run in first["results"].items():
         if run["status"] == "done":
             assert second["results"][name] == run  # with its seconds: it did not run again
