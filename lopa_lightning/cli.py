@@ -263,7 +263,7 @@ def main(args: ArgsType = None) -> None:
         with _said_shortly():
             rest = given if isinstance(given, list) else []
             if (home := home_of(rest)) is None:
-                with stoppable(), _full_disk_told_once():
+                with stoppable():
                     LoPACLI(args=args)
             else:  # imported when asked for: the modules of experiments run this command line
                 importlib.import_module(f"lopa_lightning.{home}").main(rest[1:])
@@ -283,27 +283,21 @@ def main(args: ArgsType = None) -> None:
 
 
 @contextmanager
-def _full_disk_told_once() -> Iterator[None]:
-    """Leaves a full disk to the error that ends the command: TensorBoard's thread prints a traceback besides."""
-    before = threading.excepthook
-    threading.excepthook = lambda args: None if args.exc_value and is_full_disk(args.exc_value) else before(args)
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-@contextmanager
 def _said_shortly() -> Iterator[None]:
-    """Shows a warning as its text alone, and neither what Lightning warns of in every run of ours nor what it sells."""
-    before, logger = warnings.formatwarning, logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    """Shows a warning as its text alone, and neither what Lightning warns of in every run of ours nor what it sells.
+
+    Leaves a full disk to the error that ends the command: TensorBoard's thread would print a traceback besides.
+    """
+    format_before, hook = warnings.formatwarning, threading.excepthook
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     ignore_expected_warnings()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {folded(str(message))}\n"
+    threading.excepthook = lambda args: None if is_full_disk(args.exc_value) else hook(args)
     logger.addFilter(_is_no_tip)
     try:
         yield
     finally:
-        warnings.formatwarning = before
+        warnings.formatwarning, threading.excepthook = format_before, hook
         logger.removeFilter(_is_no_tip)
 
 

@@ -115,7 +115,7 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def is_full_disk(error: BaseException) -> bool:
+def is_full_disk(error: BaseException | None) -> bool:
     """Returns whether an error, or what caused it, is that there is no space left on a disk or in a quota."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return any(isinstance(cause, OSError) and cause.errno in full for cause in causes_of(error))

@@ -1,13 +1,12 @@
-"""Errors of jsonargparse and of other libraries in one line."""
+"""Says errors of jsonargparse and of other libraries in one line."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 
 from lopa_lightning.command_line.front import TASKS
+from lopa_lightning.errors import shown
 
-_LONGEST = 400  # characters of a line
 _KEY = re.compile(r"Parser key \"([^\"]+)\":\s*(.*)", re.DOTALL)
 _UNION_GOT = re.compile(r"(.*)\n\s*Given value: (.*)", re.DOTALL)  # the last: unions may lie within unions
 _GOT = re.compile(r"(.*?)\. Got value: (.*)", re.DOTALL)
@@ -70,7 +69,7 @@ def folded(text: str) -> str:
 
 def shortened(text: str) -> str:
     """Returns a text in one line that is not too long, or a word for an empty one."""
-    return textwrap.shorten(text, _LONGEST, placeholder=" ...") or "nothing"
+    return shown(text, str) or "nothing"
 
 
 def _of_option(name: str, body: str) -> str:

@@ -1,15 +1,14 @@
-"""YAML that is read without surprises: no key twice, no alias that grows without end, errors that name the file."""
+"""Reads YAML without surprises: no key twice, no alias that grows without end, errors that name the file."""
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 
 MODE = "lopa_yaml"
 """The mode of a jsonargparse parser that reads its files and values by :func:`load`."""
@@ -67,7 +66,7 @@ def read(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, LoPAError) as error:
         raise LoPAError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
-        got = textwrap.shorten(repr(found), 60, placeholder=" ...") if found else "nothing"
+        got = shown(found) if found else "nothing"
         raise LoPAError(f"{path} must hold options by name, such as trainer: {{max_epochs: 3}}; got {got}")
     return found
 
