@@ -18,7 +18,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -128,16 +128,13 @@ class LoPACLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has; each is configured by a key of its own."""
-        kinds: dict[str, tuple[type[ModelCheckpoint], dict[str, Any]]] = {
-            "checkpoint": (BestCheckpoint, BEST),
-            "last_checkpoint": (LastCheckpoint, LAST),
-        }
-        for name, (kind, defaults) in kinds.items():
-            parser.add_lightning_class_args(kind, name)
-            parser.set_defaults({f"{name}.{key}": value for key, value in defaults.items()})
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(PromptMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(FitSummary, "summary")
+        for name, defaults in (("checkpoint", BEST), ("last_checkpoint", LAST)):
+            parser.set_defaults({f"{name}.{key}": value for key, value in defaults.items()})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Leaves the parsers of subcommands that are not asked for empty: each takes a tenth of a second to build."""
@@ -206,8 +203,7 @@ class LoPACLI(LightningCLI):
         kinds = {"best": config.checkpoint, "last": config.last_checkpoint}
         if config.get("ckpt_path") in kinds:
             config.ckpt_path = self._newest(config, kinds[config.ckpt_path])
-        path = config.get("ckpt_path")
-        if path is not None:
+        if (path := config.get("ckpt_path")) is not None:
             self._saved = checkpoint.read(path)
 
     def before_test(self) -> None:
@@ -217,7 +213,7 @@ class LoPACLI(LightningCLI):
     before_predict = before_test
 
     def _newest(self, config: Any, kept: Any) -> str | None:
-        """The newest ``best`` or ``last`` checkpoint under the folder that runs go to.
+        """Returns the newest ``best`` or ``last`` checkpoint under the folder that runs go to.
 
         Lightning would look in the new run's folder alone. None where ``fit`` finds no ``last`` one yet.
         """
@@ -312,7 +308,7 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 
 def expected_cause(error: BaseException | None) -> BaseException | None:
-    """The expected error behind an exception: the parser wraps what a class raises when it is built.
+    """Returns the expected error behind an exception: the parser wraps what a class raises when it is built.
 
     Args:
         error: Any.

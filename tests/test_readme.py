@@ -19,8 +19,8 @@ from lopa_lightning import LoPALightningModule, PretrainedSpec
 from lopa_lightning.cli import LoPACLI
 from lopa_lightning.command_line.front import home_of
 from lopa_lightning.experiments import compare, sweep
-from lopa_lightning.experiments.command import parsed
 from lopa_lightning.experiments.plan import own_options
+from lopa_lightning.experiments.runs import parsed
 from tests.modules.helpers import LoPATiny, module, reviews, trainer, write_reviews
 
 Tiny = Callable[[str], str]

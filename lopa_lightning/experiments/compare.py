@@ -11,9 +11,8 @@ from typing import Any
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments import chart, report
-from lopa_lightning.experiments.command import Options, budget, check_limits, folder_of_runs, parsed
 from lopa_lightning.experiments.resolve import Config, resolve, with_rates_times
-from lopa_lightning.experiments.runs import Run, Runs
+from lopa_lightning.experiments.runs import Options, Run, Runs, budget, check_limits, folder_of_runs, parsed
 from lopa_lightning.files import write_whole
 
 Tags = dict[str, Any]

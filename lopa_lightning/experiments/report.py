@@ -48,15 +48,8 @@ def runs_table(runs: Sequence[tuple[dict[str, Any], Result | None]]) -> pd.DataF
         A frame in the order of ``runs``, ready for :func:`csv_text`.
     """
     records = [record(tags, result) for tags, result in runs]
-    names = [
-        *runs[0][0],
-        "status",
-        "reason",
-        *_FIGURES,
-        "score",
-        "best_score",
-        *(key for line in records for key in line),
-    ]
+    names = [*runs[0][0], "status", "reason", *_FIGURES, "score", "best_score"]
+    names += [key for line in records for key in line]
     table = pd.DataFrame(records, columns=list(dict.fromkeys(names)))
     # The goal is a score on the reported split: a selection run is measured on another.
     reported = table[(table.phase == "seed") & (table.status == "done")]

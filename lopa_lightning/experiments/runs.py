@@ -1,4 +1,7 @@
-"""Makes runs of ``lopa fit``: each has a folder, a configuration, a process and a result of its own."""
+"""Makes runs of ``lopa fit``: each has a folder, a configuration, a process and a result of its own.
+
+Reads what the commands of many runs have in common.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,105 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from jsonargparse import auto_cli
 
 from lopa_lightning import checkpoint
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.cli import main
+from lopa_lightning.command_line.parser import Parser
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import Config
-from lopa_lightning.files import write_whole
+from lopa_lightning.files import Claim, write_whole
+from lopa_lightning.stopping import Stopped, stoppable
+
+T = TypeVar("T")
 
 _CONFIG_FILE, _LOG_FILE, _CHECKPOINTS = "config.yaml", "log.txt", "checkpoints"
 # Imported once, in the process that runs are forked from.
-_PRELOADED = ["lopa_lightning.experiments.runs", "transformers.modeling_utils", "torch.utils.tensorboard"]
+_PRELOADED = [__name__, "transformers.modeling_utils", "torch.utils.tensorboard", "datasets", "peft"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Holds the options that commands of many runs share.
+
+    Args:
+        selection_share: Share of the training split that runs validate on where something is chosen by them.
+        max_epochs: Epochs of every run, in place of the configs'.
+        max_steps: Optimizer steps of every run, in place of the configs'; the lower one of both budgets ends it.
+        workers: Runs at once; by default one on each visible GPU, or one where there is none.
+    """
+
+    selection_share: float = 0.2
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    workers: int | None = None
+
+
+def check_limits(options: Options, **limits: tuple[bool, str]) -> None:
+    """Raises a LoPAError that names an option outside its limits.
+
+    Args:
+        options: The options.
+        **limits: By option whether it is within them, and what they are.
+    """
+    limits["workers"] = (options.workers is None or options.workers > 0, "at least 1")
+    for name, (is_within, allowed) in limits.items():
+        if not is_within:
+            raise LoPAError(f"{name} must be {allowed}, got {getattr(options, name)}")
+
+
+def budget(options: Options) -> list[str]:
+    """Returns the budget of every run as options of ``lopa fit``."""
+    given = {"max_epochs": options.max_epochs, "max_steps": options.max_steps}
+    return [f"--trainer.{name}={value}" for name, value in given.items() if value is not None]
+
+
+def parsed(options_class: Callable[..., T], program: str, args: Sequence[str]) -> tuple[T, list[str]]:
+    """Reads a command line.
+
+    Args:
+        options_class: A dataclass with documented fields, which are the options.
+        program: How the command is called.
+        args: What follows on the command line.
+
+    Returns:
+        The options, and what follows ``--``, which is for every run.
+    """
+    at = list(args).index("--") if "--" in args else len(args)
+    own = ["--config" if arg == "-c" else arg for arg in args[:at]]
+    description = f"{str(options_class.__doc__).splitlines()[0]} What follows -- is given to every run, as to lopa fit."
+    kwargs: Any = {"prog": program, "description": description, "parser_class": Parser}
+    return auto_cli(options_class, args=own, as_positional=False, **kwargs), list(args[at + 1 :])
+
+
+@contextmanager
+def folder_of_runs(folder: str) -> Iterator[None]:
+    """Keeps other commands out of a folder within the block, and says how to go on where a signal ends it.
+
+    Raises:
+        LoPAError: If another process works in the folder.
+        OSError: If it cannot be written to.
+    """
+    claim = Claim(Path(folder), "output")
+    try:
+        with stoppable():
+            yield
+    except Stopped as stopped:
+        stopped.outcome = "the same command goes on from here"
+        raise
+    finally:
+        claim.release()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``lopa sweep``: a search over hyperparameters with Optuna."""
+"""Searches hyperparameters with Optuna: ``lopa sweep``."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
 import yaml
 
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.command import Options, budget, check_limits, folder_of_runs, parsed
 from lopa_lightning.experiments.report import csv_text, markdown_table, record
 from lopa_lightning.experiments.resolve import Config, resolve
-from lopa_lightning.experiments.runs import Run, Runs
+from lopa_lightning.experiments.runs import Options, Run, Runs, budget, check_limits, folder_of_runs, parsed
 from lopa_lightning.files import write_whole
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 Values = dict[str, Any]
 """Option to value, of a trial."""
@@ -66,7 +62,7 @@ def check(sweep: Sweep) -> None:
     check_limits(sweep, trials=(sweep.trials > 0, "at least 1"), **limits)
 
 
-def distribution(name: str, choice: Any) -> BaseDistribution:
+def distribution(name: str, choice: Any) -> Any:
     """Returns what Optuna draws an option's value from.
 
     Args:
@@ -76,21 +72,31 @@ def distribution(name: str, choice: Any) -> BaseDistribution:
     Raises:
         LoPAError: If it is neither, or Optuna is not installed or has no such distribution.
     """
-    try:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-    except ImportError:
-        raise LoPAError('sweeps run on Optuna: pip install "lopa-lightning[sweep]"') from None
+    distributions = _optuna().distributions
     try:
         if isinstance(choice, list) and not any(isinstance(value, (list, dict)) for value in choice):
             if len(set(map(json.dumps, choice))) < len(choice):
                 raise ValueError(f"values must differ, got {choice}")
-            return CategoricalDistribution(choice)
+            return distributions.CategoricalDistribution(choice)
         if isinstance(choice, dict) and {"low", "high"} <= set(choice) <= {"low", "high", "log", "step"}:
             whole = all(isinstance(choice[end], int) for end in ("low", "high"))
-            return IntDistribution(**choice) if whole else FloatDistribution(**choice)
+            return (distributions.IntDistribution if whole else distributions.FloatDistribution)(**choice)
     except (ValueError, TypeError) as error:
         raise LoPAError(f"space: {name}: {error}") from None
     raise LoPAError(f"space: {name} must be a list of plain values, or {{low, high}} with log or step, got {choice}")
+
+
+def _optuna() -> Any:
+    """Returns Optuna, which is imported when a sweep begins.
+
+    Raises:
+        LoPAError: If it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise LoPAError('sweeps run on Optuna: pip install "lopa-lightning[sweep]"') from None
+    return optuna
 
 
 class Sweeping:
@@ -126,10 +132,8 @@ class Sweeping:
 
     def run(self) -> None:
         """Makes what was begun before or is a grid's, then what Optuna draws."""
-        import optuna
-
+        optuna, queue = _optuna(), self._queue()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        queue = self._queue()
         # With the same seed, a sweep that goes on would draw what it drew at first.
         kind = optuna.samplers.TPESampler if self.sweep.sampler == "tpe" else optuna.samplers.RandomSampler
         study = optuna.create_study(direction="maximize", sampler=kind(seed=self.sweep.seed + len(queue)))
@@ -151,16 +155,14 @@ class Sweeping:
 
     def _queue(self) -> list[Values]:
         """Returns a grid, or what the folders hold of this space, but for what has failed: that is not drawn again."""
-        import optuna
-
         if self.sweep.sampler == "grid":
             return [dict(zip(self.sweep.space, values)) for values in itertools.product(*self.sweep.space.values())]
-        found = {folder: Result.read(folder) for folder in sorted(self.runs.folder.glob("*"))}
         queue = []
-        for folder, result in found.items():
+        for folder in sorted(self.runs.folder.glob("*")):
+            result = Result.read(folder)
             if result is not None and result.status != "failed" and folder.name == _name(result.tags):
                 with contextlib.suppress(ValueError):  # of another space
-                    optuna.trial.create_trial(value=0.0, params=result.tags, distributions=self.distributions)
+                    _optuna().trial.create_trial(value=0.0, params=result.tags, distributions=self.distributions)
                     queue.append(result.tags)
         return queue
 

@@ -18,9 +18,9 @@ import yaml
 
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.command import budget, parsed
 from lopa_lightning.experiments.compare import Comparing, Comparison, check, configs_of
 from lopa_lightning.experiments.resolve import resolve
+from lopa_lightning.experiments.runs import budget, parsed
 from tests.experiments.conftest import TRAINING_ROWS, write_yaml
 
 Configs = dict[str, str]

@@ -11,9 +11,8 @@ import pytest
 
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.command import folder_of_runs
 from lopa_lightning.experiments.resolve import resolve, with_rates_times
-from lopa_lightning.experiments.runs import Run, Runs, _started
+from lopa_lightning.experiments.runs import Run, Runs, _started, folder_of_runs
 
 Configs = dict[str, str]
 
