@@ -32,7 +32,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """The shape and place of a soft prompt.
+    """Holds the shape and place of a soft prompt.
 
     Attributes:
         num_virtual_tokens: m.
@@ -51,7 +51,7 @@ class PromptFacts:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Which tokenizer it is.
+    """Tells which tokenizer it is.
 
     Attributes:
         sha256: Of its vocabulary, and of how it encodes a few texts.
@@ -64,7 +64,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class BundleConfig:
-    """What ``config.json`` of a bundle says.
+    """Holds what ``config.json`` of a bundle says.
 
     Attributes:
         format_version: Of the file.

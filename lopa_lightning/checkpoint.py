@@ -95,7 +95,7 @@ def _lasting(facts: Any) -> Any:
 
 
 def _shared_facts(facts: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that both configs have: a release of transformers may add some or drop some."""
+    """Returns the entries that both configs have: a release of transformers may add some or drop some."""
     return {
         key: _shared_facts(value, other[key])
         if isinstance(value, Mapping) and isinstance(other[key], Mapping)
@@ -191,7 +191,7 @@ def joined(lines: list[str]) -> str:
 
 
 def _comparable(identity: Mapping[str, Any], other: Mapping[str, Any], told: set[str]) -> dict[str, Any]:
-    """Identity without what a model is called (a folder and a hub id may hold the same), and with shared facts.
+    """Returns an identity without what models are called, since folder and hub id differ, and with shared facts.
 
     Args:
         identity: Of one side.
@@ -213,6 +213,6 @@ def _comparable(identity: Mapping[str, Any], other: Mapping[str, Any], told: set
 
 
 def _lasting_arguments(method: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """With defaults, and without what shapes a method's training and not what it computes once it is trained."""
+    """Adds defaults, and leaves out what shapes a method's training and not what it computes once it is trained."""
     passing = cast(type[PromptEncoder], method).start_arguments
     return {key: value for key, value in with_defaults(method, values).items() if key not in passing}

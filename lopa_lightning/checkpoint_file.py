@@ -159,7 +159,7 @@ def _check_tensors(saved: dict[str, Any], size: int) -> None:
 
 
 def _owners() -> set[str]:
-    """Classes that may have an entry of their own in a checkpoint, under their name."""
+    """Returns the names of classes that may have an entry of their own in a checkpoint."""
     from lightning.pytorch import Callback, LightningDataModule, LightningModule
     from lightning.pytorch.plugins import Precision
 

@@ -15,7 +15,7 @@ from lopa_lightning.files import causes_of, replacing
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are whole or not there, however a write ends.
+    """Keeps checkpoints that are whole or not there, however a write ends.
 
     Lightning's own goes by the system's folder for temporary files, and from there to another file
     system a rename is a copy, which a killed process leaves half done under the checkpoint's name.

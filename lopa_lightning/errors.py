@@ -1,4 +1,4 @@
-"""The error for input that cannot be right, and what its messages are made of."""
+"""Defines the error for input that cannot be right, and what its messages are made of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LONGEST = 300  # characters of another library's message, or of a value
 
 
 class LoPAError(ValueError):
-    """A config, file, label, model or checkpoint is not what it must be.
+    """Says that a config, file, label, model or checkpoint is not what it must be.
 
     Its message names the thing, what was got and what is allowed. The command line shows it without
     a traceback.

@@ -61,7 +61,7 @@ def migrate(checkpoint: dict[str, Any]) -> None:
 
 
 def _name_classes(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Modules and methods go by a short name."""
+    """Gives modules and methods their short names."""
     for holder, key in [
         (hparams, "_class_path"),
         (hparams.get("prompt_encoder"), "class_path"),
@@ -72,7 +72,7 @@ def _name_classes(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
 
 
 def _nest_method(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
-    """An identity describes its method as hyperparameters do."""
+    """Describes the method in an identity as hyperparameters do."""
     if isinstance(method := identity.get("prompt_encoder"), dict):
         identity["prompt_encoder"] = {
             "class_path": method.get("class_path"),
@@ -81,20 +81,20 @@ def _nest_method(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
 
 
 def _drop_packing(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
-    """``backbone.pack`` was how batches are computed, not what."""
+    """Drops ``backbone.pack``: it was how batches are computed, not what."""
     if isinstance(backbone := hparams.get("backbone"), dict):
         backbone.pop("pack", None)
 
 
 def _spell_quantization(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
-    """``quantization`` is transformers' own config in place of a short name."""
+    """Writes ``quantization`` as transformers' own config in place of a short name."""
     for holder in (hparams.get("backbone"), identity):
         if isinstance(holder, dict) and isinstance(name := holder.get("quantization"), str):
             holder["quantization"] = _QUANTIZATION_IN_1.get(name, name)
 
 
 def _split_task(hparams: dict[str, Any], identity: dict[str, Any]) -> None:
-    """A task's words and templates are its ``verbalizer``."""
+    """Puts a task's words and templates into its ``verbalizer``."""
     if isinstance(task := hparams.get("task"), dict):
         names = [name for name in ("words", "template", "causal_template", "instance_reads") if name in task]
         task["verbalizer"] = {name: task.pop(name) for name in names}

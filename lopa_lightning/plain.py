@@ -1,4 +1,4 @@
-"""Settings as plain data, and back: what a checkpoint says of a module, its method and its optimizer.
+"""Turns settings into plain data and back: what a checkpoint says of a module, its method and its optimizer.
 
 Our own classes go by a short name, others by their path. A name never leads to an import or to a call of anything
 but a class that is wanted there: it is looked up among the subclasses that are imported already.
@@ -25,7 +25,7 @@ _LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 
 
 class Argument(NamedTuple):
-    """An argument of a class.
+    """Describes an argument of a class.
 
     Attributes:
         hint: Its type; ``Any`` where that is not known.
@@ -200,14 +200,14 @@ def subclasses(bases: Iterable[type]) -> list[type]:
 
 
 def _paths(cls: type) -> set[str]:
-    """The paths that a class may be known by; ours are also exported by the package itself."""
+    """Returns the paths that a class may be known by; ours are also exported by the package itself."""
     own = __name__.partition(".")[0]
     exported = {f"{own}.{cls.__qualname__}"} if cls.__module__.startswith(f"{own}.") else set()
     return {_path(cls), f"{cls.__module__}.{cls.__qualname__}"} | exported
 
 
 def _path(cls: type) -> str:
-    """The shortest path: what a package exports stays where it is when files move."""
+    """Returns the shortest path: what a package exports stays where it is when files move."""
     parts = cls.__module__.split(".")
     for end in range(1, len(parts)):
         package = ".".join(parts[:end])
@@ -269,7 +269,7 @@ def _built(value: Any, hint: Any, name: str) -> Any:
 
 
 def _filled(cls: type, values: Any, name: str, partly: bool = False) -> dict[str, Any]:
-    """Arguments of a class; ``partly`` where those without a default are given later."""
+    """Builds the arguments of a class; ``partly`` where those without a default are given later."""
     known = arguments(cls)
     if not isinstance(values, Mapping) or not set(values) <= set(known):
         raise LoPAError(f"{name} must be of {', '.join(known)}; got {shown(values)}")
@@ -285,7 +285,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _built_by(hint: Any) -> tuple[type, ...]:
-    """The classes whose objects a callable of such a type builds; none if it is no such type."""
+    """Returns the classes whose objects a callable of such a type builds; none if it is no such type."""
     if get_origin(hint) is not collections.abc.Callable or not get_args(hint):
         return ()
     return tuple(option for option in _options(get_args(hint)[-1]) if isinstance(option, type))

@@ -1,4 +1,4 @@
-"""The parser of every command line, which says in one line what is wrong."""
+"""Parses every command line, and says in one line what is wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PLACES = {
 
 
 class UsageError(SystemExit):
-    """A command line, or what a configuration file says, is wrong; its one line says how."""
+    """Says in one line what is wrong with a command line, or with what a configuration file says."""
 
 
 class Parser(ArgumentParser):

@@ -1,4 +1,4 @@
-"""What is allowed of a configuration's numbers and paths, checked before anything is built."""
+"""Checks the numbers and paths of a configuration before anything is built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _at_least(least: float, most: float = float("inf"), also: str = "", other: f
 
 
 def _part_of(zero: bool = False) -> _Allowed:
-    """Of an epoch: so many batches, or a share of them."""
+    """Allows a part of an epoch: so many batches, or a share of them."""
     text = "a number of batches or a share up to 1.0" + ("" if zero else ", above 0")
     return lambda value: (value == 0 and zero) or 0 < value <= (1 if isinstance(value, float) else float("inf")), text
 

@@ -1,4 +1,4 @@
-"""The YAML files that come with the package."""
+"""Finds the YAML files that come with the package."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Many runs: methods compared on tasks, seeds and learning rates."""
+"""Makes many runs: methods compared on tasks, seeds and learning rates."""

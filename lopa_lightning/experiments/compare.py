@@ -1,4 +1,4 @@
-"""``lopa compare``: methods on tasks and seeds, as tables and a chart."""
+"""Compares methods on tasks and seeds, as tables and a chart: ``lopa compare``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lopa plan``: what a run will take, from its configuration alone, before any weight is read."""
+"""Says what a run will take, from its configuration alone, before any weight is read: ``lopa plan``."""
 
 from __future__ import annotations
 

@@ -213,12 +213,10 @@ def figure_text(values: Iterable[float], in_points: bool = True) -> str:
         >>> figure_text([0.74, 0.76, 0.81]), figure_text([-0.5], in_points=False), figure_text([])
         ('77.0 ± 3.6', '-0.5000', '–')
     """
-    found = pd.Series(list(values), dtype=float)
-    if not len(found) or found.isna().any():
-        return "–"
     scale, form = (100, ".1f") if in_points else (1, ".4f")
-    spread = f" ± {scale * found.std():{form}}" if len(found) > 1 else ""
-    return f"{scale * found.mean():{form}}{spread}"
+    found = scale * pd.Series(list(values), dtype=float)
+    mean = mean_text(found, form)
+    return mean if mean == "–" or len(found) == 1 else f"{mean} ± {found.std():{form}}"
 
 
 def mean_text(values: pd.Series, form: str) -> str:

@@ -118,7 +118,7 @@ def folder_of_runs(folder: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration with a folder to run it in.
+    """Holds a configuration with a folder to run it in.
 
     Attributes:
         folder: Where its configuration, log, result and checkpoints go; of this run alone.
@@ -132,12 +132,12 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """Hash of the configuration, wherever it is run."""
+        """Returns a hash of the configuration, wherever it is run."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def last_checkpoint(self) -> Path:
-        """What an interrupted run goes on from."""
+        """Returns what an interrupted run goes on from."""
         return self.folder / _CHECKPOINTS / "last.ckpt"
 
     def finished(self) -> Result | None:

@@ -28,7 +28,7 @@ _REGRESSION: dict[str, Callable[[int], Metric]] = {
 
 
 class Matthews(classification.MulticlassMatthewsCorrCoef):
-    """Matthews' correlation, 0 where predictions or labels never change, as GLUE has it.
+    """Computes Matthews' correlation, 0 where predictions or labels never change, as GLUE has it.
 
     Example:
         >>> matthews = Matthews(2)
@@ -45,7 +45,7 @@ class Matthews(classification.MulticlassMatthewsCorrCoef):
 
 
 class MajorityShare(classification.MulticlassConfusionMatrix):
-    """Share of the most frequent label: the accuracy of always predicting it.
+    """Computes the share of the most frequent label: the accuracy of always predicting it.
 
     Example:
         >>> share = MajorityShare(3)
@@ -60,7 +60,7 @@ class MajorityShare(classification.MulticlassConfusionMatrix):
 
 
 class LabelVariance(CatMetric):
-    """Variance of the labels: the mean squared error of always predicting their mean.
+    """Computes the variance of the labels: the mean squared error of always predicting their mean.
 
     Example:
         >>> variance = LabelVariance()

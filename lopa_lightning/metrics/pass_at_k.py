@@ -44,7 +44,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 class PassAtK(Metric):
-    """Mean of :func:`pass_at_k` over the problems, with its 95 % confidence interval.
+    """Computes the mean of :func:`pass_at_k` over the problems, with its 95 % confidence interval.
 
     The samples of a problem may come in any order, in several batches, and on several processes. The
     interval is Wilson's, for the problems as a sample of those that could have been asked. Each problem's value v

@@ -23,7 +23,7 @@ class _TokenSums(Metric):
 
 
 class TokenAccuracy(_TokenSums):
-    """Share of tokens that were the likeliest one.
+    """Computes the share of tokens that were the likeliest one.
 
     Example:
         >>> accuracy = TokenAccuracy()
@@ -38,7 +38,7 @@ class TokenAccuracy(_TokenSums):
 
 
 class Perplexity(_TokenSums):
-    """The exponential of the mean loss of a token.
+    """Computes the exponential of the mean loss of a token.
 
     Example:
         >>> perplexity = Perplexity()

@@ -1,4 +1,4 @@
-"""Limits on the time, memory, processes and files of a program."""
+"""Limits the time, memory, processes and files of a program."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _run(programs: Sequence[str], limits: Limits, workers: int | None, walls: tu
 
 
 class _Supervisor:
-    """The host's end of a supervisor process, which runs one program at a time."""
+    """Starts a supervisor process, and has it run one program at a time."""
 
     def __init__(self, walls: tuple[str, ...], limits: Limits) -> None:
         self.walls = walls
