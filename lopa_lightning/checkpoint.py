@@ -170,16 +170,12 @@ def check_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
     """
     lines = [f"{name}: missing in the checkpoint" for name in wanted if name not in saved]
     lines += [f"{shown(name)[1:-1]}: not trained here" for name in saved if name not in wanted]
-    lines += [
-        f"{name}: the checkpoint has {tuple(saved[name].shape)}, this run {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in saved and saved[name].shape != wanted[name].shape
-    ]
-    lines += [
-        f"{name}: NaN or infinite as {wanted[name].dtype}"
-        for name in wanted
-        if name in saved and not saved[name].to(wanted[name].dtype).isfinite().all()
-    ]
+    for name in [name for name in wanted if name in saved]:
+        ours, theirs = wanted[name], saved[name]
+        if theirs.shape != ours.shape:
+            lines.append(f"{name}: the checkpoint has {tuple(theirs.shape)}, this run {tuple(ours.shape)}")
+        elif not theirs.to(ours.dtype).isfinite().all():
+            lines.append(f"{name}: NaN or infinite as {ours.dtype}")
     if lines:
         raise LoPAError(f"the checkpoint's trained tensors do not fit this model: {joined(lines)}")
 

@@ -245,7 +245,7 @@ class LoPACLI(LightningCLI):
         """
 
 
-def main(args: ArgsType = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Runs ``lopa``. Set ``LOPA_TRACEBACK=1`` in the environment to see where an error was raised.
 
     Args:
@@ -253,16 +253,14 @@ def main(args: ArgsType = None) -> None:
     """
     given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list):
-            answer(given)
-            args = given = ["--help" if each == "--help.all" else each for each in given]
+        answer(given)
+        given = ["--help" if each == "--help.all" else each for each in given]
         with _said_shortly():
-            rest = given if isinstance(given, list) else []
-            if (home := home_of(rest)) is None:
+            if (home := home_of(given)) is None:
                 with stoppable():
-                    LoPACLI(args=args)
+                    LoPACLI(args=given)
             else:  # imported when asked for: the modules of experiments run this command line
-                importlib.import_module(f"lopa_lightning.{home}").main(rest[1:])
+                importlib.import_module(f"lopa_lightning.{home}").main(given[1:])
     except Stopped as stopped:
         rank_zero_only(sys.stderr.write)(f"{stopped}\n")
         raise

@@ -15,9 +15,9 @@ from lopa_lightning.strategies import check_configured
 _Allowed = tuple[Callable[[Any], bool], str]
 
 
-def _at_least(least: float, most: float = float("inf"), also: str = "", other: float | None = None) -> _Allowed:
+def _at_least(least: float, most: float = float("inf")) -> _Allowed:
     text = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
-    return lambda value: (least <= value <= most and value < float("inf")) or value == other, text + also
+    return lambda value: least <= value <= most and value < float("inf"), text
 
 
 def _part_of(zero: bool = False) -> _Allowed:
@@ -27,7 +27,7 @@ def _part_of(zero: bool = False) -> _Allowed:
 
 
 _COUNT, _OR_NONE = _at_least(1), _at_least(0)
-_ENDLESS = _at_least(1, also=", or -1 for no limit", other=-1)
+_ENDLESS = (lambda value: value == -1 or 1 <= value < float("inf"), "at least 1, or -1 for no limit")
 _TRAINER = {
     **dict.fromkeys(("max_epochs", "max_steps"), _ENDLESS),
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"), _COUNT),

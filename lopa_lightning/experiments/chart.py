@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from typing import TYPE_CHECKING, Any
 
-from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.report import TaskTable
 
 if TYPE_CHECKING:
@@ -17,16 +15,6 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 _PANEL = (4.6, 3.6)  # inches
 _MARKERS = "osD^vP*X<>"
-
-
-def check_installed() -> None:
-    """Refuses to begin what could not be drawn.
-
-    Raises:
-        LoPAError: If matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise LoPAError('the chart needs matplotlib: pip install "lopa-lightning[compare]"')
 
 
 def svg(table: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,7 +170,8 @@ def main(args: Sequence[str]) -> None:
         SystemExit: With status 1 if a run failed.
     """
     comparison, options = parsed(Comparison, "lopa compare", args)
-    chart.check_installed()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LoPAError('the chart needs matplotlib: pip install "lopa-lightning[compare]"')
     with folder_of_runs(comparison.output):
         comparing = Comparing(comparison, configs_of(comparison, options))
         comparing.run()
