@@ -76,8 +76,10 @@ class Parser(ArgumentParser):
             raise UsageError(f"{error} (in {name})") from None
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
-        """Writes a configuration as text, without checking again what was parsed: that takes a fifth of a start."""
-        text: str = super().dump(*args, **{"skip_validation": True, **kwargs})
+        """Writes a configuration as text."""
+        # Lightning, which alone asks for link targets, has parsed it: to check it again takes a fifth of a start.
+        was_parsed = not kwargs.get("skip_link_targets", True)
+        text: str = super().dump(*args, **{"skip_validation": was_parsed, **kwargs})
         return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
