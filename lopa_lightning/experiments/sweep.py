@@ -175,17 +175,22 @@ class Sweeping:
         ranked = ranking([(self.tried[path].tags, result.score) for path, result in results.items() if result.done])
         if ranked:
             write_whole(folder / "sweep.md", settings_markdown(ranked))
-            best = overlay(self.config(ranked[0][0]), ranked[0][0])
-            write_whole(folder / "best.yaml", yaml.safe_dump(best, sort_keys=False))
+            best = next(run for run in self.tried.values() if _setting(run.tags) == _setting(ranked[0][0]))
+            write_whole(folder / "best.yaml", yaml.safe_dump(overlay(best.config, ranked[0][0]), sort_keys=False))
 
 
 def ranking(ended: Iterable[tuple[Values, float]]) -> list[tuple[Values, list[float]]]:
     """Returns the scores of each setting, which is all values but the seed, by their mean, the best first."""
     groups: dict[str, list[float]] = {}
     for values, score in ended:
-        groups.setdefault(json.dumps({name: values[name] for name in values if name != _SEED}), []).append(score)
+        groups.setdefault(_setting(values), []).append(score)
     ranked = sorted(groups.items(), key=lambda group: -statistics.mean(group[1]))
     return [(json.loads(setting), scores) for setting, scores in ranked]
+
+
+def _setting(values: Values) -> str:
+    """Returns all values but the seed, in a form in which 1 and true differ."""
+    return json.dumps({name: value for name, value in values.items() if name != _SEED})
 
 
 def settings_markdown(ranked: Sequence[tuple[Values, list[float]]]) -> str:
