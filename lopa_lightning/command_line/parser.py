@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from lopa_lightning.command_line import yaml_files
-from lopa_lightning.command_line.front import TASKS
+from lopa_lightning.command_line.front import TASKS, located
 from lopa_lightning.command_line.messages import condensed
-from lopa_lightning.command_line.shipped import located
 
 _UNKNOWN = re.compile(
     r"(?:Option|Key) '([^']+)' is not|accept (?:option|nested key) '([^']+)'|[Uu]nrecognized arguments: (.*)", re.DOTALL
