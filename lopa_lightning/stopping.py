@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SIGTERMException):
-    """A signal has ended a run. The process's exit status is 128 + the signal's number, as for a shell.
+    """Says that a signal has ended a run, with 128 + the signal's number as exit status, as for a shell.
 
     Attributes:
         number: The signal's.

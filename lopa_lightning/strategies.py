@@ -1,4 +1,4 @@
-"""How a run is spread over processes: which strategies serve a frozen backbone, and FSDP2 set up for one."""
+"""Spreads a run over processes: checks which strategies serve a frozen backbone, and sets up FSDP2 for one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lopa_lightning.backbones.sharding import placed_like, whole
@@ -24,7 +24,7 @@ _SPAWNING = ("spawn", "fork", "notebook")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """FSDP2 over all processes, with checkpoints that any other strategy writes and reads too.
+    """Runs FSDP2 over all processes, with checkpoints that any other strategy writes and reads too.
 
     A checkpoint is one file. It holds the trained tensors whole, and the optimizer's state numbered as
     the optimizer itself numbers it; frozen weights are gathered neither to save nor to load.
@@ -46,7 +46,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning asks for the optimizer's state to be loaded, as of a strategy that shards nothing."""
+        """Lets Lightning load the optimizer's state, as for a strategy that shards nothing."""
         return True
 
     def setup_environment(self) -> None:
@@ -55,7 +55,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state, whole, on every process."""
+        """Returns the optimizer's state, whole, on every process."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         saved = optimizer.state_dict()
@@ -85,6 +85,19 @@ class FSDP2Strategy(ModelParallelStrategy):
                 for index, entry in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
+
+
+def send_trained_alone(module: nn.Module) -> None:
+    """Lets DistributedDataParallel send trained tensors alone: the frozen ones are the same on every rank.
+
+    The private name is the only way to say so.
+
+    Args:
+        module: The one that is wrapped.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    frozen = [name for name, tensor in named if not tensor.requires_grad]
+    module._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -146,7 +159,7 @@ def check_configured(strategy: str) -> None:
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
-    """Optimizer state as its parameter is held: moments have its shape, a count of steps has not."""
+    """Returns optimizer state as its parameter is held: moments have its shape, a count of steps has not."""
     if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0:
         return placed_like(value, parameter)
     return value

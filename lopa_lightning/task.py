@@ -1,4 +1,4 @@
-"""What data and model must agree on: the labels, how answers are scored, and the words that stand for them."""
+"""Describes what data and model must agree on: labels, metrics, and the words that stand for labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """How a text becomes a question to a language model, and which of its words are the answers.
+    """Says how a text becomes a question to a language model, and which of its words are the answers.
 
     Args:
         words: One word for each label; None where a trained head answers.
@@ -48,7 +48,7 @@ class Verbalizer:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification or regression task.
+    """Describes a classification or regression task.
 
     Args:
         labels: Names of the classes, in the order of their indices; empty for regression.
@@ -78,26 +78,26 @@ class Task:
 
     @property
     def words(self) -> list[str] | None:
-        """The verbalizer's words."""
+        """Returns the verbalizer's words."""
         return None if self.verbalizer is None else self.verbalizer.words
 
     @property
     def is_regression(self) -> bool:
-        """Whether the answer is a number."""
+        """Returns whether the answer is a number."""
         return not self.labels
 
     @property
     def num_outputs(self) -> int:
-        """Numbers that the model gives for an example."""
+        """Returns how many numbers the model gives for an example."""
         return len(self.labels) or 1
 
     @property
     def official_metrics(self) -> list[str]:
-        """The metrics whose mean is the task's score."""
+        """Returns the metrics whose mean is the task's score."""
         default = ["pearson", "spearman"] if self.is_regression else ["f1"] if self.multi_label else ["accuracy"]
         return self.metrics or default
 
     @property
     def suffixes(self) -> list[str]:
-        """Name suffixes of the evaluation sets; one without a suffix where none is given."""
+        """Returns the name suffixes of the evaluation sets; one empty suffix where none is given."""
         return self.eval_sets or [""]

@@ -1,4 +1,4 @@
-"""LightningModules: one for each kind of task, on one base."""
+"""Holds the LightningModules: one for each kind of task, on one base."""
 
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.causal_lm import CausalLMModule

@@ -1,4 +1,4 @@
-"""The LightningModule that pairs a frozen backbone with a trained prompt encoder."""
+"""Pairs a frozen backbone with a trained prompt encoder in a LightningModule."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.sharding import data_mesh, placed_like, shard
 from lopa_lightning.checkpoint_io import write_whole_checkpoints
 from lopa_lightning.data.splits import SplitsDataModule
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.instances.encoder import InstanceEncoderSpec
 from lopa_lightning.migrations import migrate
-from lopa_lightning.modules.builder import Builder
-from lopa_lightning.modules.checkpoint_loading import check_resume, rebuild
+from lopa_lightning.modules.builder import Builder, Parts
+from lopa_lightning.modules.checkpoint_loading import rebuilt
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
 from lopa_lightning.modules.prompted_model import PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
-from lopa_lightning.modules.schedule import Scheduling, schedule, with_rates
-from lopa_lightning.modules.schedule_length import ScheduleLength
+from lopa_lightning.modules.resume_state import check_resume
+from lopa_lightning.modules.schedule import schedule, with_rates
+from lopa_lightning.modules.scheduling import Scheduling
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.modules.start import check_before_weights, check_with_weights
 from lopa_lightning.modules.task_hooks import TaskHooks
@@ -40,10 +41,11 @@ from lopa_lightning.modules.window import Window
 from lopa_lightning.plain import class_name, plain, without_defaults
 from lopa_lightning.prompts.base import PromptEncoderFactory
 from lopa_lightning.prompts.lopa import LoPA
+from lopa_lightning.strategies import send_trained_alone
 
 
 class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
-    """A frozen backbone, shown a soft prompt for every instance.
+    """Gives a frozen backbone a soft prompt for every instance.
 
     A new task is a subclass with :meth:`configure_readout` and :meth:`loss`, and what else it wants of
     :class:`~lopa_lightning.modules.task_hooks.TaskHooks`.
@@ -63,19 +65,17 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             biases, or a number k for its last k layers.
         frozen_dropout: Whether the backbone's own dropout is active in training.
         optimizer: An optimizer that still wants parameters.
-        lr_scheduler: A scheduler that still wants an optimizer; stepped once for each optimizer step,
-            or after each validation by ``val/loss`` if it is a ``ReduceLROnPlateau``.
-        warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the whole run, as long as
-            it was to be when it began: a run that is resumed keeps the number of steps.
+        lr_scheduler: A scheduler that still wants an optimizer; stepped after each optimizer step, or after each
+            validation by ``val/loss`` if it is a ``ReduceLROnPlateau``.
+        warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the run as it was when it
+            began: a resumed run keeps the number of steps.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
             ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder`` and ``backbone`` (all of it or its adapter).
-        nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, with the step and
-            the rows, or ``skip`` the optimizer step, all batches that it accumulates, and count it in
-            ``train/skipped_steps``.
+        nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, naming step and rows, or
+            ``skip`` the optimizer step, with all batches that it accumulates, counted in ``train/skipped_steps``.
 
     Raises:
-        LoPAError: If a learning rate or the warm-up is negative or not finite, both an adapter and the whole backbone
-            are to be trained, or ``nonfinite_loss`` is unknown.
+        LoPAError: If an argument is not what it must be, or both an adapter and the backbone are to be trained.
         TypeError: If an argument could not be stored in a checkpoint.
     """
 
@@ -119,22 +119,19 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         self.loss_guard = LossGuard(nonfinite_loss)
         self.window = Window()
         self.net: PromptedModel | None = None
+        # Whether a step was taken or a checkpoint loaded, so that what is trained has not its initial values.
         self.learned = False
-        """Whether a step was taken or a checkpoint loaded: what is trained has other than its initial values."""
+        # Whether a checkpoint may be loaded once the model is built; if not, answers can be refused before.
         self.awaits_checkpoint = True
-        """Whether a checkpoint may be loaded once the model is built; if not, that can be refused before."""
-        self.written: dict[int, list[dict[str, Any]]] = {}
-        """What an interrupted run has left, by row."""
+        # The checkpoint that a command is about to load, if it says so: what does not fit is refused early.
         self.will_load: dict[str, Any] | None = None
-        """The checkpoint that a command is about to load, if it says so: what does not fit is refused early."""
+        self.written: dict[int, list[dict[str, Any]]] = {}  # what an interrupted run has left, by row
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
 
-    # Building
-
     @functools.cached_property
     def builder(self) -> Builder:
-        """What builds the parts, and knows their sizes before."""
+        """Builds the parts, and knows their sizes before."""
         return Builder(
             self.input_kind(self.backbone_spec),
             self.make_prompt_encoder,
@@ -146,12 +143,12 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     @property
     def input_spec(self) -> InputSpec:
-        """What a data module needs to make batches for this module."""
+        """Returns what a data module needs to make batches for this module."""
         return self.builder.input_spec
 
     @property
     def data(self) -> SplitsDataModule | None:
-        """The Trainer's data module, if it is one of this package's."""
+        """Returns the Trainer's data module, if it is one of this package's."""
         found = getattr(self._trainer, "datamodule", None)  # a loader may come in its place
         return found if isinstance(found, SplitsDataModule) else None
 
@@ -167,13 +164,10 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         check_before_weights(self, TrainerFn(stage).value)
         write_whole_checkpoints(self.trainer.strategy)
 
-    def task_facts(self) -> dict[str, Any]:
-        """What a checkpoint says of the task, and of where virtual tokens go."""
-        return {"placement": self.placement, **self.input_spec.identity(), **self.task_identity()}
-
     def known_identity(self) -> dict[str, Any]:
-        """What a checkpoint says of the frozen models, the method and the task, as far as no weights are needed."""
-        return {**self.builder.identity(), "task": self.task_facts()}
+        """Returns what a checkpoint says of frozen models, method and task, as far as that needs no weights."""
+        task = {"placement": self.placement, **self.input_spec.identity(), **self.task_identity()}
+        return {**self.builder.identity(), "task": task}
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
@@ -181,33 +175,32 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             return
         mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
         parts = self.builder.load(self.frozen_dropout, mesh)
-        self._identity: dict[str, Any] = {**parts.identity, "task": self.task_facts()}
-        readout = self.configure_readout(parts.backbone)
-        self.net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
-        self.net.train()  # transformers hands models over in eval mode; what is frozen stays in it
+        self._identity = {**self.known_identity(), **parts.identity}
+        self.net = self._assembled(parts)
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
             self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
         if mesh is not None:
             shard(self.net, self.net.pretrained_models(), mesh)
-        # Read by DistributedDataParallel: frozen tensors are the same on every rank and need not be sent.
-        trained = self._trained()
-        named = [*self.named_parameters(), *self.named_buffers()]
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trained]
-
-    def is_trainable(self) -> bool:
-        """Whether anything is to be trained, known before weights are read."""
-        with torch.device("meta"):
-            readout = self.configure_readout(self.builder.skeleton.backbone)
-        return self.builder.trains(readout)
+        send_trained_alone(self)
 
     def meta_net(self) -> PromptedModel:
-        """Builds the model on the ``meta`` device, for a look at its shapes: no weight is read. It is not kept."""
+        """Builds the model on the ``meta`` device: no weight is read. It is not kept."""
         with torch.device("meta"):
-            parts = self.builder.unloaded(self.frozen_dropout)
-            readout = self.configure_readout(parts.backbone)
-        return PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone).train()
+            return self._assembled(self.builder.unloaded(self.frozen_dropout))
 
-    # Training
+    @functools.cached_property
+    def shapes(self) -> PromptedModel:
+        """Returns the model on the ``meta`` device, to see what is trained and its shapes."""
+        return self.meta_net()
+
+    def is_trainable(self) -> bool:
+        """Returns whether anything is to be trained, known before weights are read."""
+        return any(parameter.requires_grad for parameter in self.shapes.parameters())
+
+    def _assembled(self, parts: Parts) -> PromptedModel:
+        readout = self.configure_readout(parts.backbone)
+        net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
+        return net.train()  # transformers hands models over in eval mode; what is frozen stays in it
 
     def _net(self) -> PromptedModel:
         if self.net is None:
@@ -215,13 +208,11 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         return self.net
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs of a batch, see :class:`~lopa_lightning.modules.prompted_model.PromptedModel`."""
-        outputs: Tensor
-        outputs, _ = self._net()(batch)
-        return outputs
+        """Returns the outputs of a batch, see :class:`~lopa_lightning.modules.prompted_model.PromptedModel`."""
+        return cast(Tensor, self._net()(batch)[0])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch, weighed as it counts among the batches of its optimizer step."""
+        """Returns the loss of a batch, weighted as it counts among the batches of its optimizer step."""
         outputs = self(batch)
         loss, size = self.loss(outputs, batch), self.loss_weight(outputs, batch)
         everywhere = self.loss_guard.look_at(loss, batch, batch_idx, self.trainer, size)
@@ -239,15 +230,15 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             self.log("train/skipped_steps", float(self.loss_guard.skipped))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
-        """Loss and metrics of a batch; returns its instance vectors for diagnostics."""
+        """Updates loss and metrics by a batch; returns its instance vectors for diagnostics."""
         return self._evaluate("val", batch, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
-        """Loss and metrics of a batch."""
+        """Updates loss and metrics by a batch."""
         return self._evaluate("test", batch, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Predictions of a batch, with ``index`` that ties each to its row."""
+        """Returns the predictions of a batch, with ``index`` that ties each to its row."""
         return {"index": batch["index"], **self.predict_outputs(self(batch))}
 
     def on_fit_start(self) -> None:
@@ -277,21 +268,19 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
                 self.log(f"{name}/{key}", value, prog_bar=key == "score")
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over the trained groups, with its scheduler and warm-up."""
+        """Builds one optimizer over the trained groups, with its scheduler and warm-up."""
         optimizer = self.make_optimizer(with_rates(self._net().parameter_groups(), self.learning_rates))
         return {"optimizer": optimizer, "lr_scheduler": schedule(optimizer, self.make_lr_scheduler, self.warmup)}
 
     def configure_callbacks(self) -> list[Callback]:
-        """What a run needs to be right, and to be right when it is resumed."""
-        return [ScheduleLength(), Scheduling(), ResumePoint()]
-
-    # Checkpoints
+        """Returns the callbacks that a run needs to be right, also when it is resumed."""
+        return [Scheduling(), ResumePoint()]
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained tensors, and nothing else."""
+        """Returns the trained tensors, and nothing else."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         return {prefix + name: state[prefix + name] for name in self._trained()}
 
@@ -309,10 +298,10 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         trained = self._trained()
         ckpt.check_tensors(state_dict, trained)
         placed = {name: placed_like(value, trained[name]) for name, value in state_dict.items()}
-        super().load_state_dict(placed, strict=False, assign=assign)
+        found = super().load_state_dict(placed, strict=False, assign=assign)
         self.learned = True
-        # With nothing missing and nothing unexpected, as Lightning asks: the frozen weights were never meant.
-        return nn.modules.module._IncompatibleKeys([], [])
+        found.missing_keys.clear()  # the frozen ones, which no checkpoint holds
+        return found
 
     @classmethod
     def load_from_checkpoint(
@@ -342,7 +331,8 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             LoPAError: If a class that the checkpoint names is not imported, or the frozen models found under
                 the names in it are not its own.
         """
-        return rebuild(cls, checkpoint_path, map_location, trust_remote_code, kwargs)
+        saved = ckpt.read(checkpoint_path, map_location)
+        return rebuilt(cls, saved, shown(str(checkpoint_path)), trust_remote_code, kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the identity of the frozen parts, and leaves out the hyperparameters that have their default.

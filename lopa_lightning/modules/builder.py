@@ -1,16 +1,15 @@
-"""From specs to loaded parts: what is known from configs alone, and what weights are needed for."""
+"""Builds the parts of a model from specs: on the meta device from configs alone, or with weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -34,31 +33,19 @@ from lopa_lightning.migrations import FORMAT
 from lopa_lightning.plain import arguments, made_class, plain, with_arguments, without_defaults
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
 
+_SOURCE = ("name", "revision", "dtype", "attn_implementation", "trust_remote_code")  # what to load, and how
 _TRAINED_BYTES = 16  # of a parameter in float32: itself, its gradient and Adam's two moments
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """What is known of the model before any weight is read.
-
-    Attributes:
-        backbone: The backbone on the ``meta`` device: names and shapes without values.
-        prompt_encoder: The prompt encoder, on the ``meta`` device as well.
-    """
-
-    backbone: Backbone
-    prompt_encoder: PromptEncoder
-
-
-@dataclass(frozen=True)
 class Parts:
-    """The loaded parts.
+    """Holds the parts of a model, except the read-out, which is the task's.
 
     Attributes:
         backbone: The frozen model.
         prompt_encoder: With its initial values.
         instance_encoder: None if the prompt encoder reads no instance.
-        identity: What a checkpoint says of all three, see :mod:`lopa_lightning.checkpoint`.
+        identity: What a checkpoint says of all three, see :mod:`lopa_lightning.checkpoint`; empty without weights.
     """
 
     backbone: Backbone
@@ -89,23 +76,20 @@ class Builder:
 
     @property
     def backbone(self) -> PretrainedSpec:
-        """Where the backbone comes from."""
+        """Returns where the backbone comes from."""
         return self.kind.spec
 
     @functools.cached_property
     def encoder_spec(self) -> InstanceEncoderSpec:
-        """The instance encoder's, as a copy of the backbone where the two cannot be one: either is trained."""
+        """Returns the instance encoder's spec: of a copy of the backbone where either of the two is trained."""
         spec, backbone = self.instance_encoder, self.backbone
         if not spec.is_backbone or not (spec.is_trained or self.train_backbone or self.adapter is not None):
             return spec
-        names = {field.name for field in dataclasses.fields(backbone)} & {
-            field.name for field in dataclasses.fields(spec)
-        }
-        return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in names})
+        return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in _SOURCE})
 
     @functools.cached_property
     def instance_vectors(self) -> VectorCache | None:
-        """Where the instance encoder's vectors are kept; None where they change or are not to be kept."""
+        """Returns where the instance encoder's vectors are kept; None where they change or are not to be kept."""
         spec = self.encoder_spec
         if spec.is_varying or not spec.cache:
             return None
@@ -116,29 +100,28 @@ class Builder:
         )
 
     @functools.cached_property
-    def skeleton(self) -> Skeleton:
-        """The model's shapes, from configs alone."""
-        self.kind.check()
-        model = checked_shapes(self.backbone, self.kind.family)
-        with torch.device("meta"):
-            backbone = self._backbone(model, dataclasses.replace(self.backbone, compile=False))
-            prompt_encoder = self._prompt_encoder(backbone)
-            is_adapted = prompt_encoder.uses_instance and self.encoder_spec.adapter is not None
-            encoder = [self._unloaded_encoder(backbone)] if is_adapted else []
+    def skeleton(self) -> Parts:
+        """Returns the parts on the ``meta`` device, checked as far as that needs no weights.
+
+        Raises:
+            LoPAError: If the parts do not go together, or what is trained would not fit into memory.
+        """
+        parts = self.unloaded(False, checked_shapes)
         # All of what is frozen has room somewhere, or it could not have been saved.
-        frozen = [*encoder, *([] if self.train_backbone else [backbone])]
-        added = [parameter for part in (prompt_encoder, *frozen) for parameter in part.parameters()]
+        adapted = [parts.instance_encoder] if self.encoder_spec.adapter is not None and parts.instance_encoder else []
+        frozen = [*adapted, *([] if self.train_backbone else [parts.backbone])]
+        added = [parameter for part in (parts.prompt_encoder, *frozen) for parameter in part.parameters()]
         needed, memory = sum(_TRAINED_BYTES * p.numel() for p in added if p.requires_grad), _physical_memory()
         if memory is not None and needed > memory:
             raise LoPAError(
                 f"prompt encoder and adapters would take {needed / 1e9:,.0f} GB in training, and this machine has "
                 f"{memory / 1e9:,.0f} GB of memory; choose smaller sizes"
             )
-        return Skeleton(backbone, prompt_encoder)
+        return parts
 
     @functools.cached_property
     def input_spec(self) -> InputSpec:
-        """What a data module needs to make batches for this model.
+        """Returns what a data module needs to make batches for this model.
 
         Raises:
             LoPAError: If the input and the frozen models do not go together.
@@ -148,26 +131,15 @@ class Builder:
         encoder, vectors = (self.encoder_spec, self.instance_vectors) if reads else (None, None)
         return self.kind.input_spec(skeleton.backbone, m, encoder, vectors)
 
-    def trains(self, readout: nn.Module) -> bool:
-        """Whether anything would be trained, known from configs alone.
-
-        Args:
-            readout: What reads the answer, built for the skeleton's backbone.
-        """
-        skeleton = self.skeleton
-        parts: list[nn.Module] = [skeleton.backbone, skeleton.prompt_encoder, readout]
-        trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
-        return trained or (skeleton.prompt_encoder.uses_instance and self.encoder_spec.is_trained)
-
     def check(self) -> None:
         """Raises a LoPAError if a quantised backbone is to be changed in a way that it cannot be, or cannot be made."""
-        how = self.backbone.quantization
-        if how is not None and self.train_backbone:
+        if (how := self.backbone.quantization) is None:
+            return
+        if self.train_backbone:
             raise LoPAError("a quantised backbone cannot be trained; leave quantization or train_backbone out")
-        if how is not None and how["quant_method"] == "torchao" and self.adapter is not None:
+        if how["quant_method"] == "torchao" and self.adapter is not None:
             raise LoPAError("adapters go with quantization by bitsandbytes, not by torchao")
-        if how is not None:
-            quantization_config(how)  # refuses what is not installed
+        quantization_config(how)  # refuses what is not installed
 
     def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
@@ -180,19 +152,45 @@ class Builder:
             LoPAError: If they cannot be loaded as configured.
         """
         self.check()
+        identity = self.identity()
         # Adapters and keys and values of real tokens want whole layers; these are sharded afterwards.
         direct = mesh if self.adapter is None and self.placement != "every_layer" else None
         model = load_model(self.backbone, self.kind.family, direct)
-        identity = self.identity()
         identity["backbone"] |= ckpt.fingerprint(model)
-        backbone = self._backbone(model, self.backbone, dropout)
+        backbone = self._backbone(model, dropout, self.backbone.compile)
         prompt_encoder = self._prompt_encoder(backbone)
         prompt_encoder.initialize(backbone.vocabulary())
         if not prompt_encoder.uses_instance:
             return Parts(backbone, prompt_encoder, None, identity)
-        encoder, facts = self._encoder(backbone, mesh)
+        spec, vectors, facts = self.encoder_spec, self.instance_vectors, {}
+        if spec.is_backbone:
+            encoder = InstanceEncoder(backbone.body, spec, self.kind, shared=True)
+        elif vectors is not None:
+            encoder, facts = vectors.encoder, vectors.facts()
+        else:
+            encoder, facts = self.own_encoder(mesh)
         identity["instance_encoder"] |= facts
         return Parts(backbone, prompt_encoder, encoder, identity)
+
+    def unloaded(self, dropout: bool, make: Callable[[PretrainedSpec, Family], PreTrainedModel] = meta_model) -> Parts:
+        """Builds all parts on the ``meta`` device: no weight is read.
+
+        Args:
+            dropout: Whether the backbone's own dropout is active in training.
+            make: Builds the backbone's model.
+        """
+        self.kind.check()
+        with torch.device("meta"):
+            backbone = self._backbone(make(self.backbone, self.kind.family), dropout, compiled=False)
+            prompt_encoder, spec = self._prompt_encoder(backbone), self.encoder_spec
+            if not prompt_encoder.uses_instance:
+                return Parts(backbone, prompt_encoder, None, {})
+            if self.instance_vectors is not None and not spec.is_backbone:
+                return Parts(backbone, prompt_encoder, self.instance_vectors.encoder, {})
+            model = backbone.body if spec.is_backbone else meta_model(spec.pretrained(), "encoder")
+            encoder = InstanceEncoder(model, spec, self.kind, shared=spec.is_backbone)
+        encoder.is_checked = True  # there are no values to compare
+        return Parts(backbone, prompt_encoder, encoder, {})
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint says of the frozen models and the method, as far as it is known without weights."""
@@ -221,17 +219,8 @@ class Builder:
         """Returns what a checkpoint says of the instance encoder, as far as it is known without weights."""
         spec = self.encoder_spec
         keys = ("name", "revision", "pooling", "normalize", "trainable", "adapter", "control")
-        told = {key: plain(getattr(spec, key)) for key in keys}
-        return told if spec.is_backbone else {**told, "config": ckpt.config_facts(load_config(spec.pretrained()))}
-
-    def _encoder(self, backbone: Backbone, mesh: DeviceMesh | None) -> tuple[InstanceEncoder, dict[str, Any]]:
-        """The instance encoder, and which one it is where the backbone does not say so."""
-        spec = self.encoder_spec
-        if spec.is_backbone:
-            return InstanceEncoder(backbone.body, spec, self.kind, shared=True), {}
-        if self.instance_vectors is not None:
-            return self.instance_vectors.encoder, self.instance_vectors.facts()
-        return self.own_encoder(mesh)
+        facts = {key: plain(getattr(spec, key)) for key in keys}
+        return facts if spec.is_backbone else {**facts, "config": ckpt.config_facts(load_config(spec.pretrained()))}
 
     def own_encoder(self, mesh: DeviceMesh | None = None) -> tuple[InstanceEncoder, dict[str, Any]]:
         """Loads an instance encoder with a model of its own, and says which one it is. No backbone is needed.
@@ -244,30 +233,7 @@ class Builder:
         facts = ckpt.fingerprint(model)  # before an adapter comes in, so that they are the plain encoder's
         return InstanceEncoder(model, spec, self.kind), facts
 
-    def unloaded(self, dropout: bool) -> Parts:
-        """Builds all parts without reading weights; their values mean nothing.
-
-        Args:
-            dropout: Whether the backbone's own dropout is active in training.
-        """
-        plain = dataclasses.replace(self.backbone, compile=False)
-        backbone = self._backbone(meta_model(plain, self.kind.family), plain, dropout)
-        prompt_encoder = self._prompt_encoder(backbone)
-        if not prompt_encoder.uses_instance:
-            return Parts(backbone, prompt_encoder, None, {})
-        if self.instance_vectors is not None and not self.encoder_spec.is_backbone:
-            return Parts(backbone, prompt_encoder, self.instance_vectors.encoder, {})
-        return Parts(backbone, prompt_encoder, self._unloaded_encoder(backbone), {})
-
-    def _unloaded_encoder(self, backbone: Backbone) -> InstanceEncoder:
-        """The instance encoder on the ``meta`` device."""
-        spec = self.encoder_spec
-        model = backbone.body if spec.is_backbone else meta_model(spec.pretrained(), "encoder")
-        encoder = InstanceEncoder(model, spec, self.kind, shared=spec.is_backbone)
-        encoder.is_checked = True
-        return encoder
-
-    def _backbone(self, model: PreTrainedModel, spec: PretrainedSpec, dropout: bool = False) -> Backbone:
+    def _backbone(self, model: PreTrainedModel, dropout: bool, compiled: bool) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
         return self.kind.backbone(
@@ -275,12 +241,12 @@ class Builder:
             dropout=dropout,
             placement=self.placement,
             trained=self.train_backbone,
-            gradient_checkpointing=spec.gradient_checkpointing,
-            compiled=spec.compile,
+            gradient_checkpointing=self.backbone.gradient_checkpointing,
+            compiled=compiled,
         )
 
     def instance_dim(self, backbone: Backbone) -> int:
-        """Width e of an instance vector.
+        """Returns the width e of an instance vector.
 
         Args:
             backbone: Which may be the encoder.
@@ -301,7 +267,7 @@ class Builder:
 
 
 def _physical_memory() -> int | None:
-    """Bytes; None where the system does not say."""
+    """Returns the machine's memory in bytes; None where the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

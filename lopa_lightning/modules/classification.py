@@ -1,4 +1,4 @@
-"""Classification and regression of texts, with a language model's own words or a trained head."""
+"""Classifies texts, or predicts a number for each, by a language model's own words or a trained head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.predict import answers, row_encoder
 from lopa_lightning.modules.prompted_model import HeadReadout, LabelWordReadout, Readout
 from lopa_lightning.modules.start import answering
-from lopa_lightning.plain import plain
+from lopa_lightning.plain import built, plain
 from lopa_lightning.task import Task, Verbalizer
 
 LossOver = Literal["labels", "vocabulary"]
@@ -60,10 +60,8 @@ class ClassificationModule(LoPALightningModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if objective not in get_args(Objective):
-            raise LoPAError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
-        if loss_over not in get_args(LossOver):
-            raise LoPAError(f"loss_over must be one of {', '.join(get_args(LossOver))}, got {loss_over!r}")
+        one_of("objective", objective, get_args(Objective))
+        one_of("loss_over", loss_over, get_args(LossOver))
         if loss_over == "vocabulary" and objective == "head":
             raise LoPAError("loss_over: vocabulary needs objective: masked_lm or causal_lm; a head has no vocabulary")
         one_of("head_pooling", head_pooling, self.head_poolings)
@@ -79,8 +77,8 @@ class ClassificationModule(LoPALightningModule):
 
     def restore(self, hparams: Mapping[str, Any]) -> None:
         """Takes the task that the data module brought to the saved module."""
-        if self.task is None and hparams.get("task") is not None:
-            self._set_task(_task_of(hparams["task"]))
+        if self.task is None:
+            self._set_task(built(hparams.get("task"), Task | None, "task"))
 
     def required_task(self) -> Task:
         """Returns the task.
@@ -132,7 +130,7 @@ class ClassificationModule(LoPALightningModule):
         return label_word_ids(self._tokenizer(), words, None if chat is None else chat.answer_start)
 
     def configure_readout(self, backbone: Backbone) -> Readout:
-        """Label words at the mask or at the end, or a trained head."""
+        """Builds what reads label words at the mask or at the end, or a trained head."""
         task = self.required_task()
         if self.objective == "head":
             return HeadReadout(backbone.hidden_dim, task.num_outputs, self.head_pooling)
@@ -150,30 +148,30 @@ class ClassificationModule(LoPALightningModule):
         return F.cross_entropy(outputs.float(), batch["labels"])
 
     def configure_metrics(self) -> MetricCollection:
-        """The task's official metrics, and with classes accuracy and the majority class's share."""
+        """Builds the task's official metrics, and with classes accuracy and the majority class's share."""
         task = self.required_task()
         return build_metrics(task.official_metrics, len(task.labels), task.multi_label)
 
     def official_metrics(self) -> list[str]:
-        """The task's."""
+        """Returns the task's."""
         return self.required_task().official_metrics
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Class indices ``[B]``, 1 at each label of several ``[B, labels]``, or numbers ``[B]``."""
+        """Returns class indices ``[B]``, 1 at each label of several ``[B, labels]``, or numbers ``[B]``."""
         task = self.required_task()
         if task.multi_label:
             return (outputs > 0).long()
         return outputs.squeeze(-1).float() if task.is_regression else outputs.argmax(-1)
 
     def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
-        """``probabilities [B, labels]``, or ``value [B]``."""
+        """Returns ``probabilities [B, labels]``, or ``value [B]``."""
         task = self.required_task()
         if task.is_regression:
             return {"value": outputs.squeeze(-1).float()}
         return {"probabilities": outputs.float().sigmoid() if task.multi_label else outputs.float().softmax(-1)}
 
     def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """Records with ``index``, and ``label`` (or ``labels``) and ``probabilities`` by name, or ``value``."""
+        """Returns records with ``index``, and ``label`` (or ``labels``) and ``probabilities`` by name, or ``value``."""
         rows, task = super().prediction_rows(predicted), self.required_task()
         for row in rows if task.labels else []:
             named = dict(zip(task.labels, row.pop("probabilities")))
@@ -185,7 +183,7 @@ class ClassificationModule(LoPALightningModule):
         return rows
 
     def predict(self, texts: Any, batch_size: int = 32) -> list[dict[str, Any]]:
-        """Answers for texts, read by the task's template and cut as in training.
+        """Predicts for texts, read by the task's template and cut as in training.
 
         Args:
             texts: One row or a list of them. A row is a text; for a task on two texts, a tuple of both; or a mapping of
@@ -204,11 +202,11 @@ class ClassificationModule(LoPALightningModule):
             return answers(self, encoder, rows, batch_size)
 
     def task_identity(self) -> dict[str, Any]:
-        """Objective, labels and what reads them."""
+        """Returns objective, labels and what reads them."""
         return {"objective": self.objective, **self._reading(self.required_task())}
 
     def _reading(self, task: Task) -> dict[str, Any]:
-        """What of a task shapes what is learned for it."""
+        """Returns what of a task shapes what is learned for it."""
         # Named only where it is not the default, so that checkpoints from before there was a choice go on.
         says = task.verbalizer or Verbalizer()
         instance = {"instance_reads": says.instance_reads} if says.instance_reads != "columns" else {}
@@ -225,9 +223,3 @@ def _cut_as(task: Task, data_task: Task) -> Task:
         return task
     cut = dataclasses.replace(task.verbalizer, max_length=says.max_length, truncation_side=says.truncation_side)
     return dataclasses.replace(task, verbalizer=cut)
-
-
-def _task_of(saved: Mapping[str, Any]) -> Task:
-    """Rebuilds the task of a checkpoint."""
-    says = saved.get("verbalizer")
-    return Task(**{**saved, "verbalizer": None if says is None else Verbalizer(**says)})

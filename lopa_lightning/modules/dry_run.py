@@ -1,4 +1,4 @@
-"""Optimizer and scheduler tried out before anything is loaded."""
+"""Tries optimizer and scheduler before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lopa_lightning.modules.schedule import WarmUp, schedule, with_rates
 
 @dataclass(frozen=True)
 class DryRun:
-    """An optimizer and a scheduler that have taken a step with small parameters, which are thrown away.
+    """Holds an optimizer and a scheduler that have taken a step with small parameters.
 
     Attributes:
         parameters: One for each that is trained, by group; their sizes differ, so that state of their shape is known.
@@ -81,11 +81,9 @@ def dry_run(
         with _named("optimizer"):
             optimizer = make_optimizer(with_rates(small, rates or {}))
             settings = optimizer.state_dict()["param_groups"]
-        with _named("lr_scheduler"):
-            scheduler = schedule(optimizer, make_scheduler, warmup)["scheduler"]
-        with _named("optimizer"):
             optimizer.step(closure=closure)
         with _named("lr_scheduler"):
+            scheduler = schedule(optimizer, make_scheduler, warmup)["scheduler"]
             then = scheduler.then if isinstance(scheduler, WarmUp) else scheduler
             if then is not None:
                 then.step(1.0) if isinstance(then, ReduceLROnPlateau) else then.step()
@@ -101,7 +99,7 @@ def dry_run_of(module: Any) -> DryRun:
     Raises:
         LoPAError: If its optimizer or scheduler refuses.
     """
-    groups = (module.net or module.meta_net()).parameter_groups()
+    groups = (module.net or module.shapes).parameter_groups()
     return dry_run(groups, module.make_optimizer, module.make_lr_scheduler, module.learning_rates, module.warmup)
 
 

@@ -1,4 +1,4 @@
-"""Classification and regression of images, by a trained head."""
+"""Classifies images, or predicts a number for each, by a trained head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ImagePooling = Literal["cls", "patches", "prompts", "all"]
 
 
 class ImageReadout(HeadReadout):
-    """A trained linear layer on CLS, or on the mean of patches, virtual tokens or both."""
+    """Applies a trained linear layer to CLS, or to the mean of patches, virtual tokens or both."""
 
     def pooled(self, states: States) -> Tensor:
         """Returns the vector that the layer reads, ``[B, h]``."""
@@ -106,12 +106,12 @@ class ImageClassificationModule(ClassificationModule):
 
     @property
     def evaluated(self) -> ImageProcessing:
-        """What is done to an image to validate, test and predict; scale and size are as the model's files say."""
+        """Returns what is done to an image to validate, test and predict; scale and size are the model's."""
         own, given = self._kind.processing, self.processing
         return own if given is None else replace(own, resize=given.resize, crop=given.crop)
 
     def predict(self, images: Any, batch_size: int = 32) -> list[dict[str, Any]]:
-        """Answers for images, which are read as to validate.
+        """Predicts for images, which are processed as in validation.
 
         Args:
             images: A file's name or content, a PIL image or an array in uint8, ``[H, W]`` or ``[H, W, 3]``; or a list.
@@ -135,7 +135,7 @@ class ImageClassificationModule(ClassificationModule):
             return records(self, batches, len(sources), batch_size)
 
     def task_identity(self) -> dict[str, Any]:
-        """Labels, what reads them, and what is done to pixels: the model's files say it, and may change."""
+        """Returns labels, what reads them, and what is done to pixels: the model's files say it, and may change."""
         kind = self._kind
         other = kind.instance_processing if self.builder.skeleton.prompt_encoder.uses_instance else None
         instance = {} if other is None else {"instance_processing": plain(other)}

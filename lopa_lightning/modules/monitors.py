@@ -1,4 +1,4 @@
-"""What of a run may be monitored, to keep a checkpoint, to stop, or to lower a learning rate."""
+"""Checks what a run monitors to keep a checkpoint, to stop, or to lower a learning rate."""
 
 from __future__ import annotations
 

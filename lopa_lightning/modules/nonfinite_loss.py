@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, one_of
 
 OnNonfinite = Literal["stop", "skip"]
 """``stop`` the run, or ``skip`` the optimizer's step and count it."""
@@ -29,8 +29,7 @@ class LossGuard:
     """
 
     def __init__(self, action: OnNonfinite) -> None:
-        if action not in get_args(OnNonfinite):
-            raise LoPAError(f"nonfinite_loss must be one of {', '.join(get_args(OnNonfinite))}, got {action!r}")
+        one_of("nonfinite_loss", action, get_args(OnNonfinite))
         self.action = action
         self.skipped = 0
         self._spoilt = False

@@ -1,4 +1,4 @@
-"""Answers for texts and images that come from no data module."""
+"""Predicts for texts and images that come from no data module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lopa_lightning.backbones.image_spec import ImageProcessing
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.collate import Collate
 from lopa_lightning.data.pixels import ImageError, Pixels, processed, read_image
-from lopa_lightning.data.rows import EncodeRows, TextError, check_texts
+from lopa_lightning.data.rows import EncodeRows, fault_of
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
 from lopa_lightning.errors import LoPAError, at_least, shown
 
@@ -52,15 +52,10 @@ def row_encoder(module: ClassificationModule, texts: Any) -> tuple[EncodeRows, d
 
 def check_rows(rows: dict[str, list[Any]]) -> None:
     """Raises a LoPAError that names the first row without a text."""
-    try:
-        check_texts(rows)
-    except TextError:
-        for column, texts in rows.items():
-            for place, text in enumerate(texts):
-                try:
-                    check_texts({column: [text]})
-                except TextError as error:
-                    raise LoPAError(f"column {column!r} {error.fault} in row {place} (counted from 0)") from None
+    for column, texts in rows.items():
+        for row, text in enumerate(texts):
+            if (fault := fault_of(text)) is not None:
+                raise LoPAError(f"column {column!r} {fault} in row {row} (counted from 0)")
 
 
 def answers(
@@ -139,9 +134,6 @@ def batches(
         yield {name: values.to(module.device) for name, values in batch.items()}
 
 
-# Images
-
-
 def image_sources(images: Any) -> list[Any]:
     """Returns images that a user gives, as a list.
 
@@ -155,16 +147,16 @@ def image_sources(images: Any) -> list[Any]:
     if not isinstance(images, (*kinds, Iterable)):
         raise LoPAError(f"images must be paths, PIL images or arrays, or a list of them; got {shown(images)}")
     sources = [images] if isinstance(images, kinds) else list(images)
-    for place, source in enumerate(sources):
+    for position, source in enumerate(sources):
         if not isinstance(source, kinds):
-            raise LoPAError(f"{_named(source, place)} must be a path, a PIL image or an array, got {shown(source)}")
+            raise LoPAError(f"{_named(source, position)} must be a path, a PIL image or an array, got {shown(source)}")
         if isinstance(source, str | os.PathLike):
             try:
                 with open(source, "rb"):
                     pass
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise LoPAError(f"{_named(source, place)} cannot be read: {reason}") from error
+                raise LoPAError(f"{_named(source, position)} cannot be read: {reason}") from error
     return sources
 
 
@@ -183,23 +175,23 @@ def image_batches(
         LoPAError: If an image is broken; the message names it.
     """
 
-    def read(place: int) -> list[Pixels]:
+    def read(position: int) -> list[Pixels]:
         try:
-            image = read_image(sources[place])
+            image = read_image(sources[position])
             return [processed(image, each) for each in processing.values()]
         except ImageError as error:
-            raise LoPAError(f"{_named(sources[place], place)} {error}") from error
+            raise LoPAError(f"{_named(sources[position], position)} {error}") from error
 
     with ThreadPoolExecutor() as threads:  # Pillow decodes and resizes without the interpreter's lock
         for start in range(0, len(sources), batch_size):
-            places = range(start, min(start + batch_size, len(sources)))
+            positions = range(start, min(start + batch_size, len(sources)))
             # A PIL image loads when it is first read, and must not do so in two threads if it stands in a list twice.
-            alone = any(isinstance(sources[place], Image.Image) for place in places)
-            views = zip(*(map(read, places) if alone else threads.map(read, places)))
+            alone = any(isinstance(sources[position], Image.Image) for position in positions)
+            views = zip(*(map(read, positions) if alone else threads.map(read, positions)))
             batch = {name: torch.from_numpy(np.stack(pixels)) for name, pixels in zip(processing, views)}
-            yield {name: values.to(device) for name, values in {**batch, "index": torch.tensor(places)}.items()}
+            yield {name: values.to(device) for name, values in {**batch, "index": torch.tensor(positions)}.items()}
 
 
-def _named(source: Any, place: int) -> str:
+def _named(source: Any, position: int) -> str:
     is_file = isinstance(source, str | os.PathLike)
-    return f"image {os.fspath(source)!r}" if is_file else f"image {place} (counted from 0)"
+    return f"image {os.fspath(source)!r}" if is_file else f"image {position} (counted from 0)"

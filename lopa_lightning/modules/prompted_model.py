@@ -1,4 +1,4 @@
-"""The way from a batch to outputs, as one torch module, and the read-outs at its end."""
+"""Computes outputs of a batch in one torch module, with the read-outs at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Readout(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
-        """Makes outputs of hidden states.
+        """Computes outputs from hidden states.
 
         Args:
             states: What the backbone computed.
@@ -62,7 +62,7 @@ class LabelWordReadout(Readout):
 
 
 class HeadReadout(Readout):
-    """A trained linear layer on the pooled hidden states of the input's own tokens.
+    """Applies a trained linear layer to the pooled hidden states of the input's own tokens.
 
     Args:
         hidden_dim: Width h of the hidden states.
@@ -78,7 +78,7 @@ class HeadReadout(Readout):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
-        """Outputs ``[B, num_outputs]``."""
+        """Returns outputs ``[B, num_outputs]``."""
         outputs: Tensor = self.linear(self.pooled(states).to(self.linear.weight.dtype))
         return outputs
 
@@ -91,7 +91,7 @@ class CompletionReadout(Readout):
     """Reads how well each labelled token was predicted. No other position's logits are computed."""
 
     def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
-        """For each text, its labels' losses in sum, their number, and how many were the likeliest token: ``[B, 3]``.
+        """Returns each text's sum of losses, number of labels, and how many were the likeliest token: ``[B, 3]``.
 
         The last is 0 where gradients are taken, and it is not asked. ``labels [B, T]`` stand at the tokens
         themselves, :data:`IGNORED` at all that is not to be predicted.
@@ -107,7 +107,7 @@ class CompletionReadout(Readout):
 
 
 class PromptedModel(nn.Module):
-    """Prompt encoder and read-out, instance encoder, backbone.
+    """Joins prompt encoder and read-out, instance encoder, and backbone.
 
     What is trained is registered first: optimizer states keyed over all parameters and those keyed
     over the trained ones alone then number the trained ones alike.
@@ -133,7 +133,7 @@ class PromptedModel(nn.Module):
         self.backbone = backbone
 
     def encode_instance(self, batch: Batch) -> Tensor | None:
-        """Instance vectors ``[B, e]``: the batch's own if it has them, else computed; a control's in their place."""
+        """Returns instance vectors ``[B, e]``: the batch's own or computed ones, or a control's in their place."""
         if self.instance_encoder is None:
             return None
         vectors = batch["instance"] if "instance" in batch else self.instance_encoder(batch)
@@ -164,19 +164,19 @@ class PromptedModel(nn.Module):
         return function()
 
     def soft_prompt(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Soft prompts ``[B, m, d]`` (or ``[1, m, d]`` for all) and the instance vectors that they were made of."""
+        """Returns soft prompts ``[B, m, d]`` (or ``[1, m, d]`` for all), and the instance vectors that made them."""
         instance = self.encode_instance(batch)
         if instance is not None:  # a backbone in bfloat16 goes with a prompt encoder in float32
             instance = instance.to(next(self.prompt_encoder.parameters()).dtype)
         return self.prompt_encoder(instance), instance
 
     def pretrained_models(self) -> list[PreTrainedModel]:
-        """The pretrained models in it, each once."""
+        """Returns the pretrained models in it, each once."""
         own = None if self.instance_encoder is None else self.instance_encoder.own_model
         return [self.backbone.model, *([] if own is None else [own])]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All trained parameters by group: the prompt encoder's own, ``head``, ``instance_encoder``, ``backbone``."""
+        """Returns trained parameters by group: the prompt encoder's, ``head``, ``instance_encoder``, ``backbone``."""
         groups = dict(self.prompt_encoder.parameter_groups())
         rest = {"head": self.readout, "instance_encoder": self.instance_encoder, "backbone": self.backbone}
         for name, part in rest.items():

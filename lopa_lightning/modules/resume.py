@@ -1,4 +1,4 @@
-"""Where a resumed run goes on: what a checkpoint says of Lightning's loops."""
+"""Puts right what a checkpoint says of Lightning's loops, so that a resumed run goes on in the right position."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ResumePoint(Callback):
         self._metrics: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets another run's."""
+        """Forgets the state of another run."""
         self._last_step, self._metrics = None, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics of the last validation: early stopping looks at them after an epoch."""
+        """Returns the metrics of the last validation: early stopping looks at them after an epoch."""
         return {"metrics": self._metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class ResumePoint(Callback):
 
 
 def _validation_follows(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the batch at hand."""
+    """Returns whether Lightning validates after the batch at hand."""
     epochs, batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if not trainer.enable_validation or batches is None or (epochs and (trainer.current_epoch + 1) % epochs):
         return False

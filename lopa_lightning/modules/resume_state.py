@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -10,38 +11,100 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.modules.dry_run import dry_run_of
 from lopa_lightning.modules.schedule import WarmUp
-from lopa_lightning.plain import built
+from lopa_lightning.plain import built, defaults, find_class, with_arguments, with_defaults
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
+_BUILT: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}
 
-def check_state(saved: dict[str, Any], module: LoPALightningModule, stage: str, has_schedule: bool) -> None:
-    """Refuses state that this run could not have written; in place, leaves of a scheduler's what the scheduler knows.
+
+def check_resume(saved: dict[str, Any], module: LoPALightningModule, stage: str) -> None:
+    """Checks what Lightning restores, and warns of what of a training run is not continued as it was configured.
 
     Args:
         saved: The checkpoint.
-        module: With its Trainer; it need not have weights.
+        module: The module that is to go on, with its Trainer.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
-        has_schedule: Whether the checkpoint's run had a schedule of learning rates.
 
     Raises:
-        LoPAError: If it does not fit, or torch refuses it.
+        LoPAError: See :func:`check_restored`.
     """
+    check_restored(saved, module, stage)
+    if stage != "fit":
+        return
+    if lines := ckpt.differences(*map(_settings, (saved[ckpt.HYPERPARAMETERS], module.hparams))):
+        rank_zero_warn(f"a resumed run keeps the checkpoint's optimizer settings: {ckpt.joined(lines)}")
+    loop, accumulated = saved["loops"]["fit_loop"], module.trainer.accumulate_grad_batches
+    progress = loop["epoch_loop.batch_progress"]
+    if progress.get("is_last_batch", True):
+        return
+    done = progress["current"]["processed"]
+    if not loop.get("state_dict", {}).get("combined_loader"):
+        rank_zero_warn(
+            f"the checkpoint was saved within an epoch, after {done} batches: the rest of "
+            "that epoch is drawn from its start again. Resume from the end of an epoch (last.ckpt) to continue exactly."
+        )
+    if done % accumulated:
+        rank_zero_warn(
+            f"the checkpoint was saved after {done} batches of an epoch, and a step accumulates {accumulated}: the "
+            f"first step has {accumulated - done % accumulated}"
+        )
+
+
+def check_restored(saved: dict[str, Any], module: LoPALightningModule, stage: str) -> None:
+    """Refuses state that this run could not have written.
+
+    It changes the checkpoint in place: of a scheduler's state it keeps what the scheduler knows.
+
+    Args:
+        saved: The checkpoint.
+        module: The module that is to go on, with its Trainer; it need not have weights.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        LoPAError: If the checkpoint holds the state of another optimizer or scheduler, or one that no run writes, or
+            torch refuses it.
+    """
+    if stage == "fit":
+        if "loops" not in saved:
+            raise LoPAError("a bundle holds no state of training; go on from the checkpoint that it was exported from")
+        for key in _BUILT:
+            settings = (_settings(hparams)[key] or {} for hparams in (saved[ckpt.HYPERPARAMETERS], module.hparams))
+            was, now = (each.get("class_path") for each in settings)
+            if was != now:
+                raise LoPAError(f"the checkpoint holds the state of {key} {was}, this run has {now}; start a new run")
     # Some strategies have an optimizer state of their own form; a module's own optimizers are not known here.
     is_ours = type(module).configure_optimizers.__module__ == "lopa_lightning.modules.base"
     try:
         _check_progress(saved, module.trainer, stage)
         if stage == "fit" and is_ours and module.trainer.strategy.lightning_restore_optimizer:
-            _check_optimization(saved, module, has_schedule)
+            _check_optimization(saved, module)
     except Exception as error:  # torch raises whatever a foreign state makes it stumble over
         raise LoPAError(f"the checkpoint cannot be resumed: {one_line(error)}") from error
+
+
+def _settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of training with their defaults; classes by bare name, wherever they are imported from."""
+    with contextlib.suppress(LoPAError):
+        hparams = {**defaults(find_class(hparams.get("_class_path"), LightningModule)), **hparams}
+    found = {key: hparams.get(key) for key in ("learning_rates", "warmup")}
+    for key, base in _BUILT.items():
+        spec = with_arguments(hparams.get(key), with_defaults, base)
+        named = isinstance(spec, Mapping) and "class_path" in spec
+        found[key] = {**spec, "class_path": str(spec["class_path"]).rpartition(".")[2]} if named else None
+    return found
 
 
 def _check_progress(saved: Mapping[str, Any], trainer: Any, stage: str) -> None:
@@ -63,7 +126,7 @@ def _check_progress(saved: Mapping[str, Any], trainer: Any, stage: str) -> None:
 
 
 def _names_own(state: Mapping[str, Any], callback: ModelCheckpoint, resumed: Any) -> bool:
-    """Whether all checkpoints in a state lie beside the one that is resumed, under names that the callback gives.
+    """Returns whether a state names only checkpoints beside the resumed one, under names that the callback gives.
 
     Lightning removes them for better ones, and whose they are is the file's word alone.
     """
@@ -80,9 +143,9 @@ def _names_own(state: Mapping[str, Any], callback: ModelCheckpoint, resumed: Any
     )
 
 
-def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_schedule: bool) -> None:
+def _check_optimization(saved: dict[str, Any], module: LoPALightningModule) -> None:
     """Tries the state on the optimizer and the scheduler of a dry run."""
-    trained = [p for group in (module.net or module.meta_net()).parameter_groups().values() for p in group]
+    trained = [p for group in (module.net or module.shapes).parameter_groups().values() for p in group]
     tried = dry_run_of(module)
     optimizer, scheduler = tried.optimizer, tried.scheduler
     fresh: Any = [{"state": {}, "param_groups": tried.settings}]
@@ -102,7 +165,8 @@ def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_
     }
     if saved["global_step"]:
         fitted(state["state"], entries, "optimizer_states.0.state")
-    if saved.get("lr_schedulers") or has_schedule:
+    settings = _settings(saved[ckpt.HYPERPARAMETERS])
+    if saved.get("lr_schedulers") or settings["warmup"] or settings["lr_scheduler"]:
         (state,) = fitted(saved.get("lr_schedulers"), [{}], "lr_schedulers")
         fresh = scheduler.state_dict()
         if "then" in state or not isinstance(scheduler, WarmUp):  # else torch's own, which WarmUp translates
@@ -113,7 +177,7 @@ def _check_optimization(saved: dict[str, Any], module: LoPALightningModule, has_
 
 
 def fitted(saved: Any, fresh: Any, name: str, is_strict: bool = True) -> Any:
-    """Returns of a saved state what a fresh one has too.
+    """Returns the part of a saved state that a fresh one has too.
 
     Args:
         saved: Nested data and tensors, of a checkpoint.

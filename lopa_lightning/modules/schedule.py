@@ -1,4 +1,4 @@
-"""Learning rate schedules: warm-up before any of torch's own."""
+"""Builds learning rate schedules: a warm-up before any of torch's own."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.modules.monitors import check_monitor
 
 
 def with_rates(groups: Mapping[str, list[nn.Parameter]], rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Parameter groups as an optimizer takes them.
+    """Returns parameter groups as an optimizer takes them.
 
     Args:
         groups: Trained parameters by group.
@@ -47,6 +44,16 @@ def check_warmup(warmup: float, trainer: Trainer) -> None:
     """
     if 0 < warmup < 1 and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise LoPAError(f"warmup {warmup} is a share of a run that has no end; give steps, or max_epochs or max_steps")
+
+
+def warmup_steps(warmup: float, steps: float) -> int:
+    """Returns the length of a warm-up in steps.
+
+    Args:
+        warmup: Steps, or below 1 a share of the run.
+        steps: Of the run.
+    """
+    return round(warmup * steps if 0 < warmup < 1 else warmup)
 
 
 def warn_of_warmup(warmup: float, trainer: Any) -> None:
@@ -94,7 +101,7 @@ class WarmUp(LRScheduler):
         super().__init__(self.optimizer)  # sets the rates of the first step
 
     def get_lr(self) -> list[Any]:
-        """Rates of the step to come, by group."""
+        """Returns the rates of the step to come, by group."""
         if self.steps is None or self.last_epoch > self.steps:
             return [group["lr"] for group in self.optimizer.param_groups]
         return [rate * ((self.last_epoch + 1) / (self.steps + 1)) for rate in self._full]
@@ -113,7 +120,7 @@ class WarmUp(LRScheduler):
             self._last_lr = self.then.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain data, with that of the scheduler that follows."""
+        """Returns the state as plain data, with that of the scheduler that follows."""
         then = None if self.then is None else self.then.state_dict()
         return {**super().state_dict(), "then": then}
 
@@ -143,7 +150,7 @@ class WarmUp(LRScheduler):
 
 
 def schedule(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, warmup: float) -> dict[str, Any]:
-    """Builds the scheduler config that Lightning wants; :class:`Scheduling` brings it to life.
+    """Builds the scheduler config that Lightning wants; the callback ``Scheduling`` begins its warm-up.
 
     Args:
         optimizer: Its groups' learning rates are the ones after warm-up.
@@ -166,38 +173,3 @@ def schedule(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, w
 def monitored(scheduler: LRScheduler) -> str | None:
     """Returns the name of the metric that a scheduler goes by; None for one that goes by steps."""
     return getattr(scheduler, "monitor", "val/loss") if isinstance(scheduler, ReduceLROnPlateau) else None
-
-
-class Scheduling(Callback):
-    """Begins the warm-up when training starts, and steps a ``ReduceLROnPlateau`` before checkpoints are saved."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begins the warm-up, unless a checkpoint has brought its state; warns where it is longer than the run."""
-        warn_of_warmup(pl_module.warmup, trainer)
-        for scheduler in [config.scheduler for config in trainer.lr_scheduler_configs]:
-            if not isinstance(scheduler, WarmUp) or scheduler.steps is not None:
-                continue
-            if trainer.ckpt_path is not None:  # of a run without a schedule
-                scheduler.steps = 0
-            else:
-                warmup = pl_module.warmup
-                if 0 < warmup < 1:  # not of a run without an end, see check_warmup
-                    warmup *= trainer.estimated_stepping_batches
-                scheduler.begin(round(warmup))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Steps a ``ReduceLROnPlateau``; callbacks that save checkpoints come after all others."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._step_plateau(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Does so after each epoch where there is no validation."""
-        if not trainer.enable_validation:
-            self._step_plateau(trainer)
-
-    def _step_plateau(self, trainer: Trainer) -> None:
-        for config in trainer.lr_scheduler_configs:
-            if not isinstance(config.scheduler, ReduceLROnPlateau):
-                continue
-            check_monitor(config.monitor, trainer.callback_metrics)
-            config.scheduler.step(trainer.callback_metrics[str(config.monitor)])

@@ -1,4 +1,4 @@
-"""Loss and metrics of one evaluation set, each example counted once over all batches and processes."""
+"""Computes loss and metrics of one evaluation set, each example counted once over all batches and processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Scores(nn.Module):
             self.metrics.update(predictions, labels)
 
     def compute(self) -> dict[str, Tensor]:
-        """All values by name, with ``loss`` and ``score``; starts from zero again."""
+        """Returns all values by name, with ``loss`` and ``score``, and resets them."""
         values = {"loss": self.loss.compute(), **(self.metrics.compute() if self.metrics is not None else {})}
         with torch.inference_mode(False):  # states made in inference mode could not be updated in a fit that follows
             self.loss.reset()

@@ -1,4 +1,4 @@
-"""What is checked as a run starts: its folders, that it has learned what it answers, and what padding does to it."""
+"""Checks a run as it starts: its folders, that it has learned what it answers, and what padding does to it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.padding import Side
@@ -17,9 +18,10 @@ from lopa_lightning.backbones.sharding import gathered
 from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable
-from lopa_lightning.modules.checkpoint_loading import check_restored, check_trained
+from lopa_lightning.modules.checkpoint_loading import check_trained
 from lopa_lightning.modules.dry_run import check_optimization
 from lopa_lightning.modules.monitors import check_monitors
+from lopa_lightning.modules.resume_state import check_restored
 from lopa_lightning.modules.schedule import check_warmup, monitored
 from lopa_lightning.strategies import check_strategy
 
@@ -37,7 +39,7 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     Raises:
         LoPAError: If input and models do not go together, a learning rate names no group, a metric is unknown or a
             monitored one not logged, the optimizer or the scheduler refuses, the strategy or a callback cannot serve,
-            nothing is to be trained or to answer from, a folder cannot be written to, or a checkpoint does not fit.
+            nothing is trained or learned, a folder cannot be written to, or a checkpoint does not fit.
     """
     module.input_spec  # noqa: B018 - raises where input and models do not fit
     own = module.builder.skeleton.prompt_encoder.parameter_groups()
@@ -113,7 +115,7 @@ def check_with_weights(module: LoPALightningModule) -> None:
 
 
 def check_learned(module: LoPALightningModule, stage: str) -> None:
-    """Refuses answers from initial values. To validate these is a figure to compare with, and is warned of.
+    """Refuses answers from initial values, and warns of a validation of them.
 
     Args:
         module: With its task; no weights are needed.
@@ -149,6 +151,13 @@ def answering(module: LoPALightningModule, what: str, sides: set[Side]) -> Itera
         check_learned(module, what)
     module.configure_model()
     check_states(module, sides)
+    with in_eval_mode(module):
+        yield
+
+
+@contextlib.contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Keeps a module in eval mode in its block."""
     was_training = module.training
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""What a task defines, which a subclass of the module says in methods."""
+"""Lists what a task defines, in methods that a subclass of the module overrides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lopa_lightning.modules.prompted_model import Readout
 
 
 class TaskHooks(ABC):
-    """What :class:`~lopa_lightning.modules.base.LoPALightningModule` asks of a task. Two of them it must have."""
+    """Lists what ``LoPALightningModule`` asks of a task, which must define two of the methods."""
 
     short_name: ClassVar[str | None] = None
     """What checkpoints call the class, which may then be moved and renamed; None for the path that it is imported from.
@@ -47,7 +47,7 @@ class TaskHooks(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss, in training and in evaluation.
+        """Computes the loss, in training and in evaluation.
 
         Args:
             outputs: The read-out's, ``[B, ...]``.
@@ -58,11 +58,11 @@ class TaskHooks(ABC):
         """
 
     def padding_sides(self) -> set[Side]:
-        """Where inputs are padded that the task makes itself, beside the data module's batches."""
+        """Returns where inputs are padded that the task makes itself, beside the data module's batches."""
         return set()
 
     def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
-        """Of how many things a batch's loss is the mean.
+        """Returns of how many things a batch's loss is the mean.
 
         The batches of an evaluation set, and those of an optimizer step, count as one large batch by it.
 
@@ -77,18 +77,18 @@ class TaskHooks(ABC):
         return None
 
     def more_logged(self) -> list[str]:
-        """Names that a validation logs beside ``loss``, ``score`` and the metrics."""
+        """Returns names that a validation logs beside ``loss``, ``score`` and the metrics."""
         return []
 
     def official_metrics(self) -> list[str]:
-        """The metrics whose mean is logged as ``score``, the figure to choose a checkpoint by.
+        """Returns the metrics whose mean is logged as ``score``, the figure to choose a checkpoint by.
 
         If there are none, the score is the negative loss.
         """
         return []
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """What metrics compare with the labels.
+        """Returns what metrics compare with the labels.
 
         Args:
             outputs: The read-out's, ``[B, ...]``.
@@ -96,7 +96,7 @@ class TaskHooks(ABC):
         return outputs
 
     def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """One record for each example of what ``predict`` returned for a batch, as it is written to a file.
+        """Returns a record for each example of what ``predict`` returned for a batch, as it is written to a file.
 
         Args:
             predicted: ``index`` and what :meth:`predict_outputs` gave.
@@ -104,7 +104,7 @@ class TaskHooks(ABC):
         return [dict(zip(predicted, values)) for values in zip(*(value.tolist() for value in predicted.values()))]
 
     def prediction_identity(self) -> dict[str, Any] | None:
-        """What the predictions depend on, as plain data, where they are worth writing one batch at a time.
+        """Returns what predictions depend on, as plain data, where they are worth writing one batch at a time.
 
         A run that was interrupted then goes on where it stopped: what is there is put into the module's
         ``written``. None to write them all at the end.
@@ -112,14 +112,14 @@ class TaskHooks(ABC):
         return None
 
     def scoring_identity(self) -> dict[str, Any] | None:
-        """The same for what a test writes and scores: the ``results`` that ``test_step`` returns.
+        """Returns the same for what a test scores and writes: the ``results`` that ``test_step`` returns.
 
         With ``results_per_row``, where a row has several.
         """
         return None
 
     def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
-        """What ``predict`` returns for a batch, beside ``index``.
+        """Returns what ``predict`` gives for a batch, beside ``index``.
 
         Args:
             outputs: The read-out's, ``[B, ...]``.
@@ -127,7 +127,7 @@ class TaskHooks(ABC):
         return {"outputs": outputs}
 
     def task_identity(self) -> dict[str, Any]:
-        """What a checkpoint of this task must agree in, as plain data.
+        """Returns what a checkpoint of this task must agree in, as plain data.
 
         An entry that is added later is left out where it is as it always was, or older checkpoints would not fit.
         """

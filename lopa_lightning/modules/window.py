@@ -1,4 +1,4 @@
-"""Gradient accumulation: the batches of an optimizer step count as one large batch, over all processes."""
+"""Lets the batches of an optimizer step count as one large batch, over all processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Window:
-    """The batches from one optimizer step to the next.
+    """Weights the batches from one optimizer step to the next.
 
     Lightning divides every loss by ``accumulate_grad_batches`` and averages gradients over the processes, as if all
     batches were of one size and every window full. Here a loss is multiplied by its batch's size relative to the
@@ -41,7 +41,7 @@ class Window:
         batch_idx: int,
         trainer: Trainer,
     ) -> Tensor:
-        """Weighs the loss of a batch.
+        """Weights the loss of a batch.
 
         Args:
             loss: Mean over the batch, a scalar.
@@ -89,6 +89,6 @@ class Window:
 
 
 def _share_of_window(trainer: Trainer) -> float:
-    """Batches of a full window, by those of an epoch's windows on average."""
+    """Returns the batches of a full window, by those of an epoch's windows on average."""
     batches, full = trainer.num_training_batches, trainer.accumulate_grad_batches
     return full * math.ceil(batches / full) / batches

@@ -114,7 +114,7 @@ def test_a_checkpoint_belongs_to_its_chat_template(chatting: str, tmp_path: Path
     ):
         with pytest.raises(LoPAError, match=r"task.chat_template: the checkpoint has '\w{16}', this run '\w{16}'"):
             load()
-    assert "chat_template" not in causal(chatting).task_facts()
+    assert "chat_template" not in causal(chatting).known_identity()["task"]
 
 
 def test_a_model_without_a_place_in_a_chat_is_refused_before_weights(chatting: str, tiny: Tiny, tmp_path: Path) -> None:
