@@ -1,8 +1,7 @@
-"""Lightning callbacks: what a run shows, and what it writes."""
+"""Holds the Lightning callbacks, which show and write what a run does."""
 
-from lopa_lightning.callbacks.best import BestCheckpoint
+from lopa_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from lopa_lightning.callbacks.defaults import default_callbacks
-from lopa_lightning.callbacks.last_checkpoint import LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
 from lopa_lightning.callbacks.progress import EpochBar

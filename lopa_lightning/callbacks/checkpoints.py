@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from, whatever ended it."""
+"""Keeps a run's checkpoints: the best, and the one to go on from, whatever ended the run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,24 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from lopa_lightning.callbacks.run_folder import RunLogger, start_run
 from lopa_lightning.files import Claim, clear_unfinished
 from lopa_lightning.stopping import SIGNALS, StopHandler, Stopped, is_ours_to_handle
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoints as Lightning does, but none whose score is NaN or infinite."""
+
+    def check_monitor_top_k(self, trainer: Any, current: Tensor | None = None) -> bool:
+        """Returns whether a score is among the best so far.
+
+        Args:
+            trainer: The Trainer.
+            current: The score.
+        """
+        return current is not None and bool(current.isfinite()) and super().check_monitor_top_k(trainer, current)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -62,8 +76,6 @@ class LastCheckpoint(ModelCheckpoint):
         """Lets other runs have the folders."""
         while self._claims:
             self._claims.pop().release()
-
-    # Signals
 
     def _take_signals(self, trainer: Any, pl_module: Any) -> None:
         """Lets signals end a step when it is done, and anything else at once.
@@ -125,8 +137,6 @@ class LastCheckpoint(ModelCheckpoint):
         elif isinstance(exception, SIGTERMException) and trainer.training:  # the calling program handles SIGTERM
             self._save(trainer)
         self.teardown(trainer, pl_module, "fit")  # Lightning does not call it
-
-    # Saving
 
     def _save(self, trainer: Any) -> None:
         """Saves even what was saved at the same step: a validation or an epoch may have ended since."""

@@ -1,4 +1,4 @@
-"""The callbacks of a run: what `lopa` has, for a Trainer in Python."""
+"""Gives a Trainer in Python the callbacks that `lopa` has."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from lopa_lightning.callbacks.best import BestCheckpoint
-from lopa_lightning.callbacks.last_checkpoint import LastCheckpoint
+from lopa_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
 from lopa_lightning.callbacks.summary import FitSummary

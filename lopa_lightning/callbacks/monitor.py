@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a prompt encoder while it learns, and warnings that say what to change."""
+"""Shows a prompt encoder in TensorBoard while it learns, and warns where something should be changed."""
 
 from __future__ import annotations
 
@@ -52,10 +52,8 @@ class PromptMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """Independent of the arguments: there is one monitor."""
+        """Returns a key that does not depend on the arguments: there is one monitor."""
         return "PromptMonitor"
-
-    # Training
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock."""
@@ -67,8 +65,8 @@ class PromptMonitor(Callback):
             with torch.no_grad(), gathered(pl_module.net):
                 if trainer.state.fn == TrainerFn.FITTING:
                     self._advise(pl_module.net)
-                if self._logger(trainer) is not None:
-                    self._draw(trainer, pl_module)
+                if (logger := self._logger(trainer)) is not None:
+                    self._draw(logger.experiment, pl_module.net, trainer.global_step)
         self._instance = None
         self._restart()
 
@@ -108,16 +106,8 @@ class PromptMonitor(Callback):
         every = trainer.log_every_n_steps
         return self.enabled and trainer.logger is not None and (trainer.global_step + 1 - done) % every == 0
 
-    # Validation
-
     def on_validation_batch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keeps the first batch's instance vectors."""
         if self.enabled and batch_idx == 0 and dataloader_idx == 0 and outputs is not None:
@@ -138,28 +128,23 @@ class PromptMonitor(Callback):
             self._advice.give("norms", of_norms(encoder(self._instance), self._embeddings))
 
     @rank_zero_only
-    def _draw(self, trainer: Any, pl_module: Any) -> None:
-        logger, net, step = self._logger(trainer), pl_module.net, trainer.global_step
-        assert logger is not None
-        encoder = net.prompt_encoder
+    def _draw(self, board: Any, net: Any, step: int) -> None:
+        """Shows the soft prompt in TensorBoard."""
+        encoder, vocabulary = net.prompt_encoder, net.backbone.vocabulary()
         if self._instance is not None or not encoder.uses_instance:
             for name, values in encoder.diagnostics(self._instance).items():
-                logger.experiment.add_histogram(f"prompt/{name}", values.float().cpu(), step)
-        shared = encoder.shared_virtual_tokens()
-        if shared is None:
+                board.add_histogram(f"prompt/{name}", values.float().cpu(), step)
+        if (shared := encoder.shared_virtual_tokens()) is None:
             return
         shared = shared.float()
-        logger.experiment.add_histogram("prompt/norms", shared.norm(dim=-1).cpu(), step)
-        logger.experiment.add_scalar("prompt/mean_norm", shared.norm(dim=-1).mean(), step)
-        logger.experiment.add_image("prompt/cosines", cosine_picture(shared), step)
-        vocabulary = net.backbone.vocabulary()
-        if not isinstance(vocabulary, Vocabulary) or vocabulary.table is None:
-            return
-        words = nearest_words(shared, vocabulary)
-        table = "| virtual token | nearest words |\n|-|-|\n" + "\n".join(
-            f"| {i} | {row} |" for i, row in enumerate(words)
-        )
-        logger.experiment.add_text("prompt/nearest_words", table, step)
+        norms = shared.norm(dim=-1)
+        board.add_histogram("prompt/norms", norms.cpu(), step)
+        board.add_scalar("prompt/mean_norm", norms.mean(), step)
+        board.add_image("prompt/cosines", cosine_picture(shared), step)
+        if isinstance(vocabulary, Vocabulary) and vocabulary.table is not None:
+            rows = [f"| {index} | {words} |" for index, words in enumerate(nearest_words(shared, vocabulary))]
+            table = "\n".join(["| virtual token | nearest words |", "|-|-|", *rows])
+            board.add_text("prompt/nearest_words", table, step)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -176,7 +161,7 @@ class PromptMonitor(Callback):
 
 
 def cosine_picture(virtual_tokens: Tensor) -> Tensor:
-    """Cosines between virtual tokens as a picture: red is 1, white 0, blue -1.
+    """Draws the cosines between virtual tokens: red is 1, white 0, blue -1.
 
     Args:
         virtual_tokens: ``[m, d]``.

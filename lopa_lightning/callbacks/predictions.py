@@ -1,28 +1,26 @@
-"""Predictions as files, in the input's order."""
+"""Writes predictions to files, in the input's order."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch.distributed
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning.callbacks.run_folder import start_run
 from lopa_lightning.callbacks.streamed_predictions import PredictionStream
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import one_of
 from lopa_lightning.files import write_whole
 from lopa_lightning.stopping import Stopped
 
 Format = Literal["jsonl", "csv"]
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """Writes what ``predict`` found, GLUE's submission files where the data is GLUE's, and what ``test`` scored.
 
     Predictions that take long, of modules with a ``prediction_identity``, are written as they come, and an
@@ -37,29 +35,22 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self, folder: str | None = None, format: Format = "jsonl") -> None:
-        super().__init__(write_interval="batch_and_epoch")
-        if format not in get_args(Format):
-            raise LoPAError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+        one_of("format", format, get_args(Format))
         self.folder = folder
         self.format: Format = format
         self._stream: PredictionStream | None = None
-        self._results: list[dict[str, Any]] = []
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Silences what Lightning says of indices."""
-        # Lightning's indices of a batch are not read: every batch has its own.
-        warnings.filterwarnings("ignore", "Couldn't infer the batch indices")
+        self._rows: dict[int, list[dict[str, Any]]] = {}  # new ones of this process, by set
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Looks for what an interrupted run has left."""
-        self._open_stream(trainer, pl_module, "predict", "predictions", pl_module.prediction_identity())
+        self._start(trainer, pl_module, "predict", "predictions", pl_module.prediction_identity())
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Looks for what an interrupted run has left."""
-        self._open_stream(trainer, pl_module, "test", "results", pl_module.scoring_identity())
+        self._start(trainer, pl_module, "test", "results", pl_module.scoring_identity())
 
-    def _open_stream(self, trainer: Any, pl_module: Any, role: str, name: str, identity: dict[str, Any] | None) -> None:
-        self._stream, pl_module.written = None, {}
+    def _start(self, trainer: Any, pl_module: Any, role: str, name: str, identity: dict[str, Any] | None) -> None:
+        self._stream, self._rows, pl_module.written = None, {}, {}
         start_run(trainer)
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         if identity is None or trainer.fast_dev_run:
@@ -75,32 +66,29 @@ class PredictionWriter(BasePredictionWriter):
         self._stream.start()
         trainer.strategy.barrier()
 
-    def write_on_batch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        prediction: Any,
-        batch_indices: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Writes a batch's predictions, where they are written as they come."""
-        if self._stream is not None:
-            self._stream.add(pl_module.prediction_rows(prediction))
-
-    def on_test_batch_end(
+    def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keeps what a test scored, and writes what is new."""
-        results = outputs.get("results", []) if isinstance(outputs, dict) else []
-        self._results += results
+        """Keeps a batch's predictions, and writes them where that is done as they come."""
+        self._add(pl_module.prediction_rows(outputs), dataloader_idx)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any, **__: Any) -> None:
+        """Does so with what a test scored."""
+        self._add(outputs.get("results", []) if isinstance(outputs, dict) else [])
+
+    def _add(self, rows: list[dict[str, Any]], set_index: int = 0) -> None:
+        self._rows.setdefault(set_index, []).extend(rows)
         if self._stream is not None:
-            self._stream.add(row for row in results if row["index"] not in pl_module.written)
+            self._stream.add(rows)
+
+    def _all_rows(self, set_index: int = 0) -> list[dict[str, Any]]:
+        """Returns the rows of all processes, and those of an interrupted run."""
+        found = self._stream.found if self._stream is not None else []
+        return [*_gathered(self._rows.get(set_index, [])), *found]
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes what a test scored, one line for each completion."""
-        rows, self._results = _gathered(self._results), []
+        rows = self._all_rows()
         if rows and trainer.is_global_zero and not trainer.fast_dev_run:
             rows.sort(key=lambda row: (row["index"], row["sample"]))
             write_whole(self._folder / "results.jsonl", _formatted(rows, "jsonl"))
@@ -108,32 +96,13 @@ class PredictionWriter(BasePredictionWriter):
             if self._stream is not None:
                 self._stream.close()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Says how to go on after what was written as it came."""
-        if self._stream is None:
-            return
-        self._stream.release()
-        if isinstance(exception, Stopped):
-            exception.outcome = (
-                f"{self._stream.path} holds what was done, and the same command with "
-                f"--predictions.folder {self._folder} goes on after it"
-            )
-
-    def write_on_epoch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
-    ) -> None:
-        """Gathers all processes' predictions and writes them, one file for each set."""
-        sets = [predictions] if predictions and isinstance(predictions[0], dict) else predictions
-        suffixes = pl_module.eval_suffixes if len(sets) > 1 else [""]
-        for set_index, (suffix, batches) in enumerate(zip(suffixes, sets)):
-            rows = _gathered([row for batch in batches for row in pl_module.prediction_rows(batch)])
+    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes all processes' predictions, one file for each set."""
+        count = len(trainer.num_predict_batches)
+        for set_index, suffix in enumerate(pl_module.eval_suffixes[:count] if count > 1 else [""]):
+            rows = self._all_rows(set_index)
             if not trainer.is_global_zero:
                 continue
-            rows += self._stream.found if self._stream is not None else []
             rows = list({row["index"]: row for row in sorted(rows, key=lambda row: row["index"])}.values())
             if pl_module.data is not None:
                 rows = pl_module.data.named(set_index, rows)
@@ -147,6 +116,17 @@ class PredictionWriter(BasePredictionWriter):
                 self._stream.close()
                 if self.format != "jsonl":
                     self._stream.path.unlink()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Says how to go on after what was written as it came."""
+        if self._stream is None:
+            return
+        self._stream.release()
+        if isinstance(exception, Stopped):
+            exception.outcome = (
+                f"{self._stream.path} holds what was done, and the same command with "
+                f"--predictions.folder {self._folder} goes on after it"
+            )
 
 
 def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

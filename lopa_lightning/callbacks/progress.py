@@ -1,4 +1,4 @@
-"""The progress bar of a run."""
+"""Shows the progress of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: made when the run starts, and for it alone."""
+"""Makes a run's folder when the run starts, and for it alone."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def version(self) -> int | str:
-        """The run's number, which before its start may still change, or what the user gave."""
+        """Returns the run's number, which may change until it starts, or what the user gave."""
         if self._version is None:
             self._version, self._is_free = self._get_next_version(), True
         return self._version
 
     @property
     def folder(self) -> str:
-        """The run's folder."""
+        """Returns the run's folder."""
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"
         return os.path.join(self.save_dir, self.name, version)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """TensorBoard's writer; before the run's start one that writes nothing."""
+        """Returns TensorBoard's writer; before the run's start one that writes nothing."""
         return super().experiment if self._is_started else DummyExperiment()
 
     @rank_zero_only

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lopa_lightning.callbacks.summary import warn_if_blind
+from lopa_lightning.callbacks.summary import count_parameters, validation_metrics, warn_if_blind
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import write_whole
 
@@ -24,7 +24,7 @@ _STEPS_KEPT = 200  # they are stored in the checkpoint, whose size is measured
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a run.
+    """Holds what came out of a run.
 
     Attributes:
         status: ``running`` from its start to its end, then ``done`` or ``failed``.
@@ -46,12 +46,12 @@ class Result:
 
     @property
     def done(self) -> bool:
-        """Whether the run ended well."""
+        """Returns whether the run ended well."""
         return self.status == "done"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics of the last validation, by full name.
+        """Returns the metrics of the last validation, by full name.
 
         The last and not the best one: to choose an epoch by the split that is reported would make the figure too good.
         """
@@ -59,12 +59,12 @@ class Result:
 
     @property
     def scores(self) -> list[float]:
-        """``val/score`` of each validation."""
+        """Returns ``val/score`` of each validation."""
         return [entry["metrics"].get("val/score", math.nan) for entry in self.history]
 
     @property
     def score(self) -> float:
-        """The last ``val/score``; NaN if there is none."""
+        """Returns the last ``val/score``; NaN if there is none."""
         return self.scores[-1] if self.history else math.nan
 
     def write(self, folder: Path) -> None:
@@ -134,10 +134,8 @@ class RunRecord(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the metrics."""
         if not trainer.sanity_checking:
-            found = trainer.callback_metrics.items()
-            metrics = {name: float(v) for name, v in found if name.startswith("val") and v.numel() == 1}
             at = {"samples": self._measured["samples"], "step": trainer.global_step}
-            self._measured["history"].append({**at, "metrics": metrics})
+            self._measured["history"].append({**at, "metrics": validation_metrics(trainer)})
 
     def finish(self, trainer: Any, module: Any, data: Any) -> None:
         """Writes the result of a run that has ended, after one more validation where the last was at an earlier step.
@@ -151,9 +149,10 @@ class RunRecord(Callback):
         if not history or history[-1]["step"] < trainer.global_step:
             trainer.validate(module, datamodule=data)
         measured, checkpoint = self.state_dict(), self.folder / "checkpoints" / "last.ckpt"
+        trained, frozen = count_parameters(module)
         figures = {
-            "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
-            "frozen": sum(p.numel() for p in module.parameters() if not p.requires_grad),
+            "trained": trained,
+            "frozen": frozen,
             "seconds_per_step": statistics.median(measured["step_seconds"]) if measured["step_seconds"] else None,
             "seconds": measured["seconds"],
             "peak_mb": measured["peak_mb"] or None,

@@ -1,4 +1,4 @@
-"""Predictions that are on disk as soon as they are made, so that an interrupted run can go on."""
+"""Writes predictions to disk as soon as they are made, so that an interrupted run can go on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lopa_lightning.files import Claim, name_file, write_whole
 
 
 class PredictionStream:
-    """A file that grows by a line for each prediction, one for each process, while a run goes on.
+    """Appends predictions to a file for each process while a run goes on.
 
     Beside it lies, until the run is done, what the predictions depend on. Another run in the same folder
     goes on where the last one stopped if it depends on the same, and starts over if not.
@@ -97,13 +97,13 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of which any line may have been cut off, the last one or, on a full disk, others."""
+    """Returns the whole rows of a file of which any line may be cut off: the last, or on a full disk others."""
     rows = map(_parsed, path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1])
     return [row for row in rows if "index" in row]
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """A JSON object; an empty one for anything else."""
+    """Reads a JSON object; an empty one for anything else."""
     try:
         value = json.loads(text)
     except ValueError:

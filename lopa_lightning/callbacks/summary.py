@@ -1,4 +1,4 @@
-"""What was learned, in a few lines at the end of a fit."""
+"""Says in a few lines what was learned, at the end of a fit."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ def warn_if_blind(metrics: Mapping[str, float]) -> None:
         )
 
 
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Returns the numbers of a module's trained and frozen parameters."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in module.parameters()) - trained
+
+
+def validation_metrics(trainer: Any) -> dict[str, float]:
+    """Returns what the last validation has logged."""
+    found = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in found if name.startswith("val") and value.numel() == 1}
+
+
 def parts_table(net: nn.Module) -> str:
     """Returns a table of a model's parts: class, parameters, and how many of them are trained.
 
@@ -55,10 +67,9 @@ def parts_table(net: nn.Module) -> str:
     """
     lines = [f"{'part':<20}{'class':<20}{'parameters':>16}{'trained':>16}"]
     for name, part in net.named_children():
-        counted = [(p.numel(), p.numel() * p.requires_grad) for p in part.parameters()]
+        trained, frozen = count_parameters(part)
         shown = name.replace("_", " ").replace("readout", "read-out")
-        total, trained = (sum(counts) for counts in zip(*counted, (0, 0)))
-        lines.append(f"{shown:<20}{type(part).__name__:<20}{total:>16,}{trained:>16,}")
+        lines.append(f"{shown:<20}{type(part).__name__:<20}{trained + frozen:>16,}{trained:>16,}")
     return "\n".join(lines)
 
 
@@ -77,13 +88,13 @@ class FitSummary(Callback):
         """Keeps the metrics of the validation with the best score."""
         if trainer.sanity_checking:
             return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val") and v.numel() == 1}
+        metrics = validation_metrics(trainer)
         key, sign = ("val/score", 1) if "val/score" in metrics else ("val/loss", -1)
         if isfinite(metrics.get(key, nan)) and (not self._best or sign * metrics[key] > sign * self._best[key]):
             self._best = metrics
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The best metrics so far, for a resumed run."""
+        """Returns the best metrics so far, for a resumed run."""
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
@@ -105,11 +116,8 @@ class FitSummary(Callback):
                 f"where one number is predicted for all, so no best checkpoint was kept. {ADVICE}"
             )
             return
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
-        lines = ["", "Best validation"]
-        for name, value in self._best.items():
-            lines.append(f"  {name:<26}{value:.4f}")
+        trained, frozen = count_parameters(pl_module)
+        lines = ["", "Best validation", *(f"  {name:<26}{value:.4f}" for name, value in self._best.items())]
         lines += ["Trained", f"  {trained:,} parameters beside {frozen:,} frozen ones"]
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
@@ -127,12 +135,7 @@ class FitSummary(Callback):
         if log_dir is None or not (config := Path(log_dir, "config.yaml")).is_file():
             return []
         run = f"--config {_relative(str(config))} --ckpt_path {checkpoint}"
-        return [
-            "Next",
-            f"  lopa test {run}",
-            f"  lopa predict {run}",
-            f"  tensorboard --logdir {_relative(log_dir)}",
-        ]
+        return ["Next", f"  lopa test {run}", f"  lopa predict {run}", f"  tensorboard --logdir {_relative(log_dir)}"]
 
 
 def _relative(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Completions by a causal language model: learned token by token, written by generation."""
+"""Learns completions by a causal language model token by token, and generates them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
@@ -28,7 +27,7 @@ from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.prompted_model import CompletionReadout, Readout
-from lopa_lightning.modules.start import check_learned, check_states
+from lopa_lightning.modules.start import answering, in_eval_mode
 from lopa_lightning.task import IGNORED
 
 _ENCODER_INPUTS = ("instance", "instance_input_ids", "instance_attention_mask", "instance_token_type_ids")
@@ -43,13 +42,13 @@ class CausalLMModule(LoPALightningModule):
     Args:
         generation: Fields of transformers' ``GenerationConfig``, such as ``{max_new_tokens: 256, do_sample: true,
             temperature: 0.2, top_p: 0.95}``; greedy by default. The model's own defaults are not used.
-        num_samples: Completions that ``predict`` and ``test`` write for each prompt.
+        num_samples: Completions that ``predict`` and ``test`` generate for each prompt.
         stop: Strings that end a completion, which does not contain them.
         generation_seed: Of samples; a prompt's samples depend on it and on the row, not on the batch.
         start_token: Whether every text, chats apart, starts with the start token also where the tokenizer puts none.
-        score_completions: Whether ``test`` also writes completions and lets the data module score them, as pass@k.
-        exact_match: For how many rows of the validation set, from its first, the likeliest completion is written
-            as well: ``val/exact_match`` is the share whose answer is the row's own. ``all`` for all of them.
+        score_completions: Whether ``test`` also generates completions and lets the data module score them, as pass@k.
+        exact_match: For how many rows of the validation set, from its first, the likeliest completion is
+            generated too: ``val/exact_match`` is the share whose answer is the row's own. ``all`` for all of them.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
@@ -82,29 +81,26 @@ class CausalLMModule(LoPALightningModule):
         self.start_token = start_token
         self.score_completions = score_completions
         self.exact_match = sys.maxsize if exact_match == "all" else exact_match
-        self.matched = MeanMetric()
-        self.solved = PassAtK(sorted({1, num_samples}))
-
-    # Learning
+        self.matched, self.solved = MeanMetric(), PassAtK(sorted({1, num_samples}))
 
     def configure_readout(self, backbone: Backbone) -> Readout:
-        """Losses of the labelled tokens."""
+        """Builds what reads the losses of labelled tokens."""
         return CompletionReadout()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean over the batch's labelled tokens."""
+        """Returns the mean over the batch's labelled tokens."""
         return outputs[:, 0].sum() / outputs[:, 1].sum().clamp(min=1)
 
     def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The number of labelled tokens."""
+        """Returns the number of labelled tokens."""
         return outputs[:, 1].sum()
 
     def configure_metrics(self) -> MetricCollection:
-        """Perplexity and token accuracy."""
+        """Builds perplexity and token accuracy."""
         return MetricCollection({"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()})
 
     def more_logged(self) -> list[str]:
-        """``exact_match``, where it is asked for."""
+        """Returns ``exact_match``, where it is asked for."""
         return ["exact_match"] if self.exact_match else []
 
     def task_identity(self) -> dict[str, Any]:
@@ -113,12 +109,10 @@ class CausalLMModule(LoPALightningModule):
 
     @functools.cached_property
     def input_spec(self) -> TextSpec:
-        """What a data module needs to tokenise for this module."""
+        """Returns what a data module needs to tokenise for this module."""
         spec = super().input_spec
         assert isinstance(spec, TextSpec)
         return dataclasses.replace(spec, start_token=self.start_token)
-
-    # Writing
 
     def generate(
         self,
@@ -132,9 +126,9 @@ class CausalLMModule(LoPALightningModule):
     ) -> list[list[str]]:
         """Completes texts, or answers chats: instance vector, soft prompt, text.
 
-        A text too long for the backbone is cut from the left; not so with the soft prompt in a chat. The samples of a
-        text depend on the seed and on its place in ``texts``, not on ``batch_size``. Where the backbone is sharded,
-        every process must call this, each with as many texts.
+        A text too long for the backbone is cut from the left, but not in a chat that holds the soft prompt. The samples
+        of a text depend on the seed and its position in ``texts``, not on ``batch_size``. Where the backbone is
+        sharded, every process must call this, with equally many texts.
 
         Args:
             texts: A text, a chat (a list of messages, each with ``role`` and ``content``), or a list of either. With
@@ -151,9 +145,9 @@ class CausalLMModule(LoPALightningModule):
             ``num_samples`` completions of each text.
 
         Raises:
-            LoPAError: If a text is empty, a chat is none, or too long with the soft prompt in it; if there are not as
-                many instance texts as texts, or not as many as on the processes that the backbone is sharded over; if
-                nothing was trained or loaded, or the backbone cannot generate from embeddings.
+            LoPAError: If a text is empty, a chat is none or too long with the soft prompt in it, there is not one
+                instance text for each text, processes that share a backbone have not as many texts each, nothing was
+                trained or loaded, or the backbone cannot generate from embeddings.
         """
         prompts = listed_prompts(texts)
         instance_texts = [instance_texts] if isinstance(instance_texts, str) else instance_texts
@@ -161,19 +155,16 @@ class CausalLMModule(LoPALightningModule):
         if len(instances) != len(prompts):
             raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
         check_generates(self.builder.skeleton.backbone.model)
-        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
-            check_learned(self, "generate")
-        self.configure_model()
-        check_states(self, self.padding_sides())
-        check_equal(self._net(), len(prompts))
-        written: list[list[str]] = []
-        for first in range(0, len(prompts), batch_size):
-            part = slice(first, first + batch_size)
-            ids = self.input_spec.prompt_ids(prompts[part])
-            seeds = range(first, first + len(ids[0]))
-            encoder = self.input_spec.instance_batch(instances[part], self.device)
-            written += self._complete(ids, encoder, seeds, generation, num_samples, seed, stop)
-        return written
+        completions: list[list[str]] = []
+        with answering(self, "generate", self.padding_sides()):
+            check_equal(self._net(), len(prompts))
+            for first in range(0, len(prompts), batch_size):
+                part = slice(first, first + batch_size)
+                ids = self.input_spec.prompt_ids(prompts[part])
+                seeds = range(first, first + len(ids[0]))
+                encoder = self.input_spec.instance_batch(instances[part], self.device)
+                completions += self._complete(ids, encoder, seeds, generation, num_samples, seed, stop)
+        return completions
 
     def complete(
         self, batch: Batch, generation: Mapping[str, Any] | None = None, num_samples: int | None = None
@@ -217,15 +208,12 @@ class CausalLMModule(LoPALightningModule):
         assert isinstance(backbone, TextBackbone)
         config = generation_config({**self.generation, **(generation or {})}, tokenizer, backbone.model)
         ids, positions = prompts
-        if spec.max_tokens is not None:
-            room = self._room(int(config.max_new_tokens))
-            spec.chat.check_fits(max(map(len, ids)), room)
-            ids = cut_left(ids, room, len(spec.start_ids))
-        read, mask = padded(ids, int(config.pad_token_id), "left", self.device)
+        room = self._room(int(config.max_new_tokens))
+        spec.chat.check_fits(max(map(len, ids)), room)
+        read, mask = padded(cut_left(ids, room, len(spec.start_ids)), int(config.pad_token_id), "left", self.device)
         texts = {"input_ids": read, "attention_mask": mask, "prompt_position": torch.tensor(positions).to(read.device)}
-        was_training = self.training
 
-        def write() -> list[list[str]]:
+        def generated() -> list[list[str]]:
             with torch.no_grad():
                 prompt, _ = net.soft_prompt(encoder)
             return generate(
@@ -241,14 +229,11 @@ class CausalLMModule(LoPALightningModule):
                 is_sharded(net),
             )
 
-        self.eval()
-        try:
-            return net.run(write)
-        finally:
-            self.train(was_training)
+        with in_eval_mode(self):
+            return net.run(generated)
 
     def _room(self, max_new_tokens: int) -> int:
-        """Tokens of a prompt at most, beside virtual ones and those that are generated."""
+        """Returns how many tokens a prompt may have beside virtual ones and those that are generated."""
         positions = self.input_spec.max_tokens
         room = sys.maxsize if positions is None else positions - max_new_tokens
         if room <= len(self.input_spec.start_ids):
@@ -258,10 +243,8 @@ class CausalLMModule(LoPALightningModule):
             )
         return room
 
-    # In a Trainer
-
     def setup(self, stage: str) -> None:
-        """Checks the settings of generation, and that what it writes may be scored, before weights are loaded.
+        """Checks the settings of generation, and that completions may be scored, before weights are loaded.
 
         Raises:
             LoPAError: If a setting is wrong, or scoring needs a permission that was not given.
@@ -269,29 +252,29 @@ class CausalLMModule(LoPALightningModule):
         super().setup(stage)
         config = generation_config(self.generation, self.input_spec.tokenizer, None)
         check_samples(config, self.num_samples)
-        generates = {"predict": True, "test": self._scorer() is not None}.get(stage, bool(self.exact_match))
-        check_generates(self.builder.skeleton.backbone.model, generates)
-        if self.exact_match and stage in ("fit", "validate") and self._completions() is None:
-            raise LoPAError("exact_match needs a data module that knows the completions, such as CompletionDataModule")
         scorer = self._scorer() if stage == "test" else None
+        matches = bool(self.exact_match) and stage in ("fit", "validate")
+        generates = stage == "predict" or matches or scorer is not None
+        check_generates(self.builder.skeleton.backbone.model, generates)
+        if matches and self._completions() is None:
+            raise LoPAError("exact_match needs a data module that knows the completions, such as CompletionDataModule")
         if scorer is not None:
             scorer.check_scoring()
-        if stage == "predict" or self.exact_match or scorer is not None:
+        if generates:
             self._room(config.max_new_tokens)
 
     def padding_sides(self) -> set[Side]:
-        """Completions continue texts that are padded on the left."""
+        """Says that texts to complete are padded on the left."""
         return {"left"}
 
     def _completions(self) -> CompletionDataModule | None:
         return self.data if isinstance(self.data, CompletionDataModule) else None
 
     def _scorer(self) -> CompletionDataModule | None:
-        """The data module, if it can score completions and is to do so."""
         return self._completions() if self.score_completions else None
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
-        """Loss and metrics of a batch, and which of its completions match, where that was asked for."""
+        """Updates loss and metrics by a batch, and by which of its completions match, where that is asked for."""
         if self.exact_match:
             kept = [row for row, index in enumerate(batch["index"].tolist()) if index < self.exact_match]
             part = _rows(batch, kept)
@@ -311,21 +294,19 @@ class CausalLMModule(LoPALightningModule):
                 self.matched.reset()
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Loss and metrics of a batch, and its completions, scored: ``results``, one record for each.
+        """Updates loss and metrics by a batch, and scores its completions: ``results``, one record for each.
 
-        Completions of rows in ``written`` are not written again.
+        Rows in ``written`` count as they were scored, and are not generated again.
         """
         found: dict[str, Any] = {**super().test_step(batch, batch_idx, dataloader_idx)}
         if (scorer := self._scorer()) is None:
             return found
-        indices = batch["index"].tolist()
-        results = [record for index in indices for record in self.written.get(index, [])]
-        part = _rows(batch, [row for row, index in enumerate(indices) if index not in self.written])
+        known = [record for index in batch["index"].tolist() for record in self.written.get(index, [])]
+        part = self._unwritten(batch)
         completions = self.complete(part)
-        if completions:
-            results += scorer.score(part["index"].tolist(), completions)
-        columns = [[record.get(key, False) for record in results] for key in ("index", "passed", "skipped")]
-        self.solved.update(*(torch.tensor(column, device=self.device) for column in columns))
+        results = scorer.score(part["index"].tolist(), completions) if completions else []
+        counted = [[row.get(key, False) for row in (*known, *results)] for key in ("index", "passed", "skipped")]
+        self.solved.update(*(torch.tensor(column, device=self.device) for column in counted))
         return {**found, "results": results}
 
     def on_test_epoch_end(self) -> None:
@@ -336,26 +317,28 @@ class CausalLMModule(LoPALightningModule):
                 self.log(f"test/{name}", value)
             self.solved.reset()
 
+    def _unwritten(self, batch: Batch) -> Batch:
+        return _rows(batch, [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written])
+
     def prediction_identity(self) -> dict[str, Any]:
-        """All that the completions of a row depend on: what was trained, and how is generated."""
+        """Returns all that the completions of a row depend on: trained tensors and settings of generation."""
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
         return {"weights": ckpt.digest(self.state_dict()), "seed": self.generation_seed, **settings}
 
     def scoring_identity(self) -> dict[str, Any] | None:
-        """All that the scores of a row's completions depend on."""
+        """Returns all that the scores of a row's completions depend on."""
         scorer = self._scorer()
         if scorer is None:
             return None
         return {**self.prediction_identity(), **scorer.scoring_identity(), "results_per_row": self.num_samples}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Completions of a batch, with ``index`` that ties each to its row; rows in ``written`` are passed over."""
-        kept = [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written]
-        batch = _rows(batch, kept)
+        """Returns completions of a batch, with the ``index`` of each row; rows in ``written`` are left out."""
+        batch = self._unwritten(batch)
         return {"index": batch["index"], "completions": self.complete(batch)}
 
     def prediction_rows(self, predicted: dict[str, Any]) -> list[dict[str, Any]]:
-        """Records with ``index`` and ``completions``, a list of texts."""
+        """Returns records with ``index`` and ``completions``, a list of texts."""
         return [
             {"index": index, "completions": texts}
             for index, texts in zip(predicted["index"].tolist(), predicted["completions"])
