@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,7 @@ import torch.distributed
 from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning.callbacks.run_folder import start_run
-from lopa_lightning.callbacks.streamed_predictions import PredictionStream
+from lopa_lightning.callbacks.streamed_predictions import PredictionStream, json_lines
 from lopa_lightning.errors import one_of
 from lopa_lightning.files import write_whole
 from lopa_lightning.stopping import Stopped
@@ -139,7 +138,7 @@ def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _formatted(rows: list[dict[str, Any]], format: Format) -> str:
     if format == "jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return json_lines(rows)
     flat = [
         {
             f"{key}_{name}" if name else key: item

@@ -59,7 +59,7 @@ class PredictionStream:
         if self.rank == 0:
             for path in self._files():
                 path.unlink()
-            write_whole(self.path, _lines(self.found))
+            write_whole(self.path, json_lines(self.found))
             write_whole(self.state, json.dumps(self.identity))
         if self.found:
             rank_zero_info(f"{len(self.found)} {self.name} are in {self.path} already; going on after them")
@@ -68,7 +68,7 @@ class PredictionStream:
         """Appends rows to this process's file."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_lines(rows))
+                file.write(json_lines(rows))
         except OSError as error:
             name_file(error, self.path)
             raise
@@ -92,7 +92,8 @@ class PredictionStream:
         return [path for path in (first, *sorted(self.folder.glob(f"{self.name}.rank*.jsonl"))) if path.is_file()]
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
+def json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Returns rows as lines of JSON."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

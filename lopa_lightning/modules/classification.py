@@ -15,11 +15,11 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch, Objective
 from lopa_lightning.backbones.text_spec import TextKind, TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
-from lopa_lightning.errors import LoPAError, one_of
+from lopa_lightning.errors import LoPAError, at_least, one_of
 from lopa_lightning.instances.encoder import Pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
-from lopa_lightning.modules.predict import answers, row_encoder
+from lopa_lightning.modules.predict import records, row_batches, row_encoder
 from lopa_lightning.modules.prompted_model import HeadReadout, LabelWordReadout, Readout
 from lopa_lightning.modules.start import answering
 from lopa_lightning.plain import built, plain
@@ -197,9 +197,11 @@ class ClassificationModule(LoPALightningModule):
         Raises:
             LoPAError: If a row has not the task's texts, or nothing was trained or loaded.
         """
+        at_least(1, batch_size=batch_size)
         encoder, rows = row_encoder(self, texts)
         with answering(self, "predict", {"right"}):
-            return answers(self, encoder, rows, batch_size)
+            count = len(next(iter(rows.values())))
+            return records(self, row_batches(self, encoder, rows, batch_size), count, batch_size)
 
     def task_identity(self) -> dict[str, Any]:
         """Returns objective, labels and what reads them."""

@@ -20,7 +20,7 @@ from lopa_lightning.data.collate import Collate
 from lopa_lightning.data.pixels import ImageError, Pixels, processed, read_image
 from lopa_lightning.data.rows import EncodeRows, fault_of
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
-from lopa_lightning.errors import LoPAError, at_least, shown
+from lopa_lightning.errors import LoPAError, shown
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.classification import ClassificationModule
@@ -58,29 +58,20 @@ def check_rows(rows: dict[str, list[Any]]) -> None:
                 raise LoPAError(f"column {column!r} {fault} in row {row} (counted from 0)")
 
 
-def answers(
+def row_batches(
     module: ClassificationModule, encoder: EncodeRows, rows: dict[str, list[Any]], batch_size: int
-) -> list[dict[str, Any]]:
-    """Returns a module's record for each row, in the rows' order.
+) -> Iterator[dict[str, Tensor]]:
+    """Yields the batches of any number of rows; only some of their tokens are in memory at a time.
 
     Args:
-        module: With weights, in eval mode.
+        module: The one that is to read them.
         encoder: Of rows.
         rows: Texts by column.
-        batch_size: Rows at a time, of like lengths.
-
-    Raises:
-        LoPAError: If ``batch_size`` is below 1.
+        batch_size: Rows in a batch, of similar lengths.
     """
-    at_least(1, batch_size=batch_size)
-    count = len(next(iter(rows.values())))
-
-    def made() -> Iterator[dict[str, Tensor]]:
-        for first in range(0, count, _AT_ONCE):
-            part = {name: texts[first : first + _AT_ONCE] for name, texts in rows.items()}
-            yield from batches(module, encoder, part, first, batch_size)
-
-    return records(module, made(), count, batch_size)
+    for first in range(0, len(next(iter(rows.values()))), _AT_ONCE):
+        part = {name: texts[first : first + _AT_ONCE] for name, texts in rows.items()}
+        yield from batches(module, encoder, part, first, batch_size)
 
 
 def records(

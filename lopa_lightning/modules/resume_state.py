@@ -44,7 +44,7 @@ def check_resume(saved: dict[str, Any], module: LoPALightningModule, stage: str)
     check_restored(saved, module, stage)
     if stage != "fit":
         return
-    if lines := ckpt.differences(*map(_settings, (saved[ckpt.HYPERPARAMETERS], module.hparams))):
+    if lines := ckpt.differences(_settings(saved[ckpt.HYPERPARAMETERS]), _settings(module.hparams)):
         rank_zero_warn(f"a resumed run keeps the checkpoint's optimizer settings: {ckpt.joined(lines)}")
     loop, accumulated = saved["loops"]["fit_loop"], module.trainer.accumulate_grad_batches
     progress = loop["epoch_loop.batch_progress"]
@@ -80,9 +80,9 @@ def check_restored(saved: dict[str, Any], module: LoPALightningModule, stage: st
     if stage == "fit":
         if "loops" not in saved:
             raise LoPAError("a bundle holds no state of training; go on from the checkpoint that it was exported from")
+        old, new = _settings(saved[ckpt.HYPERPARAMETERS]), _settings(module.hparams)
         for key in _BUILT:
-            settings = (_settings(hparams)[key] or {} for hparams in (saved[ckpt.HYPERPARAMETERS], module.hparams))
-            was, now = (each.get("class_path") for each in settings)
+            was, now = ((settings[key] or {}).get("class_path") for settings in (old, new))
             if was != now:
                 raise LoPAError(f"the checkpoint holds the state of {key} {was}, this run has {now}; start a new run")
     # Some strategies have an optimizer state of their own form; a module's own optimizers are not known here.
