@@ -48,7 +48,8 @@ class Scheduling(Callback):
             if trainer.ckpt_path is not None:  # of a run without a schedule
                 scheduler.steps = 0
             else:  # a share is not of a run without an end, see check_warmup
-                scheduler.begin(warmup_steps(pl_module.warmup, trainer.estimated_stepping_batches))
+                steps = trainer.estimated_stepping_batches if 0 < pl_module.warmup < 1 else math.inf
+                scheduler.begin(warmup_steps(pl_module.warmup, steps))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps a ``ReduceLROnPlateau``; callbacks that save checkpoints come after all others."""
