@@ -166,8 +166,8 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     def known_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint says of frozen models, method and task, as far as that needs no weights."""
-        task = {"placement": self.placement, **self.input_spec.identity(), **self.task_identity()}
-        return {**self.builder.identity(), "task": task}
+        identity = self.builder.identity()  # first: a backbone that is not there is named before its tokenizer
+        return {**identity, "task": {"placement": self.placement, **self.input_spec.identity(), **self.task_identity()}}
 
     def configure_model(self) -> None:
         """Loads the frozen models and builds what is trained. Lightning calls it once the device is known."""
