@@ -161,6 +161,21 @@ def test_fit_validate_test_predict_and_resume(
     submitted = [line.split("\t") for line in Path("out/RTE.tsv").read_text().splitlines()]
     assert submitted == [["index", "prediction"], *([str(row["index"]), row["label"]] for row in rows)]
 
+    main(
+        [
+            "predict",
+            *again[:2],
+            "--ckpt_path=best",
+            "--predictions.folder=val",
+            '--data.splits={"predict": "validation"}',
+        ]
+    )
+    validation = [json.loads(line) for line in Path("val/predictions.jsonl").read_text().splitlines()]
+    right = [row["label"] == row["gold"] for row in validation]
+    assert sum(right) / len(right) == pytest.approx(float(saved["best_model_score"]))
+    assert set(validation[0]["input"]) == {"idx", "sentence1", "sentence2"}
+    assert [path.name for path in Path("val").iterdir()] == ["predictions.jsonl"]
+
     last = f"{run}/checkpoints/last.ckpt"
     main(["fit", *arguments, "--trainer.max_epochs=3", "--ckpt_path", last])
     resumed = torch.load("runs/lopa/version_3/checkpoints/last.ckpt", weights_only=True)
@@ -192,7 +207,8 @@ def test_predictions_as_csv(tiny: Tiny, mini_glue: str) -> None:
     arguments += ["--model.prompt_encoder=lopa_lightning.NoPrompt", "--model.learning_rates={}"]
     main(["predict", *arguments, "--predictions.folder=out", "--predictions.format=csv", "--trainer.logger=false"])
     first = Path("out/predictions.csv").read_text().splitlines()
-    assert first[0] == "index,label,probabilities_entailment,probabilities_neutral,probabilities_contradiction"
+    read = "input_idx,input_premise,input_hypothesis"
+    assert first[0] == f"index,{read},label,probabilities_entailment,probabilities_neutral,probabilities_contradiction"
     assert {path.name for path in Path("out").iterdir()} == {
         "predictions.csv",
         "predictions_mismatched.csv",

@@ -170,6 +170,25 @@ def test_the_command_needs_a_checkpoint_and_texts_alone(
     same(found, loaded.predict(TEXTS))
 
 
+def test_the_command_reads_a_table_as_it_is_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = "id;text\n1;caf\u00e9\n2;\n3;terrible\n".encode("latin-1")
+    (tmp_path / "new.csv").write_bytes(table)
+    predict = ["predict", "--ckpt_path", str(trained / "best.ckpt"), "--file", str(tmp_path / "new.csv")]
+    for options, message in (
+        ([], "set reader: {encoding: latin-1}"),
+        (["--encoding", "latin-1"], "no column text; there are id;text; of a file whose columns are parted otherwise"),
+        (["--encoding", "latin-1", "--sep", ";"], "new.csv: column 'text' is empty in row 2 (counted from 1)"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*predict, *options])
+        assert message in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="1 of 3 rows were dropped: they have an empty cell"):
+        main([*predict, "--encoding", "latin-1", "--sep", ";", "--drop_empty"])
+    assert [row["input"] for row in lines(capsys)] == [{"id": 1, "text": "caf\u00e9"}, {"id": 3, "text": "terrible"}]
+
+
 def test_the_command_completes(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = causal(tiny("llama"), generation={"max_new_tokens": 3}, num_samples=1)
     run = trainer(tmp_path, callbacks=[], max_steps=1, limit_val_batches=0)

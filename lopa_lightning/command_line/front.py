@@ -12,7 +12,7 @@ from lopa_lightning import __version__
 
 TASKS = ("fit", "validate", "test", "predict")
 EXPERIMENTS = ("compare", "sweep", "plan")
-SERVING = ("export", "doctor", "serve")
+SERVING = ("chat", "export", "doctor", "serve")
 COMMANDS = (*TASKS, *EXPERIMENTS, *SERVING, "configs")
 _WITHOUT_CONFIG = ("--text", "--file")  # options of `lopa predict` that take a configuration's place
 _PACKAGE = Path(__file__).parent.parent

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lopa_lightning.data.columns import check_columns
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import causes_of, is_full_disk
 
@@ -31,7 +32,9 @@ class Encoder(Protocol):
         """Encodes rows: columns of numbers, ``index`` among them."""
 
 
-def encoded_rows(data: Dataset, encoder: Encoder, what: str, doing: str, **options: Any) -> Dataset:
+def encoded_rows(
+    data: Dataset, encoder: Encoder, what: str, doing: str, kept: Sequence[int] | None = None, **options: Any
+) -> Dataset:
     """Encodes the rows of a split, from the cache where that was done before.
 
     Args:
@@ -39,6 +42,7 @@ def encoded_rows(data: Dataset, encoder: Encoder, what: str, doing: str, **optio
         encoder: Encodes them.
         what: The split's name, for messages.
         doing: What is shown meanwhile, such as ``Tokenising``.
+        kept: The rows to encode; None for all.
         **options: Of ``datasets.map``.
 
     Raises:
@@ -46,12 +50,17 @@ def encoded_rows(data: Dataset, encoder: Encoder, what: str, doing: str, **optio
     """
     from datasets.fingerprint import Hasher
 
-    if missing := [name for name in encoder.columns if name not in data.column_names]:
-        raise LoPAError(f"{what}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
+    check_columns(data, encoder.columns, what)
+    if kept is not None:
+        data = data.select(kept)
+
+    def encode(rows: dict[str, list[Any]], positions: list[int]) -> dict[str, list[Any]]:
+        return encoder(rows, positions if kept is None else [kept[position] for position in positions])
+
     # Named by what it depends on: datasets' own hash of a tokenizer changes when the tokenizer is used.
     key = Hasher.hash([_FORMAT, data._fingerprint, *encoder.key()])
     encoded = data.map(
-        encoder,
+        encode,
         batched=True,
         with_indices=True,
         remove_columns=data.column_names,

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lopa_lightning.backbones.chat import ChatFormat, is_chat, question
+from lopa_lightning.backbones.chat import Chat, ChatFormat, is_chat, question
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import end_of, running_ids
+from lopa_lightning.data.columns import ColumnError, RowError
 from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
-from lopa_lightning.data.splits import Role
+from lopa_lightning.data.splits import Role, with_inputs
 from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.task import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+CHATS = "messages"
+"""The column that data sets of chats have."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,25 @@ class Example:
     completion: str | None
     instance: str
     answer: str | None = None
+
+
+def check_chats(chats: Iterable[Any], column: str = CHATS) -> None:
+    """Checks that chats are lists of messages, with a question before an answer at their end.
+
+    Args:
+        chats: The chats.
+        column: Theirs.
+
+    Raises:
+        ColumnError: If one is not.
+    """
+
+    def is_faulty(chat: Any) -> bool:
+        asked = unanswered(chat) if is_chat(chat) else []
+        return not asked or asked[-1]["role"] == "assistant"
+
+    if any(map(is_faulty, chats)):
+        raise ColumnError(column, "must hold chats, lists of {role, content} with a question at the end", is_faulty)
 
 
 class Layout(Protocol):
@@ -102,17 +126,21 @@ class Messages:
         """Makes an example of a chat. The instance encoder reads the last question."""
         messages = row[self.column]
         if not messages:
-            raise TextError(self.column, "is empty")
+            raise TextError(self.column, "is empty", allow_empty=False)
         what = f"column {self.column!r}: a chat must"
         if not is_chat(messages):
             raise LoPAError(f"{what} be a list of {{role, content}}, both texts; got {shown(messages)}")
-        answered = messages[-1]["role"] == "assistant"
-        asked = messages[:-1] if answered else messages
+        asked = unanswered(messages)
         if not asked or asked[-1]["role"] == "assistant":
             raise LoPAError(f"{what} have a question before its last answer, got {shown(messages)}")
-        if not answered:
+        if len(asked) == len(messages):
             return Example(self.chat.prompt(asked), None, question(asked))
         return Example(*self.chat.answered(messages), question(asked), messages[-1].get("content"))
+
+
+def unanswered(messages: Chat) -> Chat:
+    """Returns a chat without its last answer."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 @dataclass
@@ -135,7 +163,7 @@ class EncodeCompletions:
     learn_end: bool
 
     def __post_init__(self) -> None:
-        self.columns = self.layout.columns
+        self.columns = self.needed = self.layout.columns
         self.is_chat = isinstance(self.layout, Messages) or self.spec.chat.holds_prompt
         self.start = [] if self.is_chat else self.spec.start_ids
         if self.learn_end and self.spec.tokenizer.eos_token_id is None:
@@ -150,19 +178,19 @@ class EncodeCompletions:
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows."""
+        stored = [dict(zip(rows, values)) for values in zip(*rows.values())]
         examples = []
-        for index, values in zip(indices, zip(*rows.values())):
-            with self._naming(index):
-                examples.append(self._in_chat(self.layout(dict(zip(rows, values)))))
-        unanswered = [index for index, example in zip(indices, examples) if example.completion is None]
-        if unanswered and self.role in ("train", "val"):
-            raise LoPAError(f"{self.role}: row {unanswered[0]} (counted from 0) has no completion to learn")
+        for row in stored:
+            with self._naming(row):
+                examples.append(self._in_chat(self.layout(row)))
+                if examples[-1].completion is None and self.role in ("train", "val"):
+                    raise LoPAError("it has no completion to learn")
         prompts, positions = self._prompt_ids([example.prompt for example in examples])
         answers = running_ids(self.spec.tokenizer, [example.completion or "" for example in examples], self.is_chat)
         encoded = []
-        for index, prompt, answer, example in zip(indices, prompts, answers, examples):
+        for row, prompt, answer, example in zip(stored, prompts, answers, examples):
             is_asked = example.completion is None or self.role == "predict"
-            with self._naming(index):
+            with self._naming(row):
                 encoded.append(self._fitted(prompt, [] if is_asked else self._ended(answer)))
         columns: dict[str, list[Any]] = {key: [row[key] for row in encoded] for key in encoded[0]}
         if self.role == "predict":
@@ -176,12 +204,12 @@ class EncodeCompletions:
         return {**columns, "index": indices, "length": [len(ids) for ids in columns["input_ids"]]}
 
     @contextlib.contextmanager
-    def _naming(self, index: int) -> Iterator[None]:
-        """Names the row in an error."""
+    def _naming(self, row: dict[str, Any]) -> Iterator[None]:
+        """Makes a row's error one that names it."""
         try:
             yield
         except LoPAError as error:
-            raise LoPAError(f"{self.role}: row {index} (counted from 0): {error}") from error
+            raise RowError({name: row[name] for name in self.columns}, str(error)) from error
 
     def _in_chat(self, example: Example) -> Example:
         """Makes messages of a prompt and its completion, where the soft prompt stands in a chat."""
@@ -234,7 +262,8 @@ class CompletionDataModule(TextDataModule):
     Args:
         prompt_column: Column of the prompt.
         completion_column: Column of the completion; for ``predict`` it need not be there.
-        messages_column: Column of chats, lists of ``{"role": ..., "content": ...}``, in place of the two.
+        messages_column: Column of chats, lists of ``{"role": ..., "content": ...}``, in place of the two; by default
+            ``messages``, where there is such a column and none of prompts.
         instance_column: Column of what the instance encoder reads; by default the prompt. Of a chat it is the
             last question, always. Where too long, it is cut from the left.
         learn_end: Whether a completion's end token is learned. It need not be where completions close with a mark
@@ -267,9 +296,22 @@ class CompletionDataModule(TextDataModule):
         self.learn_end = learn_end
 
     @property
+    def input_columns(self) -> list[str]:
+        """The column of the prompt, or of the chat."""
+        return [self.chat_column or self.prompt_column]
+
+    @property
     def string_columns(self) -> list[str]:
         """Prompt, completion and what the instance encoder reads."""
         return [self.prompt_column, self.completion_column, *([self.instance_column] if self.instance_column else [])]
+
+    @property
+    def chat_column(self) -> str | None:
+        """The column of chats; None where prompts and completions have one each."""
+        if self.messages_column is not None:
+            return self.messages_column
+        columns = next(iter(self.raw().values())).column_names
+        return CHATS if CHATS in columns and self.prompt_column not in columns else None
 
     def layout(self, role: Role) -> Layout:
         """Returns what makes examples of rows.
@@ -277,11 +319,23 @@ class CompletionDataModule(TextDataModule):
         Args:
             role: What the rows serve.
         """
-        if self.messages_column is not None:
+        if (column := self.chat_column) is not None:
             if self.text_spec.tokenizer.chat_template is None:
                 raise LoPAError("the backbone's tokenizer has no chat template; give prompt and completion columns")
-            return Messages(self.messages_column, self.text_spec.chat)
+            return Messages(column, self.text_spec.chat)
         return Columns(self.prompt_column, self.completion_column, self.instance_column, role in ("train", "val"))
+
+    def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Adds the ``input`` of each row, with its ``id``, and its ``gold`` completion where it has one."""
+        data, layout, (column,) = self.rows("predict"), self.layout("predict"), self.input_columns
+        if column not in data.column_names:  # a benchmark's, whose prompts have a layout of their own
+            return rows
+        stored = [data[row["index"]] for row in rows]
+        said = [{name: each[name] for name in ("id", column) if name in each} for each in stored]
+        if column == self.chat_column:
+            said = [{**each, column: unanswered(each[column])} for each in said]
+        examples = map(layout, stored)
+        return with_inputs(rows, said, [each.completion if each.answer is None else each.answer for each in examples])
 
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
         """Builds what makes ids and labels of prompt and completion."""

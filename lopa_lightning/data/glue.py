@@ -9,10 +9,9 @@ from typing import Any, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lopa_lightning.data.splits import Role
-from lopa_lightning.data.template import Side, Template
+from lopa_lightning.data.template import Template
 from lopa_lightning.data.text_classification import TextClassificationDataModule
-from lopa_lightning.errors import LoPAError
-from lopa_lightning.task import InstanceReads
+from lopa_lightning.errors import LoPAError, one_of
 
 PairTemplate = Literal["mask_last", "mask_between"]
 
@@ -123,27 +122,15 @@ class GLUEDataModule(TextClassificationDataModule):
     Args:
         task: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte`` or ``wnli``.
         path: Hub id, or a folder in that layout.
-        revision: Branch, tag or commit on the hub.
         template: In place of the task's own.
         pair_template: Of a task with two texts: ``mask_last``, a pair with the tokenizer's separators and the mask at
             its end; ``mask_between``, one text with the mask in its middle, as in the paper's released code.
         causal_template: In place of the task's own.
-        max_train_examples: Train on at most that many examples, drawn at random.
-        shots_per_label: Train on that many examples of each label, drawn at random.
-        subset_seed: Of these draws.
-        validation_from_train: Share of the training examples to validate on in place of the validation split,
-            see :class:`~lopa_lightning.data.text_classification.TextClassificationDataModule`.
-        batch_size: See :class:`~lopa_lightning.data.text.TextDataModule`, like the ones below.
-        eval_batch_size: Examples in a batch that is not trained on.
-        max_length: Tokens of a text for the backbone.
-        instance_reads: See :class:`~lopa_lightning.data.text_classification.TextClassificationDataModule`.
-        truncation_side: Which end of a text too long is cut.
-        padding_side: Where the backbone's padding goes.
-        num_workers: Processes that load batches.
-        batch_tokens: Most tokens in a batch, in place of ``batch_size``.
+        splits: ``{predict: validation}`` to predict examples whose labels are public.
+        **kwargs: See :class:`~lopa_lightning.data.text_classification.TextClassificationDataModule`.
 
     Raises:
-        LoPAError: If there is no such task or ``pair_template``, or two templates are given.
+        LoPAError: If there is no such task or ``pair_template``, two templates are given, or another split.
     """
 
     allow_empty_text = True  # a few of QQP's questions are
@@ -152,28 +139,17 @@ class GLUEDataModule(TextClassificationDataModule):
         self,
         task: str,
         path: str = "nyu-mll/glue",
-        revision: str | None = None,
         template: Sequence[str] | None = None,
         causal_template: str | None = None,
-        max_train_examples: int | None = None,
-        shots_per_label: int | None = None,
-        subset_seed: int = 0,
-        validation_from_train: float = 0.0,
-        batch_size: int = 16,
-        eval_batch_size: int | None = None,
-        max_length: int | None = None,
-        truncation_side: Side = "right",
-        padding_side: Side = "right",
-        num_workers: int | None = None,
-        batch_tokens: int | None = None,
         pair_template: PairTemplate = "mask_last",
-        instance_reads: InstanceReads = "columns",
+        splits: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        if task not in GLUE_TASKS:
-            raise LoPAError(f"task must be one of {', '.join(GLUE_TASKS)}, got {task!r}")
-        if pair_template not in get_args(PairTemplate):
-            raise LoPAError(f"pair_template must be one of {', '.join(get_args(PairTemplate))}, got {pair_template!r}")
+        one_of("task", task, GLUE_TASKS)
+        one_of("pair_template", pair_template, get_args(PairTemplate))
         row = self.row = GLUE_TASKS[task]
+        if splits and (set(splits) != {"predict"} or splits["predict"] not in ("validation", "test")):
+            raise LoPAError(f"splits must be {{predict: validation}} or {{predict: test}} for GLUE, got {splits}")
         if pair_template == "mask_between" and len(row.template) == 2:
             if template is not None:
                 raise LoPAError("give template or pair_template: mask_between, not both")
@@ -181,38 +157,30 @@ class GLUEDataModule(TextClassificationDataModule):
         super().__init__(
             path=path,
             name=task,
-            revision=revision,
+            data_files=None,
+            splits=splits,
+            text_columns=(),
+            label_column="label",
             labels=row.labels,
+            label_values=None,
             words=row.words or None,
             template=template or row.template,
             causal_template=causal_template or row.causal,
             metrics=row.metrics,
-            max_train_examples=max_train_examples,
-            shots_per_label=shots_per_label,
-            subset_seed=subset_seed,
-            validation_from_train=validation_from_train,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            max_length=max_length,
-            truncation_side=truncation_side,
-            padding_side=padding_side,
-            num_workers=num_workers,
-            batch_tokens=batch_tokens,
-            instance_reads=instance_reads,
+            multi_label=False,
+            **kwargs,
         )
-        assert self.task is not None
-        suffixes = [""] if validation_from_train else [suffix for suffix, _ in row.eval_splits]
+        suffixes = [""] if self.validation_from_train else [suffix for suffix, _ in row.eval_splits]
         self.task = replace(self.task, eval_sets=suffixes)
 
     def splits_of(self, role: Role) -> list[str]:
-        """Splits by GLUE's own rules."""
+        """Returns splits by GLUE's own rules."""
         if role == "train" or (role == "val" and self.validation_from_train):
             return ["train"]
         validation = [split for _, split in self.row.eval_splits]
-        if role == "predict":
+        if role == "predict" and self.splits["predict"] == "test":
             return [split.replace("validation", "test") for split in validation]
-        assert self.task is not None
-        return validation[: len(self.task.suffixes)]
+        return validation if role == "predict" else validation[: len(self.task.suffixes)]
 
     def submission(self, set_index: int, rows: list[dict[str, Any]]) -> tuple[str, str] | None:
         """What the GLUE server takes for a test set.
@@ -224,11 +192,12 @@ class GLUEDataModule(TextClassificationDataModule):
         Returns:
             File name and content, or None (with a warning) if not every row was predicted.
         """
+        if self.splits["predict"] != "test":
+            return None
         wanted = len(self.datasets["predict"][set_index])
         if [row["index"] for row in rows] != list(range(wanted)):
             rank_zero_warn(f"no file for the GLUE server: {len(rows)} of {wanted} rows were predicted")
             return None
-        assert self.task is not None
         answers = [row["value"] if self.task.is_regression else row["label"] for row in rows]
         if self.row.submit_index:
             answers = [self.row.labels.index(answer) for answer in answers]

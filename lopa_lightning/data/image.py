@@ -11,8 +11,16 @@ import pyarrow.compute as pc
 
 from lopa_lightning.backbones.image_spec import ImageProcessing, ImageSpec
 from lopa_lightning.data.cache import encoded_rows
-from lopa_lightning.data.image_rows import EncodeImages, ImageCollate, RowError
-from lopa_lightning.data.labels import LabelLookup, class_lookup, drawn_per_label, label_names, values_of_labels
+from lopa_lightning.data.columns import RowError, check_columns, row_names
+from lopa_lightning.data.image_rows import EncodeImages, ImageCollate
+from lopa_lightning.data.labels import (
+    LabelLookup,
+    class_lookup,
+    column_of,
+    drawn_per_label,
+    label_names,
+    values_of_labels,
+)
 from lopa_lightning.data.splits import Role, SplitsDataModule, select
 from lopa_lightning.errors import LoPAError, at_least, listed, one_of
 from lopa_lightning.task import Task
@@ -174,8 +182,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         from datasets import Image, Value
 
         column = self.image_column
-        if column not in data.column_names:
-            raise LoPAError(f"{what}: no column {column!r} with images; there are {', '.join(data.column_names)}")
+        check_columns(data, [column], what, " with images")
         feature = data.features[column]
         is_content = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
         if not (isinstance(feature, Image) or is_content or (isinstance(feature, dict) and {*feature} == _STORED)):
@@ -189,12 +196,15 @@ class ImageClassificationDataModule(SplitsDataModule):
 
     def _refused(self, what: str, split: str, error: RowError) -> LoPAError:
         """Names the file, or the row as it is counted in the whole split."""
-        path, content = (error.stored or {}).get("path"), (error.stored or {}).get("bytes")
-        if path is not None and content is None:
-            return LoPAError(f"{what}: image {path!r} {error.fault}")
-        rows = self._files(self.load_split(split, "test"), what)[self.image_column]
-        row = next(number for number, stored in enumerate(rows) if stored == error.stored)
-        return LoPAError(f"{what}: the image in row {row} (counted from 0) {error.fault}")
+        stored = error.row[self.image_column] or {}
+        if stored.get("path") is not None and stored.get("bytes") is None:
+            return LoPAError(f"{what}: image {stored['path']!r} {error.fault}")
+        row = error.position(self._files(self.raw()[split], what))
+        return LoPAError(f"{what}: the image in {row_names([row])} {error.fault}")
+
+    def classes(self, data: Dataset) -> Sequence[Any] | None:
+        """Returns the values of the label column, where there is one class in each row."""
+        return None if self.multi_label else column_of(data, self.label_column)
 
 
 def viewed(processing: ImageProcessing, view: View) -> ImageProcessing:

@@ -15,21 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopa_lightning.backbones.image_spec import ImageProcessing
+from lopa_lightning.data.columns import RowError
 from lopa_lightning.data.labels import LabelLookup, encoded_labels
 from lopa_lightning.data.pixels import ImageError, Pixels, processed, random_view, read_image
-
-
-class RowError(Exception):
-    """A row's image cannot be used.
-
-    Attributes:
-        stored: What the row has in place of an image, ``{"bytes": ..., "path": ...}``.
-        fault: What is wrong with it.
-    """
-
-    def __init__(self, stored: dict[str, Any] | None, fault: str) -> None:
-        super().__init__(stored, fault)
-        self.stored, self.fault = stored, fault
 
 
 @dataclass
@@ -93,7 +81,7 @@ class EncodeImages:
                 other = _stored(processed(image, self.instance_processing))
                 row |= {f"instance_{name}": value for name, value in other.items()}
         except ImageError as error:
-            raise RowError(stored, str(error)) from error
+            raise RowError({self.column: stored}, str(error)) from error
         return row
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lopa_lightning.errors import LoPAError, listed, shown
+from lopa_lightning.data.columns import ColumnError, check_columns, some
+from lopa_lightning.errors import LoPAError, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +44,7 @@ def values_of_labels(names: Sequence[str], values: Sequence[Any] | None) -> list
     return spelled
 
 
-def unique_labels(data: Dataset, column: str, what: str, several: bool = False) -> list[Any]:
+def unique_labels(data: Dataset, column: str, what: str, several: bool = False, may_miss: bool = False) -> list[Any]:
     """Returns the values of a label column, each once.
 
     Args:
@@ -51,23 +52,30 @@ def unique_labels(data: Dataset, column: str, what: str, several: bool = False) 
         column: With the labels.
         what: The split's name, for messages.
         several: Whether a row has a list of labels.
+        may_miss: Whether a row may have none, which is not returned.
 
     Raises:
-        LoPAError: If there is no such column, or a row has several labels where one is wanted, or one for several, or
-            some other structure.
+        LoPAError: If there is no such column.
+        ColumnError: If a row has several labels where one is wanted, or one for several, or some other structure.
     """
-    if column not in data.column_names:
-        raise LoPAError(f"{what}: no column {column!r} with labels; there are {', '.join(data.column_names)}")
-    values: list[Any] = data.select_columns([column])[column][:]
-    wanted = "a list of labels in each row" if several else "one label in each row (multi_label: true takes lists)"
-    for value in values:
+    check_columns(data, [column], what, " with labels")
+    values: list[Any] = [
+        value for value in data.select_columns([column])[column][:] if value is not None or not may_miss
+    ]
+
+    def is_faulty(value: Any) -> bool:
         inner = value if several and isinstance(value, list) else [value]
-        if several is not isinstance(value, list) or any(isinstance(label, (list, dict)) for label in inner):
-            raise LoPAError(f"{what}: column {column!r} must hold {wanted}, got {shown(value)}")
+        return several is not isinstance(value, list) or any(isinstance(label, (list, dict)) for label in inner)
+
+    if any(map(is_faulty, values)):
+        wanted = "a list of labels in each row" if several else "one label in each row (multi_label: true takes lists)"
+        raise ColumnError(column, f"must hold {wanted}", is_faulty)
     return list(dict.fromkeys([label for row in values for label in row] if several else values))
 
 
-def class_lookup(data: Dataset, column: str, known: Sequence[str], what: str, several: bool = False) -> LabelLookup:
+def class_lookup(
+    data: Dataset, column: str, known: Sequence[str], what: str, several: bool = False, may_miss: bool = False
+) -> LabelLookup:
     """Returns the label column, and the index of each value in it.
 
     Args:
@@ -76,18 +84,30 @@ def class_lookup(data: Dataset, column: str, known: Sequence[str], what: str, se
         known: What may stand there, in the order of the indices.
         what: The split's name, for messages.
         several: Whether a row has a list of labels.
+        may_miss: Whether a row may have none.
 
     Raises:
-        LoPAError: If there is a label that must not be there.
+        ColumnError: If there is a label that must not be there.
     """
-    values = unique_labels(data, column, what, several)
+    values = unique_labels(data, column, what, several, may_miss)
     index = {name: number for number, name in enumerate(known)}
     feature = data.features[column].feature if several else data.features[column]
     names = {value: _class_name(feature, value) for value in values}
     if unknown := sorted({name for name in names.values() if name not in index}):
+        wrong = {value for value, name in names.items() if name not in index}
         allowed = ", ".join(map(repr, known))
-        raise LoPAError(f"{what}: column {column!r} has labels {some(unknown)} beside the allowed {allowed}")
-    return column, {value: index[name] for value, name in names.items()}
+        raise ColumnError(
+            column,
+            f"has labels {some(unknown)} beside the allowed {allowed}",
+            lambda value: bool(wrong & set(value)) if several else value in wrong,
+        )
+    none = {None: -1} if may_miss else {}
+    return column, {**none, **{value: index[name] for value, name in names.items()}}
+
+
+def column_of(data: Dataset, column: str) -> list[Any] | None:
+    """Returns the values of a column; None where there is no such column."""
+    return data.select_columns([column])[column][:] if column in data.column_names else None
 
 
 def encoded_labels(values: Sequence[Any], lookup: dict[Any, int | float], several: int) -> list[Any]:
@@ -133,9 +153,54 @@ def drawn_per_label(
     return chosen
 
 
-def some(values: Sequence[Any]) -> str:
-    """Returns the first few of many values, for a message."""
-    return ", ".join(repr(value) for value in list(values)[:5]) + (" ..." if len(values) > 5 else "")
+def label_of(feature: Any, value: Any) -> Any:
+    """Returns the label, or the list of labels, that a row of a data set has, as text; a number as it is.
+
+    Args:
+        feature: Of the label column.
+        value: In that column.
+
+    Returns:
+        None where there is none, such as the -1 of a test set.
+    """
+    if isinstance(value, list):
+        return [label_of(feature.feature, each) for each in value]
+    value = named_class(feature, value)
+    return value if value is None or isinstance(value, float) else _spelled(value)
+
+
+def named_class(feature: Any, value: Any) -> Any:
+    """Returns the name of a class of a data set on the hub, None for its -1; any other value as it is."""
+    from datasets import ClassLabel
+
+    if not isinstance(feature, ClassLabel):
+        return value
+    return None if value is None or value < 0 else _class_name(feature, value)
+
+
+def number_lookup(data: Dataset, column: str, what: str, may_miss: bool = False) -> LabelLookup:
+    """Returns the label column, and the number that each value in it is.
+
+    Args:
+        data: The split.
+        column: With numbers.
+        what: The split's name, for messages.
+        may_miss: Whether a row may have none.
+
+    Raises:
+        ColumnError: If one is no number, or not finite.
+    """
+
+    def is_faulty(value: Any) -> bool:
+        try:
+            return not np.isfinite(float(value))
+        except (TypeError, ValueError):
+            return value is not None or not may_miss
+
+    values = unique_labels(data, column, what, may_miss=may_miss)
+    if any(map(is_faulty, values)):
+        raise ColumnError(column, "must hold numbers", is_faulty)
+    return column, {**({None: 0.0} if may_miss else {}), **{value: float(value) for value in values}}
 
 
 def _class_name(feature: Any, value: Any) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lopa_lightning.data.cache import Encoder
+from lopa_lightning.data.columns import ColumnError, is_empty
 from lopa_lightning.data.labels import LabelLookup, encoded_labels
 from lopa_lightning.data.template import Tokenize
 
@@ -17,18 +18,21 @@ class RowEncoder(Encoder, Protocol):
     max_tokens: int | None
     """Tokens of a row at most."""
 
+    @property
+    def needed(self) -> Sequence[str]:
+        """The columns that must not have an empty cell."""
 
-class TextError(Exception):
-    """A row's text in a column cannot be used.
+
+class TextError(ColumnError):
+    """Texts of a column cannot be used.
 
     Attributes:
         column: The column.
         fault: What is wrong, as :func:`fault_of` says it.
     """
 
-    def __init__(self, column: str, fault: str) -> None:
-        super().__init__(column, fault)
-        self.column, self.fault = column, fault
+    def __init__(self, column: str, fault: str, allow_empty: bool) -> None:
+        super().__init__(column, fault, lambda text: fault_of(text, allow_empty) == fault)
 
 
 def fault_of(text: Any, allow_empty: bool = False) -> str | None:
@@ -40,7 +44,7 @@ def fault_of(text: Any, allow_empty: bool = False) -> str | None:
     """
     if text is not None and text != [] and not isinstance(text, str):
         return "must hold texts"
-    if not allow_empty and not (text or "").strip():
+    if not allow_empty and is_empty(text):
         return "is empty"
     return "has a NUL character" if "\0" in (text or "") else None
 
@@ -57,7 +61,7 @@ def check_texts(texts: Mapping[str, Sequence[Any]], allow_empty: bool = False) -
     """
     for column, values in texts.items():
         if fault := next((fault for text in values if (fault := fault_of(text, allow_empty))), None):
-            raise TextError(column, fault)
+            raise TextError(column, fault, allow_empty)
 
 
 @dataclass
@@ -82,6 +86,12 @@ class EncodeRows:
 
     def __post_init__(self) -> None:
         self.max_tokens = self.to_backbone.max_tokens
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that must not have an empty cell."""
+        texts = [] if self.allow_empty_text else self.columns
+        return [*texts, *([self.labels[0]] if self.labels is not None else [])]
 
     def key(self) -> list[Any]:
         """Returns all that the ids depend on."""

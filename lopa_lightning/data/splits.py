@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,12 +20,14 @@ from lopa_lightning.backbones.base import InputSpec, ReadsInputs
 from lopa_lightning.backbones.padding import Side
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Rows
+from lopa_lightning.data.columns import ColumnError, RowError
+from lopa_lightning.data.holdout import also_in, held_out
 from lopa_lightning.data.instance_vectors import StoredVectors, agrees_with, reads_all, stored_vectors
 from lopa_lightning.data.limits import check_batch_limits
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.stored import read_rows
-from lopa_lightning.errors import LoPAError, at_least
+from lopa_lightning.errors import LoPAError, at_least, shown
 from lopa_lightning.task import Task
 
 if TYPE_CHECKING:  # takes a second to import, and a command that reads no data does without
@@ -53,7 +56,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         revision: Branch, tag or commit on the hub.
         data_files: Split name to file or files, such as ``{train: train.csv, validation: dev.csv}``.
         splits: Role (``train``, ``val``, ``test``, ``predict``) to the split that serves it. By default
-            ``train``, ``validation``, ``test`` and again ``test``.
+            ``train``, ``validation``, ``test``, and for ``predict`` the split of that name, or else again ``test``.
         validation_fraction: Share of the training split to validate on, where there is no validation split.
         max_train_examples: Train on at most that many examples, drawn at random.
         subset_seed: Of these draws.
@@ -63,6 +66,8 @@ class SplitsDataModule(LightningDataModule, ABC):
         eval_batch_size: Most examples in a batch otherwise; by default twice as many.
         num_workers: Processes that load batches; by default none on a CPU, which they would take from the model,
             and two for each GPU.
+        reader: How files are read, such as ``{sep: ";", encoding: latin-1}``; of CSV also ``quotechar``,
+            ``escapechar``, ``skiprows`` and ``names``, of JSON ``field``.
 
     Raises:
         LoPAError: If arguments are out of range or contradict each other.
@@ -90,6 +95,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
+        reader: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_train_examples=max_train_examples)
@@ -105,7 +111,8 @@ class SplitsDataModule(LightningDataModule, ABC):
         self.named_splits = splits or {}
         if unknown := set(self.named_splits) - set(roles):
             raise LoPAError(f"splits names {', '.join(sorted(unknown))}; the roles are {', '.join(roles)}")
-        self.path, self.config_name, self.revision, self.data_files = path, name, revision, data_files
+        self.path, self.config_name, self.revision = path, name, revision
+        self.data_files, self.reader = data_files, reader
         self.splits = {**roles, **self.named_splits}
         self.validation_fraction, self.validation_from_train = validation_fraction, validation_from_train
         self.max_train_examples, self.subset_seed = max_train_examples, subset_seed
@@ -134,6 +141,8 @@ class SplitsDataModule(LightningDataModule, ABC):
 
         Raises:
             LoPAError: If a row is not what it must be.
+            ColumnError: If values of a column are not.
+            RowError: If a row is not.
         """
 
     @abstractmethod
@@ -148,12 +157,17 @@ class SplitsDataModule(LightningDataModule, ABC):
         Raises:
             LoPAError: If the data is not found or cannot be read.
         """
-        return read_rows(self.path, self.config_name, self.revision, self.data_files, self.string_columns)
+        return read_rows(self.path, self.config_name, self.revision, self.data_files, self.string_columns, self.reader)
+
+    @property
+    def input_columns(self) -> Sequence[str]:
+        """Columns of text that tell one example from another."""
+        return []
 
     @property
     def string_columns(self) -> Sequence[str]:
         """Columns of text, which are read from CSV as they stand there: ``007`` stays a text."""
-        return []
+        return self.input_columns
 
     def splits_of(self, role: Role) -> list[str]:
         """Returns the splits that serve a role; several for several evaluation sets.
@@ -166,6 +180,8 @@ class SplitsDataModule(LightningDataModule, ABC):
         if role == "val" and self.validation_from_train:
             role = "train"
         split = self.splits[role]
+        if role == "predict" and role not in self.named_splits and role in self.raw():
+            split = role
         if split in self.raw():
             return [split]
         if role == "val" and role not in self.named_splits:
@@ -197,6 +213,14 @@ class SplitsDataModule(LightningDataModule, ABC):
         random = np.random.default_rng(self.subset_seed)
         return select(data, [random.permutation(len(data))[: self.max_train_examples]])
 
+    def classes(self, data: Dataset) -> Sequence[Any] | None:
+        """Returns each row's class, where validation rows are to be drawn from every class; None where there is none.
+
+        Args:
+            data: The rows.
+        """
+        return None
+
     # Rows
 
     def raw(self) -> DatasetDict:
@@ -221,9 +245,24 @@ class SplitsDataModule(LightningDataModule, ABC):
     def _part(self, data: Dataset, split: str, role: Role, validation_share: float) -> Dataset:
         if len(data) < 2:
             raise LoPAError(f"{split}: {len(data)} example is too few to cut a validation split from")
-        parts = data.train_test_split(test_size=validation_share, seed=self.subset_seed)
-        part: Dataset = parts["train" if role == "train" else "test"]
+        training, validation = held_out(len(data), validation_share, self.subset_seed, self.classes(data))
+        part: Dataset = data.select(training if role == "train" else validation)
         return part
+
+    def _warn_of_duplicates(self, training: Dataset) -> None:
+        """Warns of examples to validate or test on that are trained on as well."""
+        columns = self.input_columns
+        roles: dict[str, Role] = dict.fromkeys(self.splits_of("val"), "val")
+        if (split := self.splits["test"]) in self.raw() and split != self.splits["train"]:
+            roles.setdefault(split, "test")
+        for split, role in roles.items():
+            data = self.load_split(split, role)
+            if not columns or not {*columns} <= {*training.column_names} & {*data.column_names}:
+                continue
+            if found := also_in(training, data, columns):
+                example = ", ".join(shown(data[found[0]][name]) for name in columns)
+                count = f"{len(found)} of {len(data)} examples"
+                rank_zero_warn(f"{role} ({split}): {count} are in the training data, too, such as {example}")
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -270,21 +309,26 @@ class SplitsDataModule(LightningDataModule, ABC):
             raise LoPAError("a data module needs a module's input_spec: use a Trainer, or connect(module.input_spec)")
         for role in ROLES[stage]:
             if role not in self.datasets:
-                loaded = {split: self.load_split(split, role) for split in self.splits_of(role)}
-                self.datasets[role] = [self._encoded(data, split, role) for split, data in loaded.items()]
+                self.datasets[role] = [self._encoded(split, role) for split in self.splits_of(role)]
                 for data in self.datasets[role]:
                     self._sampler(data, role)  # refuses sizes of batches that cannot be, before weights are read
+                if role == "train" and (self.trainer is None or self.trainer.is_global_zero):
+                    self._warn_of_duplicates(self.load_split(self.splits_of(role)[0], role))
         if self.trainer is not None:
             check_batch_limits(self.trainer, ROLES[stage])
         for role in ROLES[stage]:
             for data in self.datasets[role]:
                 self._keep_vectors(data, role)
 
-    def _encoded(self, data: Dataset, split: str, role: Role) -> Dataset:
-        if len(data) == 0:
-            raise LoPAError(f"{role} ({split}): the split has no rows")
-        check_cached(data)
-        return self.encode(data, split, role)
+    def _encoded(self, split: str, role: Role) -> Dataset:
+        try:
+            data = self.load_split(split, role)
+            if len(data) == 0:
+                raise LoPAError(f"{role} ({split}): the split has no rows")
+            check_cached(data)
+            return self.encode(data, split, role)
+        except (ColumnError, RowError) as error:
+            raise error.named(f"{role} ({split})", self.raw()[split]) from None
 
     def _keep_vectors(self, data: Dataset, role: Role) -> None:
         assert self.input_spec is not None
@@ -362,3 +406,17 @@ def select(data: Dataset, rows: list[NDArray[np.int64]]) -> Dataset:
     """Returns rows of a data set, in their order, from groups of indices."""
     chosen: Dataset = data.select(np.sort(np.concatenate(rows)))
     return chosen
+
+
+def with_inputs(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], gold: list[Any]) -> list[dict[str, Any]]:
+    """Returns predictions beside the ``input`` that each is of, and its ``gold`` answer where any row has one.
+
+    Args:
+        rows: Predictions.
+        inputs: What each was made of.
+        gold: The right answers, or None where one is not known; empty where there are none.
+    """
+    answers = [{"gold": each} for each in gold] if any(each is not None for each in gold) else [{} for _ in rows]
+    return [
+        {"index": row["index"], "input": given, **answer, **row} for row, given, answer in zip(rows, inputs, answers)
+    ]

@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.cache import encoded_rows
 from lopa_lightning.data.collate import Collate
-from lopa_lightning.data.rows import RowEncoder, TextError, fault_of
+from lopa_lightning.data.columns import check_columns, is_empty
+from lopa_lightning.data.rows import RowEncoder
 from lopa_lightning.data.splits import Role, SplitsDataModule
 from lopa_lightning.data.template import Side
-from lopa_lightning.errors import LoPAError, at_least, one_of, shown
+from lopa_lightning.errors import LoPAError, at_least, one_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,14 +31,12 @@ class TextDataModule(SplitsDataModule):
         batch_tokens: Most tokens in a batch of one process, padding and virtual tokens included, in place of
             ``batch_size``; batches then differ in size, and each counts by its examples. Evaluation keeps to it as
             well, unless there is an ``eval_batch_size``.
+        drop_empty: Drop rows with an empty cell, and say how many, in place of refusing them.
         **kwargs: See :class:`~lopa_lightning.data.splits.SplitsDataModule`.
 
     Raises:
         LoPAError: If arguments are out of range or contradict each other.
     """
-
-    allow_empty_text = False
-    """Whether rows may have an empty text."""
 
     def __init__(
         self,
@@ -45,6 +44,7 @@ class TextDataModule(SplitsDataModule):
         truncation_side: Side = "right",
         padding_side: Side = "right",
         batch_tokens: int | None = None,
+        drop_empty: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -54,6 +54,7 @@ class TextDataModule(SplitsDataModule):
         self.batch_tokens, self.max_length = batch_tokens, max_length
         self.eval_batch_tokens = None if kwargs.get("eval_batch_size") is not None else batch_tokens
         self.truncation_side, self.padding_side = truncation_side, padding_side
+        self.drop_empty = drop_empty
 
     @property
     def text_spec(self) -> TextSpec:
@@ -86,10 +87,7 @@ class TextDataModule(SplitsDataModule):
         """Tokenises the rows of a split, from the cache where that was done before."""
         what = f"{role} ({split})"
         encoder = self.row_encoder(data, what, role)
-        try:
-            tokenised = encoded_rows(data, encoder, what, "Tokenising")
-        except TextError as error:
-            raise self._refused(what, split, error) from None
+        tokenised = encoded_rows(data, encoder, what, "Tokenising", self._whole_rows(data, encoder, what))
         for column, message in self.warnings_of(encoder).items():
             if column in tokenised.column_names:
                 if count := int(np.sum(tokenised.with_format("numpy")[column][:])):
@@ -99,13 +97,18 @@ class TextDataModule(SplitsDataModule):
                 tokenised = tokenised.remove_columns(column)
         return tokenised
 
-    def _refused(self, what: str, split: str, error: TextError) -> LoPAError:
-        """Names the rows with a fault, counted in the whole split: of the rows at hand some were left out before."""
-        texts = self.load_split(split, "test")[error.column][:]
-        rows = [row for row, text in enumerate(texts) if fault_of(text, self.allow_empty_text) == error.fault]
-        named = ", ".join(map(str, rows[:5])) + (" ..." if len(rows) > 5 else "")
-        got = "" if texts[rows[0]] is None or isinstance(texts[rows[0]], str) else f", got {shown(texts[rows[0]])}"
-        return LoPAError(f"{what}: column {error.column!r} {error.fault}{got} in row {named} (counted from 0)")
+    def _whole_rows(self, data: Dataset, encoder: RowEncoder, what: str) -> list[int] | None:
+        """Returns the rows that have no empty cell, where others are to be dropped; None for all."""
+        if not self.drop_empty:
+            return None
+        check_columns(data, encoder.needed, what)
+        cells = zip(*(data[name][:] for name in encoder.needed))
+        kept = [row for row, values in enumerate(cells) if not any(map(is_empty, values))]
+        if dropped := len(data) - len(kept):
+            rank_zero_warn(f"{what}: {dropped} of {len(data)} rows were dropped: they have an empty cell")
+        if not kept:
+            raise LoPAError(f"{what}: each of the {len(data)} rows has an empty cell")
+        return kept if dropped else None
 
     @staticmethod
     def _without_left_out(data: Dataset, what: str) -> Dataset:
@@ -118,4 +121,7 @@ class TextDataModule(SplitsDataModule):
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
         """Returns the warning, given once, on the rows for which a column of the encoder's is true."""
         instance = f"texts were cut to {self.text_spec.instance_max_tokens} tokens for the instance encoder"
-        return {"truncated": f"texts were cut to {encoder.max_tokens} tokens", "instance_truncated": instance}
+        return {
+            "truncated": f"texts were cut to {encoder.max_tokens} tokens",
+            "instance_truncated": instance,
+        }

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lopa_lightning.data.labels import (
     LabelLookup,
     class_lookup,
+    column_of,
     drawn_per_label,
     label_names,
-    some,
-    unique_labels,
+    label_of,
+    number_lookup,
     values_of_labels,
 )
 from lopa_lightning.data.rows import RowEncoder
-from lopa_lightning.data.splits import Role, select
+from lopa_lightning.data.splits import Role, select, with_inputs
 from lopa_lightning.data.task_rows import task_encoder
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.data.text import TextDataModule
@@ -50,6 +49,9 @@ class TextClassificationDataModule(TextDataModule):
     """
 
     task: Task
+
+    allow_empty_text = False
+    """Whether rows may have an empty text."""
 
     def __init__(
         self,
@@ -98,8 +100,8 @@ class TextClassificationDataModule(TextDataModule):
         self.shots_per_label = shots_per_label
 
     @property
-    def string_columns(self) -> Sequence[str]:
-        """Columns of text."""
+    def input_columns(self) -> Sequence[str]:
+        """The columns that a model reads."""
         return self.template.columns
 
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
@@ -115,19 +117,32 @@ class TextClassificationDataModule(TextDataModule):
             what: Its name, for messages.
 
         Raises:
-            LoPAError: If there is a label that must not be there.
+            LoPAError: If there is no such column.
+            ColumnError: If there is a label that must not be there.
         """
-        column, several = self.label_column, self.task.multi_label
+        column, may_miss = self.label_column, self.drop_empty
         if not self.task.is_regression:
-            return class_lookup(data, column, self.label_values, what, several)
-        values = unique_labels(data, column, what)
-        try:
-            numbers = {value: float(value) for value in values}
-        except (TypeError, ValueError):
-            numbers = {}
-        if not numbers or not np.isfinite(list(numbers.values())).all():
-            raise LoPAError(f"{what}: column {column!r} must hold numbers, got {some(values)}")
-        return column, numbers
+            return class_lookup(data, column, self.label_values, what, self.task.multi_label, may_miss)
+        return number_lookup(data, column, what, may_miss)
+
+    def classes(self, data: Dataset) -> Sequence[Any] | None:
+        """Returns the values of the label column, where there is one class in each row."""
+        return None if self.task.is_regression or self.task.multi_label else column_of(data, self.label_column)
+
+    def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Adds the ``input`` of each row, with its ``id`` or ``idx``, and its ``gold`` label where it has one."""
+        data = self.load_split(self.splits_of("predict")[set_index], "predict")
+        inputs = [name for name in ("id", "idx", *self.input_columns) if name in data.column_names]
+        gold = self.label_column in data.column_names
+        stored = data.select_columns([*inputs, *([self.label_column] if gold else [])])
+        said = [stored[row["index"]] for row in rows]
+        labels = [label_of(stored.features[self.label_column], each.pop(self.label_column)) for each in said if gold]
+        return with_inputs(rows, said, list(map(self._named_label, labels)))
+
+    def _named_label(self, label: Any) -> Any:
+        """Returns the name of a label, whatever stands for it in the column."""
+        names = dict(zip(self.label_values, self.task.labels))
+        return [names.get(each, each) for each in label] if isinstance(label, list) else names.get(label, label)
 
     def training_subset(self, data: Dataset) -> Dataset:
         """Draws the examples to train on, so many of each label or in all."""

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lopa_lightning.command_line.parser import UsageError
+from lopa_lightning.data.columns import ColumnError, check_columns, is_empty
+from lopa_lightning.data.completion import CHATS, check_chats, unanswered
+from lopa_lightning.data.labels import named_class
+from lopa_lightning.data.rows import check_texts
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.task_rows import task_template
 from lopa_lightning.errors import LoPAError
@@ -28,8 +34,12 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt_path", required=True, help="checkpoint, or folder of a bundle")
     parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
     parser.add_argument(
-        "--file", help="CSV, JSON lines or Parquet with the task's columns (completions: prompt); or an image"
+        "--file",
+        help="CSV, JSON lines or Parquet with the task's columns (completions: prompt, or messages); or an image",
     )
+    parser.add_argument("--sep", help="what parts the columns of a CSV (default: a comma; a tab in TSV)")
+    parser.add_argument("--encoding", help="of the file (default: UTF-8)")
+    parser.add_argument("--drop_empty", action="store_true", help="drop rows of the file with an empty cell")
     parser.add_argument("--output", help="where the lines go (default: standard output)")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at a time (default: 32)")
     return parser
@@ -52,7 +62,7 @@ def main(args: Sequence[str]) -> None:
         check_writable(Path(given.output).absolute().parent, "the folder of --output")
     with stoppable():
         module = LoPALightningModule.load_from_checkpoint(given.ckpt_path)
-        rows = _rows(module, given.text, given.file)
+        rows = _rows(module, given)
         found = answer(module.to(best_device()), rows, given.batch_size)
     lines = [
         json.dumps({"input": row, **record}, ensure_ascii=False, default=str) + "\n" for row, record in zip(rows, found)
@@ -72,19 +82,23 @@ def answer(module: LoPALightningModule, rows: Sequence[Any], batch_size: int) ->
         batch_size: Rows at a time.
     """
     if isinstance(module, CausalLMModule):
-        completions = module.generate([row[_PROMPT] for row in rows], batch_size=batch_size)
+        prompts = [row[_PROMPT] if _PROMPT in row else unanswered(row[CHATS]) for row in rows]
+        completions = module.generate(prompts, batch_size=batch_size)
         return [{"completions": texts} for texts in completions]
     assert isinstance(module, ClassificationModule)
     return module.predict(rows, batch_size)
 
 
-def _rows(module: LoPALightningModule, texts: list[str] | None, file: str | None) -> Sequence[Any]:
+def _rows(module: LoPALightningModule, given: argparse.Namespace) -> Sequence[Any]:
     if isinstance(module, ImageClassificationModule):
-        if file is None:
+        if given.file is None:
             raise LoPAError("the model reads images: give an image as --file, or a folder of them by --config FILE")
-        return [file]
+        return [given.file]
     columns = _columns(module)
-    return _of_file(str(file), columns) if texts is None else _of_texts(texts, columns)
+    if given.text is not None:
+        return _of_texts(given.text, columns)
+    reader = {name: getattr(given, name) for name in ("sep", "encoding") if getattr(given, name) is not None}
+    return _of_file(given.file, columns, reader, given.drop_empty)
 
 
 def _columns(module: LoPALightningModule) -> list[str]:
@@ -101,9 +115,28 @@ def _of_texts(texts: list[str], columns: list[str]) -> list[dict[str, Any]]:
     return [{columns[0]: text} for text in texts]
 
 
-def _of_file(file: str, columns: list[str]) -> list[dict[str, Any]]:
-    data = read_rows(None, None, None, {"predict": file}, columns)["predict"]
-    if missing := [name for name in columns if name not in data.column_names]:
-        raise LoPAError(f"{file}: no column {', '.join(missing)}; there are {', '.join(data.column_names)}")
-    rows: list[dict[str, Any]] = data.to_list()
+def _of_file(file: str, columns: list[str], reader: dict[str, str], drop_empty: bool) -> list[dict[str, Any]]:
+    """Returns the rows of a file, labels of a data set on the hub by their names.
+
+    Raises:
+        LoPAError: If a column is not there, or a row has not what is read.
+    """
+    data = read_rows(None, None, None, {"predict": file}, columns, reader)["predict"]
+    if columns == [_PROMPT] and _PROMPT not in data.column_names and CHATS in data.column_names:
+        columns = [CHATS]
+    check_columns(data, columns, file)
+    features = data.features
+    rows = [{name: named_class(features[name], value) for name, value in row.items()} for row in data]
+    if drop_empty:
+        kept = [row for row in rows if not any(is_empty(row[name]) for name in columns)]
+        if len(kept) < len(rows):
+            rank_zero_warn(f"{file}: {len(rows) - len(kept)} of {len(rows)} rows were dropped: they have an empty cell")
+        rows = kept
+    try:
+        if columns == [CHATS]:
+            check_chats(row[CHATS] for row in rows)
+        else:
+            check_texts({name: [row[name] for row in rows] for name in columns})
+    except ColumnError as error:
+        raise error.named(file, data) from None
     return rows

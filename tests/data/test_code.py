@@ -215,7 +215,7 @@ def test_a_row_that_is_none_of_the_benchmark_is_named(
     right = {"task_id": 1, **PROBLEM} if is_mbpp else GIVEN
     folder = stored(tmp_path, [right, {**right, column: value}])
     data = MBPPDataModule(path=folder) if is_mbpp else CRUXEvalDataModule(path=folder)
-    with refused(f"test: column {column!r} must hold {wanted}, got {value!r} in row 1 (counted from 0)"):
+    with refused(f"test: column {column!r} must hold {wanted}, got {value!r} in row 2 (counted from 1)"):
         data.raw()
 
 

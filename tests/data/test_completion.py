@@ -214,13 +214,15 @@ def test_a_chat_around_a_soft_prompt_is_never_cut(chat_spec: Any, tokenizer: Tok
         (kept,) = rows_of(prepared(chat_spec("system", lengths[0] + 1), rows, "validate", **options), "val")
     assert kept["index"] == 0
     for stage in ("test", "predict"):
-        with pytest.raises(LoPAError, match=r"row 1 .*a chat has \d+ tokens, room for \d+, .*'system' it is not cut"):
+        with pytest.raises(LoPAError, match=r"row 2 .*a chat has \d+ tokens, room for \d+, .*'system' it is not cut"):
             prepared(chat_spec("system", lengths[0] + 1), rows, stage, **options)
 
 
 def test_a_row_that_has_no_place_for_a_soft_prompt_is_named(chat_spec: Any) -> None:
     rows = [{"prompt": "x", "completion": "y"}, {"prompt": "a <prompt_embeds>", "completion": "y"}]
-    with pytest.raises(LoPAError, match=r"val: row 1 \(counted from 0\): a text must not contain <prompt_embeds>"):
+    with pytest.raises(
+        LoPAError, match=r"val \(validation\): row 2 \(counted from 1\): a text must not contain <prompt_embeds>"
+    ):
         prepared(chat_spec("user"), rows, "validate")
 
 
@@ -228,8 +230,8 @@ def test_a_row_that_has_no_place_for_a_soft_prompt_is_named(chat_spec: Any) -> N
     ("rows", "options", "message"),
     [
         ([{"prompt": "x"}], {}, "no column completion"),
-        ([{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": None}], {}, "row 1 .* has no completion"),
-        ([{"prompt": " ", "completion": "y"}], {}, "column 'prompt' is empty in row 0"),
+        ([{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": None}], {}, "row 2 .* has no completion"),
+        ([{"prompt": " ", "completion": "y"}], {}, "column 'prompt' is empty in row 1"),
         ([{"prompt": "x", "completion": "y"}], {"prompt_column": "question"}, "no column question"),
         ([{"messages": []}], {"messages_column": "messages"}, "has no chat template"),
         ([{"prompt": "x", "completion": "y " * 99}], {"max_length": 5}, "none of the 1 rows fits; raise max_length"),

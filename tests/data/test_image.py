@@ -237,12 +237,12 @@ def test_a_broken_row_is_counted_in_the_whole_split() -> None:
     content[13] = b"no image"
     options = parquet("train.parquet", content, [n % 2 for n in range(20)])
     with pytest.raises(
-        LoPAError, match=r"\(train\): the image in row 13 \(counted from 0\) is no image of the formats"
+        LoPAError, match=r"\(train\): the image in row 14 \(counted from 1\) is no image of the formats"
     ):
         prepared(**options, labels=["0", "1"], validation_fraction=0.5)
     content[13] = None
     options = parquet("train.parquet", content, [n % 2 for n in range(20)])
-    with pytest.raises(LoPAError, match=r"\(train\): the image in row 13 \(counted from 0\) is missing"):
+    with pytest.raises(LoPAError, match=r"\(train\): the image in row 14 \(counted from 1\) is missing"):
         prepared(**options, labels=["0", "1"], validation_fraction=0.5)
 
 

@@ -51,7 +51,7 @@ OF_JSON = ("a number", "a float", "a bool", "a list", "a mapping")
 def test_what_is_no_text_in_parquet(kind: str, spec: TextSpec, refused: Refused) -> None:
     values, shown = NO_TEXTS[kind]
     files: Any = {"test": write("test.parquet", labelled(values, ["good"]))}
-    with refused(f"test (test): column 'text' must hold texts, got {shown} in row 0, 1 (counted from 0)", rows=True):
+    with refused(f"test (test): column 'text' must hold texts, got {shown} in row 1, 2 (counted from 1)", rows=True):
         prepared(spec, "test", data_files=files)
 
 
@@ -59,9 +59,9 @@ def test_what_is_no_text_in_parquet(kind: str, spec: TextSpec, refused: Refused)
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_what_is_no_text_in_json(kind: str, is_mixed: bool, spec: TextSpec, refused: Refused) -> None:
     values, shown = NO_TEXTS[kind]
-    values, at = (["a film", values[0], "b"], "1") if is_mixed else (values, "0, 1")
+    values, at = (["a film", values[0], "b"], "2") if is_mixed else (values, "1, 2")
     files: Any = {"test": write("test.jsonl", labelled(values, ["good"]))}
-    with refused(f"test (test): column 'text' must hold texts, got {shown} in row {at} (counted from 0)", rows=True):
+    with refused(f"test (test): column 'text' must hold texts, got {shown} in row {at} (counted from 1)", rows=True):
         prepared(spec, "test", data_files=files)
 
 
@@ -71,7 +71,7 @@ def test_what_is_no_text_is_named_by_the_files_row_where_validation_is_cut_off(
     rows = labelled(["a film"] * 40, ["good", "bad"])
     rows[17]["text"] = 5
     files: Any = {"train": write("train.jsonl", rows)}
-    with refused("column 'text' must hold texts, got 5 in row 17 (counted from 0)", rows=True):
+    with refused("column 'text' must hold texts, got 5 in row 18 (counted from 1)", rows=True):
         prepared(spec, data_files=files)
 
 
@@ -84,14 +84,14 @@ def test_where_texts_may_be_empty_they_must_be_texts(text_spec: SpecOf, refused:
     Path("glue/README.md").write_text(f"{configs}{splits}---\n")
     data = GLUEDataModule("rte", path="glue")
     data.connect(text_spec())
-    with refused("column 'sentence2' must hold texts, got 5 in row 0 (counted from 0)", rows=True):
+    with refused("column 'sentence2' must hold texts, got 5 in row 1 (counted from 1)", rows=True):
         data.setup("validate")
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_nul_character_in_a_text(ending: str, spec: TextSpec, refused: Refused) -> None:
     files: Any = {"test": write(f"test.{ending}", labelled(["a film", "a\0b", "c"], ["good"]))}
-    with refused("test (test): column 'text' has a NUL character", "in row 1 (counted from 0)", rows=True):
+    with refused("test (test): column 'text' has a NUL character", "in row 2 (counted from 1)", rows=True):
         prepared(spec, "test", data_files=files)
 
 
@@ -113,7 +113,7 @@ def test_what_is_no_text_in_a_completions_columns(column: str, value: Any, text_
     files: Any = {"train": write("train.jsonl", [*rows, {**rows[0], column: value}])}
     data = CompletionDataModule(data_files=files, instance_column="title", splits={"val": "train"})
     data.connect(text_spec("gpt2"))
-    with refused(f"column {column!r} must hold texts, got {value!r} in row 4 (counted from 0)", rows=True):
+    with refused(f"column {column!r} must hold texts, got {value!r} in row 5 (counted from 1)", rows=True):
         data.setup("fit")
 
 
@@ -318,7 +318,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(text_spec: SpecOf) -> None:
         ({}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
         ({"test": []}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
         ({"test": "folder"}, "no such regular file: folder"),
-        ({"test": "a.csv.gz"}, "got .gz"),
+        ({"test": "a.parquet.gz"}, "got .gz"),
         ({"test": "~/nothing.csv"}, "no such regular file: ~/nothing.csv"),
         ({"test": ["here.csv", "no*.csv"]}, "no such regular file: no*.csv"),
         ({"test": "here.csv/x.csv"}, "no such regular file: here.csv/x.csv"),
@@ -333,7 +333,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(text_spec: SpecOf) -> None:
 def test_files_that_are_none(files: Any, message: str, spec: TextSpec, refused: Refused) -> None:
     for name in ("folder", "folder.csv", "folder.jsonl", "folder.parquet"):
         Path(name).mkdir()
-    Path("a.csv.gz").write_bytes(b"")
+    Path("a.parquet.gz").write_bytes(b"")
     os.mkfifo("pipe.csv")
     Path("device.csv").symlink_to("/dev/zero")
     write("here.csv", ROWS)

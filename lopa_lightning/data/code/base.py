@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lopa_lightning.data.columns import ColumnError, check_columns
 from lopa_lightning.data.completion import CompletionDataModule, samples
-from lopa_lightning.errors import LoPAError, one_of, shown
+from lopa_lightning.errors import LoPAError, one_of
 from lopa_lightning.sandbox.run import Limits, isolation, isolation_line, require_permission, run_programs
 
 if TYPE_CHECKING:
@@ -121,13 +122,15 @@ def checked(stored: DatasetDict, columns: Mapping[str, str], splits: Sequence[st
         raise LoPAError(f"no split {', '.join(missing)}; there are {', '.join(map(str, stored))}")
     for split, rows in stored.items():
         for column, kind in columns.items():
-            if column not in rows.column_names:
-                raise LoPAError(f"{split}: no column {column}; there are {', '.join(rows.column_names)}")
-            for row, value in enumerate(rows[column][:]):
-                if not _KINDS[kind](value):
-                    got = f"got {shown(value)} in row {row} (counted from 0)"
-                    raise LoPAError(f"{split}: column {column!r} must hold {kind}, {got}")
+            check_columns(rows, [column], split)
+            _check_column(rows, column, kind, split)
     return stored
+
+
+def _check_column(rows: Dataset, column: str, kind: str, split: str) -> None:
+    is_right = _KINDS[kind]
+    if not all(map(is_right, rows[column][:])):
+        raise ColumnError(column, f"must hold {kind}", lambda value: not is_right(value)).named(split, rows)
 
 
 def halves(data: Dataset) -> DatasetDict:
