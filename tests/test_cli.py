@@ -178,7 +178,7 @@ def test_fit_validate_test_predict_and_resume(
 
     last = f"{run}/checkpoints/last.ckpt"
     main(["fit", *arguments, "--trainer.max_epochs=3", "--ckpt_path", last])
-    resumed = torch.load("runs/lopa/version_3/checkpoints/last.ckpt", weights_only=True)
+    resumed = torch.load("runs/lopa/version_4/checkpoints/last.ckpt", weights_only=True)
     steps = torch.load(last, weights_only=True)["global_step"]
     assert resumed["global_step"] == steps * 3 // 2
 

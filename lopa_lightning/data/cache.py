@@ -6,14 +6,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from lopa_lightning.data.columns import check_columns
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import causes_of, is_full_disk
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _FORMAT = 3  # of encoded rows; a new number makes cached ones stale
 

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.task import IGNORED
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lopa_lightning.backbones.text_spec import TextSpec
     from lopa_lightning.data.instance_vectors import StoredVectors
 

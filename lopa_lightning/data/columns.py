@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, shown
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _MARKS = {";": '";"', "\t": r'"\t"', "|": '"|"', ",": '","'}  # that columns are parted by, as YAML has them
 

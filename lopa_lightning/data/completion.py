@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from lopa_lightning.backbones.chat import Chat, ChatFormat, is_chat, question
 from lopa_lightning.backbones.text_spec import TextSpec
@@ -14,12 +14,9 @@ from lopa_lightning.data.columns import ColumnError, RowError
 from lopa_lightning.data.rows import RowEncoder, TextError, check_texts, tokenizer_key
 from lopa_lightning.data.splits import Role, with_inputs
 from lopa_lightning.data.text import TextDataModule
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.task import IGNORED
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 
 CHATS = "messages"
 """The column that data sets of chats have."""

@@ -7,13 +7,11 @@ import hashlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lopa_lightning.data.text_classification import TextClassificationDataModule
+from lopa_lightning.data.types import DatasetDict
 from lopa_lightning.errors import LoPAError
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 LIBRARIES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 _MIN_CHARACTERS = 20

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lopa_lightning.data.columns import is_empty
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from lopa_lightning.data.types import Dataset
 
 Rows = NDArray[np.int64]
 

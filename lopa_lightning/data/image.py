@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow.compute as pc
 
@@ -22,11 +22,9 @@ from lopa_lightning.data.labels import (
     values_of_labels,
 )
 from lopa_lightning.data.splits import Role, SplitsDataModule, select
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, at_least, listed, one_of
 from lopa_lightning.task import Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 View = Literal["model", "resize", "crop_flip"]
 

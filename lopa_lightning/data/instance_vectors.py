@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopa_lightning.data.cache import check_cached
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.vectors import VectorCache
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _log = logging.getLogger(__name__)
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lopa_lightning.data.columns import ColumnError, check_columns, some
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, listed
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 LabelLookup = tuple[str, dict[Any, int | float]]
 """The label column, and what each value in it means: an index or a number."""

@@ -6,7 +6,7 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,11 +27,9 @@ from lopa_lightning.data.limits import check_batch_limits
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.stored import read_rows
+from lopa_lightning.data.types import Dataset, DatasetDict
 from lopa_lightning.errors import LoPAError, at_least, shown
 from lopa_lightning.task import Task
-
-if TYPE_CHECKING:  # takes a second to import, and a command that reads no data does without
-    from datasets import Dataset, DatasetDict
 
 Role = Literal["train", "val", "test", "predict"]
 Loader = DataLoader[dict[str, Any]]

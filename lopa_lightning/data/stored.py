@@ -14,12 +14,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lopa_lightning.data.types import DatasetDict
 from lopa_lightning.errors import LoPAError, one_line, one_of
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 _CHUNK = 2**20  # characters
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

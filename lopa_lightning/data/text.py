@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,10 +15,8 @@ from lopa_lightning.data.columns import check_columns, is_empty
 from lopa_lightning.data.rows import RowEncoder
 from lopa_lightning.data.splits import Role, SplitsDataModule
 from lopa_lightning.data.template import Side
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, at_least, one_of
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class TextDataModule(SplitsDataModule):

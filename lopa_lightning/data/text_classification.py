@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lopa_lightning.data.labels import (
     LabelLookup,
@@ -20,11 +20,9 @@ from lopa_lightning.data.splits import Role, select, with_inputs
 from lopa_lightning.data.task_rows import task_encoder
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.data.text import TextDataModule
+from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, at_least, listed
 from lopa_lightning.task import InstanceReads, Task, Verbalizer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class TextClassificationDataModule(TextDataModule):

@@ -6,17 +6,15 @@ import ast
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from lopa_lightning.data.columns import ColumnError, check_columns
 from lopa_lightning.data.completion import CompletionDataModule, samples
+from lopa_lightning.data.types import Dataset, DatasetDict
 from lopa_lightning.errors import LoPAError, one_of
 from lopa_lightning.sandbox.run import Limits, isolation, isolation_line, require_permission, run_programs
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
 
 InstanceReads = Literal["question", "prompt"]
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
 from lopa_lightning.data.code.programs import cruxeval_answer, cruxeval_answer_program, is_skipped
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.data.splits import Role
+from lopa_lightning.data.types import DatasetDict
 from lopa_lightning.errors import one_of
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 Predict = Literal["input", "output"]
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
 from lopa_lightning.data.code.programs import code_block, first_function, mbpp_program
 from lopa_lightning.data.completion import Example, Layout
 from lopa_lightning.data.splits import Role
+from lopa_lightning.data.types import DatasetDict
 from lopa_lightning.errors import LoPAError, one_of
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 Style = Literal["docstring", "asserts"]
 Division = Literal["halves", "own"]
