@@ -24,9 +24,9 @@ class _Task:
         template: For masked LMs. Of a pair, the mask stands at the end.
         causal: For causal LMs, which continue it.
         labels: In the order of the data set's indices; none for regression.
+        submission: File name (without ending) of each test set in a submission.
         words: The verbalizer.
         metrics: The official ones; the score is their mean.
-        submission: File name (without ending) of each test set in a submission.
         submit_index: Whether a submission has label indices, not names.
         eval_splits: Splits to evaluate on, with the suffix of each.
     """
@@ -34,76 +34,62 @@ class _Task:
     template: tuple[str, ...]
     causal: str
     labels: tuple[str, ...]
-    words: tuple[str, ...]
-    metrics: tuple[str, ...]
     submission: tuple[str, ...]
+    words: tuple[str, ...] = ("Yes", "No")
+    metrics: tuple[str, ...] = ("accuracy",)
     submit_index: bool = False
     eval_splits: tuple[tuple[str, str], ...] = (("", "validation"),)
 
 
 _PAIR = ("{sentence1}", "{sentence2} {mask}")
-_IS_SAME = "{sentence1}\n{sentence2}\nQuestion: Do both mean the same? Yes or No?\nAnswer: {mask}"
 _FOLLOWS = "{sentence1}\nQuestion: {sentence2} Yes or No?\nAnswer: {mask}"
+_IS_SAME = "{sentence1}\n{sentence2}\nQuestion: Do both mean the same? Yes or No?\nAnswer: {mask}"
+_SAME: dict[str, Any] = {"words": ("No", "Yes"), "metrics": ("accuracy", "f1"), "submit_index": True}
+_ENTAILS = ("entailment", "not_entailment")
 
 GLUE_TASKS = {
     "cola": _Task(
-        ("{sentence} . This is {mask} .",),
-        "{sentence} . This is {mask}",
-        ("unacceptable", "acceptable"),
-        ("incorrect", "correct"),
-        ("matthews",),
-        ("CoLA",),
+        template=("{sentence} . This is {mask} .",),
+        causal="{sentence} . This is {mask}",
+        labels=("unacceptable", "acceptable"),
+        submission=("CoLA",),
+        words=("incorrect", "correct"),
+        metrics=("matthews",),
         submit_index=True,
     ),
     "sst2": _Task(
-        ("{sentence} . It was {mask} .",),
-        "{sentence} . It was {mask}",
-        ("negative", "positive"),
-        ("terrible", "great"),
-        ("accuracy",),
-        ("SST-2",),
+        template=("{sentence} . It was {mask} .",),
+        causal="{sentence} . It was {mask}",
+        labels=("negative", "positive"),
+        submission=("SST-2",),
+        words=("terrible", "great"),
         submit_index=True,
     ),
-    "mrpc": _Task(
-        _PAIR,
-        _IS_SAME,
-        ("not_equivalent", "equivalent"),
-        ("No", "Yes"),
-        ("accuracy", "f1"),
-        ("MRPC",),
-        submit_index=True,
-    ),
+    "mrpc": _Task(_PAIR, _IS_SAME, ("not_equivalent", "equivalent"), ("MRPC",), **_SAME),
     "qqp": _Task(
-        ("{question1}", "{question2} {mask}"),
-        "{question1}\n{question2}\nQuestion: Do both mean the same? Yes or No?\nAnswer: {mask}",
-        ("not_duplicate", "duplicate"),
-        ("No", "Yes"),
-        ("accuracy", "f1"),
-        ("QQP",),
-        submit_index=True,
+        template=("{question1}", "{question2} {mask}"),
+        causal=_IS_SAME.replace("sentence", "question"),
+        labels=("not_duplicate", "duplicate"),
+        submission=("QQP",),
+        **_SAME,
     ),
-    "stsb": _Task(_PAIR, _IS_SAME, (), (), ("pearson", "spearman"), ("STS-B",)),
+    "stsb": _Task(_PAIR, _IS_SAME, (), ("STS-B",), words=(), metrics=("pearson", "spearman")),
     "mnli": _Task(
-        ("{premise}", "{hypothesis} {mask}"),
-        "{premise}\nQuestion: {hypothesis} Yes, No or Maybe?\nAnswer: {mask}",
-        ("entailment", "neutral", "contradiction"),
-        ("Yes", "Maybe", "No"),
-        ("accuracy",),
-        ("MNLI-m", "MNLI-mm"),
+        template=("{premise}", "{hypothesis} {mask}"),
+        causal="{premise}\nQuestion: {hypothesis} Yes, No or Maybe?\nAnswer: {mask}",
+        labels=("entailment", "neutral", "contradiction"),
+        submission=("MNLI-m", "MNLI-mm"),
+        words=("Yes", "Maybe", "No"),
         eval_splits=(("", "validation_matched"), ("_mismatched", "validation_mismatched")),
     ),
     "qnli": _Task(
-        ("{question}", "{sentence} {mask}"),
-        "{sentence}\nQuestion: Does that answer: {question} Yes or No?\nAnswer: {mask}",
-        ("entailment", "not_entailment"),
-        ("Yes", "No"),
-        ("accuracy",),
-        ("QNLI",),
+        template=("{question}", "{sentence} {mask}"),
+        causal="{sentence}\nQuestion: Does that answer: {question} Yes or No?\nAnswer: {mask}",
+        labels=_ENTAILS,
+        submission=("QNLI",),
     ),
-    "rte": _Task(_PAIR, _FOLLOWS, ("entailment", "not_entailment"), ("Yes", "No"), ("accuracy",), ("RTE",)),
-    "wnli": _Task(
-        _PAIR, _FOLLOWS, ("not_entailment", "entailment"), ("No", "Yes"), ("accuracy",), ("WNLI",), submit_index=True
-    ),
+    "rte": _Task(_PAIR, _FOLLOWS, _ENTAILS, ("RTE",)),
+    "wnli": _Task(_PAIR, _FOLLOWS, _ENTAILS[::-1], ("WNLI",), words=("No", "Yes"), submit_index=True),
 }
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from lopa_lightning.data.columns import is_empty
 from lopa_lightning.data.types import Dataset
+from lopa_lightning.errors import shown
 
 Rows = NDArray[np.int64]
 
@@ -51,17 +53,23 @@ def held_out(count: int, share: float, seed: int, classes: Sequence[Any] | None 
     return drawn[~is_held_out], drawn[is_held_out]
 
 
-def also_in(training: Dataset, other: Dataset, columns: Sequence[str]) -> list[int]:
-    """Returns the rows of a set whose values stand in the training data, too.
+def warn_of_duplicates(training: Dataset, other: Dataset, columns: Sequence[str], what: str) -> None:
+    """Warns of examples that stand in the training data, too.
 
     Args:
         training: The training data.
-        other: The set.
+        other: What is validated or tested on.
         columns: What is compared.
+        what: The set's name.
     """
+    if not columns or not {*columns} <= {*training.column_names} & {*other.column_names}:
+        return
     keys = list(_keys(other, columns))
     common = set(keys).intersection(_keys(training, columns)) - {None}
-    return [row for row, key in enumerate(keys) if key in common]
+    if found := [row for row, key in enumerate(keys) if key in common]:
+        example = ", ".join(shown(other[found[0]][name]) for name in columns)
+        count = f"{len(found)} of {len(other)} examples"
+        rank_zero_warn(f"{what}: {count} are in the training data, too, such as {example}")
 
 
 def _keys(data: Dataset, columns: Sequence[str]) -> Iterator[int | None]:

@@ -21,7 +21,7 @@ from lopa_lightning.data.labels import (
     label_names,
     values_of_labels,
 )
-from lopa_lightning.data.splits import Role, SplitsDataModule, select
+from lopa_lightning.data.splits import Role, SplitsDataModule
 from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, at_least, listed, one_of
 from lopa_lightning.task import Task
@@ -172,8 +172,7 @@ class ImageClassificationDataModule(SplitsDataModule):
             return super().training_subset(data)
         assert self.task is not None
         found = self._label_lookup(data, "train")
-        rows = drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
-        return select(data, rows)
+        return drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
 
     def _files(self, data: Dataset, what: str) -> Dataset:
         """Returns the columns that are read, images as files or their content."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lopa_lightning.data.columns import ColumnError, check_columns, some
 from lopa_lightning.data.types import Dataset
@@ -122,10 +121,8 @@ def encoded_labels(values: Sequence[Any], lookup: dict[Any, int | float], severa
     return [[int(index in row) for index in range(several)] for row in chosen]
 
 
-def drawn_per_label(
-    data: Dataset, found: LabelLookup, names: Sequence[str], count: int, seed: int
-) -> list[NDArray[np.int64]]:
-    """Draws so many examples of each label.
+def drawn_per_label(data: Dataset, found: LabelLookup, names: Sequence[str], count: int, seed: int) -> Dataset:
+    """Draws so many examples of each label, in their order.
 
     Args:
         data: The split.
@@ -133,9 +130,6 @@ def drawn_per_label(
         names: Of the labels, by index.
         count: Of examples of each label.
         seed: Of the draws.
-
-    Returns:
-        Rows of each label.
 
     Raises:
         LoPAError: If a label has fewer.
@@ -148,7 +142,8 @@ def drawn_per_label(
         if len(rows) < count:
             raise LoPAError(f"shots_per_label asks for {count} of {label!r}, there are {len(rows)}")
         chosen.append(random.permutation(rows)[:count])
-    return chosen
+    drawn: Dataset = data.select(np.sort(np.concatenate(chosen)))
+    return drawn
 
 
 def label_of(feature: Any, value: Any) -> Any:

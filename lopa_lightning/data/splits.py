@@ -11,8 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,14 +19,14 @@ from lopa_lightning.backbones.padding import Side
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Rows
 from lopa_lightning.data.columns import ColumnError, RowError
-from lopa_lightning.data.holdout import also_in, held_out
+from lopa_lightning.data.holdout import held_out, warn_of_duplicates
 from lopa_lightning.data.instance_vectors import StoredVectors, agrees_with, reads_all, stored_vectors
 from lopa_lightning.data.limits import check_batch_limits
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.types import Dataset, DatasetDict
-from lopa_lightning.errors import LoPAError, at_least, shown
+from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.task import Task
 
 Role = Literal["train", "val", "test", "predict"]
@@ -209,7 +207,8 @@ class SplitsDataModule(LightningDataModule, ABC):
         if self.max_train_examples is None:
             return data
         random = np.random.default_rng(self.subset_seed)
-        return select(data, [random.permutation(len(data))[: self.max_train_examples]])
+        chosen: Dataset = data.select(np.sort(random.permutation(len(data))[: self.max_train_examples]))
+        return chosen
 
     def classes(self, data: Dataset) -> Sequence[Any] | None:
         """Returns each row's class, where validation rows are to be drawn from every class; None where there is none.
@@ -249,18 +248,11 @@ class SplitsDataModule(LightningDataModule, ABC):
 
     def _warn_of_duplicates(self, training: Dataset) -> None:
         """Warns of examples to validate or test on that are trained on as well."""
-        columns = self.input_columns
         roles: dict[str, Role] = dict.fromkeys(self.splits_of("val"), "val")
         if (split := self.splits["test"]) in self.raw() and split != self.splits["train"]:
             roles.setdefault(split, "test")
         for split, role in roles.items():
-            data = self.load_split(split, role)
-            if not columns or not {*columns} <= {*training.column_names} & {*data.column_names}:
-                continue
-            if found := also_in(training, data, columns):
-                example = ", ".join(shown(data[found[0]][name]) for name in columns)
-                count = f"{len(found)} of {len(data)} examples"
-                rank_zero_warn(f"{role} ({split}): {count} are in the training data, too, such as {example}")
+            warn_of_duplicates(training, self.load_split(split, role), self.input_columns, f"{role} ({split})")
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -398,12 +390,6 @@ class SplitsDataModule(LightningDataModule, ABC):
             persistent_workers=workers > 0,
             pin_memory=on_gpu,
         )
-
-
-def select(data: Dataset, rows: list[NDArray[np.int64]]) -> Dataset:
-    """Returns rows of a data set, in their order, from groups of indices."""
-    chosen: Dataset = data.select(np.sort(np.concatenate(rows)))
-    return chosen
 
 
 def with_inputs(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], gold: list[Any]) -> list[dict[str, Any]]:

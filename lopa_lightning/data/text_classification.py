@@ -16,7 +16,7 @@ from lopa_lightning.data.labels import (
     values_of_labels,
 )
 from lopa_lightning.data.rows import RowEncoder
-from lopa_lightning.data.splits import Role, select, with_inputs
+from lopa_lightning.data.splits import Role, with_inputs
 from lopa_lightning.data.task_rows import task_encoder
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.data.text import TextDataModule
@@ -147,5 +147,4 @@ class TextClassificationDataModule(TextDataModule):
         if self.shots_per_label is None:
             return super().training_subset(data)
         found = self.label_lookup(data, "train")
-        rows = drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
-        return select(data, rows)
+        return drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)

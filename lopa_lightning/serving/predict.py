@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lopa_lightning.command_line.parser import UsageError
-from lopa_lightning.data.columns import ColumnError, check_columns, is_empty
-from lopa_lightning.data.completion import CHATS, check_chats, unanswered
+from lopa_lightning.data.columns import ColumnError, RowError, check_columns, is_empty
+from lopa_lightning.data.completion_rows import CHATS, fault_of_chat, unanswered
 from lopa_lightning.data.labels import named_class
 from lopa_lightning.data.rows import check_texts
 from lopa_lightning.data.stored import read_rows
@@ -133,10 +133,10 @@ def _of_file(file: str, columns: list[str], reader: dict[str, str], drop_empty: 
             rank_zero_warn(f"{file}: {len(rows) - len(kept)} of {len(rows)} rows were dropped: they have an empty cell")
         rows = kept
     try:
-        if columns == [CHATS]:
-            check_chats(row[CHATS] for row in rows)
-        else:
+        if columns != [CHATS]:
             check_texts({name: [row[name] for row in rows] for name in columns})
-    except ColumnError as error:
+        elif bad := next((row for row in rows if fault_of_chat(row[CHATS])), None):
+            raise RowError({CHATS: bad[CHATS]}, str(fault_of_chat(bad[CHATS])))
+    except (ColumnError, RowError) as error:
         raise error.named(file, data) from None
     return rows

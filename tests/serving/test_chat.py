@@ -6,12 +6,13 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from lopa_lightning import LoPALightningModule
+from lopa_lightning import CausalLMModule, LoPALightningModule
 from lopa_lightning.cli import main
-from lopa_lightning.serving.chat import answers
 from tests.modules.helpers import causal, completions, module, reviews, trainer
 
 Tiny = Callable[[str], str]
@@ -23,6 +24,7 @@ CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "gr
 def checkpoints(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A checkpoint for each placement."""
     folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(0)
     saved = {}
     for placement in ("system", "before"):
         model = causal(tiny("chat"), placement=placement, generation={"max_new_tokens": 3})
@@ -44,18 +46,26 @@ def test_a_chat_goes_on_until_another_begins(
     loaded = LoPALightningModule.load_from_checkpoint(checkpoints["system"])
     ((first,),) = loaded.generate([{"role": "user", "content": ASKED}])
     chat = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": first.strip()}]
-    ((second,),) = loaded.generate([*chat, {"role": "user", "content": TOLD}])
-    ((alone,),) = loaded.generate([{"role": "user", "content": TOLD}])
+    chats = [chat[:1], [*chat, {"role": "user", "content": TOLD}], [{"role": "user", "content": TOLD}]]
+    wanted = [text.strip() for (text,) in loaded.generate(chats)]
+    asked: list[Any] = []
+    generate = CausalLMModule.generate
+
+    def recorded(self: CausalLMModule, *args: Any) -> list[list[str]]:
+        asked.append(args)
+        return generate(self, *args)
+
+    monkeypatch.setattr(CausalLMModule, "generate", recorded)
+    arguments = ["--ckpt_path", checkpoints["system"]]
     capsys.readouterr()
-    talk([ASKED, "", TOLD, "/new", TOLD], ["--ckpt_path", checkpoints["system"]], monkeypatch)
-    wanted = [first.strip(), second.strip(), alone.strip()]
+    talk([ASKED, "", TOLD, "/new", TOLD], arguments, monkeypatch)
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in wanted)
-    assert len(set(wanted)) == 3
-    assert list(answers(loaded, [ASKED], {"max_new_tokens": 1})) != wanted[:1]
-    talk([ASKED, TOLD * 20, "/new", TOLD], ["--ckpt_path", checkpoints["system"]], monkeypatch)
+    assert asked == [(each, {}, 1) for each in chats]
+    talk([ASKED, TOLD * 20, "/new", TOLD], [*arguments, "--max_new_tokens", "2"], monkeypatch)
     said = capsys.readouterr()
-    assert said.out.splitlines() == [wanted[0], wanted[2]]
+    assert len(said.out.splitlines()) == 2
     assert "it is not cut; /new begins another chat" in said.err
+    assert asked[-1] == (chats[2], {"max_new_tokens": 2}, 1)
 
 
 def test_where_no_chat_was_trained_each_line_is_a_prompt(
@@ -97,8 +107,7 @@ def test_chats_of_a_file_are_answered(
     with pytest.raises(SystemExit):
         main([*predict, str(tmp_path / "bad.jsonl")])
     said = capsys.readouterr().err
-    assert "bad.jsonl: column 'messages' must hold chats" in said
-    assert "in row 2 (counted from 1)" in said
+    assert "bad.jsonl: row 2 (counted from 1): a chat must have a question before its last answer" in said
 
 
 def test_a_trainers_predictions_name_their_chats(checkpoints: dict[str, str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from lopa_lightning.data.code.base import CodeDataModule, InstanceReads, checked, halves
 from lopa_lightning.data.code.programs import code_block, first_function, mbpp_program
-from lopa_lightning.data.completion import Example, Layout
+from lopa_lightning.data.completion_rows import Example, Layout
 from lopa_lightning.data.splits import Role
 from lopa_lightning.data.types import DatasetDict
 from lopa_lightning.errors import LoPAError, one_of
