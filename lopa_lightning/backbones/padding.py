@@ -1,4 +1,4 @@
-"""Checks that a text gets the same hidden states alone as padded in a batch."""
+"""Checks that a text gets the same hidden states alone as padded in a batch, and from embeddings as from token ids."""
 
 from __future__ import annotations
 
@@ -48,6 +48,31 @@ def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, p
             "or another backbone"
         )
     warn_of_mixing(name, side, own)
+
+
+@torch.no_grad()
+def check_embeddings(backbone: TextBackbone) -> None:
+    """Refuses a model that changes the embeddings of token ids, and leaves those that it is given as they are.
+
+    Two short forward passes, to be called on all processes, and with weights.
+
+    Args:
+        backbone: The model.
+
+    Raises:
+        LoPAError: If a text's embeddings have other hidden states than its token ids.
+    """
+    body, weight = backbone.body, backbone.embedding_weight
+    ids = (torch.arange(1, _SHORT + 1, device=weight.device) % len(weight))[None]
+    with in_eval_mode(backbone):
+        own = body(input_ids=ids).last_hidden_state.float()
+        given = body(inputs_embeds=backbone.model.get_input_embeddings()(ids)).last_hidden_state.float()
+    change = float((given - own).norm() / own.norm())
+    if not change <= tolerance(body):
+        raise LoPAError(
+            f"{type(body).__name__} changes the embeddings of token ids and not those that it is given: a soft prompt "
+            f"stands beside embeddings that no text has in it: states differ by {change:.0%}; use another backbone"
+        )
 
 
 def warn_of_mixing(name: str, side: Side, change: float) -> None:

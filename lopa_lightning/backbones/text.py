@@ -23,7 +23,7 @@ from lopa_lightning.backbones.injection import (
     with_offset,
 )
 from lopa_lightning.backbones.lm_head import VocabularyHead, chunked_cross_entropy
-from lopa_lightning.backbones.padding import Side, check_padding
+from lopa_lightning.backbones.padding import Side, check_embeddings, check_padding
 from lopa_lightning.backbones.prefix import cache_input, layer_prompts
 from lopa_lightning.backbones.pretrained import (
     accepted_inputs,
@@ -135,6 +135,8 @@ class TextBackbone(Backbone, LanguageModel):
 
     def check_padding(self, num_virtual_tokens: int, sides: Iterable[Side]) -> None:
         """Checks that a text gets the same states alone and padded, see :mod:`~lopa_lightning.backbones.padding`."""
+        if not self._checked_sides:
+            check_embeddings(self)
         pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_token_id or 0
         for side in sorted({*sides} - self._checked_sides):
             self._checked_sides.add(side)

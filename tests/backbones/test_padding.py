@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedModel
 
-from lopa_lightning.backbones.padding import Side, change_by_padding, check_padding, tolerance
+from lopa_lightning.backbones.padding import Side, change_by_padding, check_embeddings, check_padding, tolerance
 from lopa_lightning.backbones.pretrained import freeze
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import instance_inputs
@@ -33,6 +33,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "MobileBert": {**SIZES, "embedding_size": 32, "intra_bottleneck_size": 32},
     "Yoso": SIZES,
     "RoFormer": {**SIZES, "embedding_size": 32},
+    "FalconH1": {
+        **{**SIZES, "embedding_multiplier": 5.6, "head_dim": 8, "num_key_value_heads": 4},
+        **{"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    },
+    "Granite": {**SIZES, "embedding_multiplier": 5.6},
+    "Gemma2": {**SIZES, "head_dim": 8},
 }
 
 
@@ -129,3 +135,13 @@ def test_rounding_is_allowed_for_by_dtype_and_quantisation() -> None:
     assert tolerance(model) == 1e-3
     model.config.quantization_config = {"quant_method": "torchao"}
     assert tolerance(model) == tolerance(build("Bert", torch.float16)) == 0.1
+
+
+@pytest.mark.parametrize("name", ["Bert", "GPT2", "Llama", "Granite", "Gemma2"])
+def test_token_ids_and_their_embeddings_have_the_same_states(name: str) -> None:
+    check_embeddings(TextBackbone(build(name)))
+
+
+def test_a_model_that_scales_token_ids_alone_is_refused() -> None:
+    with pytest.raises(LoPAError, match="FalconH1Model changes the embeddings of token ids and not those"):
+        TextBackbone(build("FalconH1")).check_padding(4, ["right"])
