@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def accumulated(backbone: str, folder: Path, size: dict[str, int]) -> dict[str, 
     return {"rows": rows, "gradients": windows.gradients, "state": model.state_dict()}
 
 
-def main(backbone: str, causal_backbone: str, folder: Path) -> None:
+def fit_and_evaluate(backbone: str, causal_backbone: str, folder: Path) -> None:
     (folder / "plain").mkdir(exist_ok=True)
     plain_state, encoded = encoder_at_every_step(backbone, folder), []
     hook = torch.nn.modules.module.register_module_forward_hook(
@@ -108,7 +107,3 @@ def main(backbone: str, causal_backbone: str, folder: Path) -> None:
         },
         folder / f"rank{run.global_rank}.pt",
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

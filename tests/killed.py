@@ -1,11 +1,9 @@
-"""Runs in processes of their own that are killed: forks of one that has imported everything."""
+"""Runs that are killed: callbacks that send the signal, and a fit that goes on from its last checkpoint."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,31 +78,6 @@ class Seen(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self.losses.append([trainer.global_step, float(trainer.callback_metrics["val/loss"])])
-
-
-def forked(function: Callable[[], object], log: Path) -> int:
-    """Calls a function in a forked process, whose output goes to a file.
-
-    Returns:
-        The exit status, or the negative number of the signal that killed it.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        with log.open("w", buffering=1) as file:
-            sys.stdout = sys.stderr = file
-            function()
-            status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        log.write_text(traceback.format_exc())
-    finally:
-        os._exit(status)
 
 
 def fit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from lopa_lightning import ClassificationModule, PretrainedSpec, PromptTuning
 from lopa_lightning.strategies import FSDP2Strategy
 from tests.modules.helpers import reviews
 
-ROWS = 16
+ROWS = 8
 
 
 def resident() -> int:
@@ -59,7 +58,7 @@ class Watched(ClassificationModule):
 
 
 def fit(model: str, folder: Path, **options: Any) -> dict[str, float]:
-    """Two steps on the same eight rows each, whatever the number of processes, and the loss after them."""
+    """Two steps on the same four rows each, whatever the number of processes, and the loss after them."""
     seed_everything(3)
     module = Watched(
         backbone=PretrainedSpec(model, dtype="float32"),
@@ -67,7 +66,7 @@ def fit(model: str, folder: Path, **options: Any) -> dict[str, float]:
         objective="causal_lm",
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
     )
-    data = reviews(folder, rows=ROWS, batch_size=8 // options.get("devices", 1), eval_batch_size=16)
+    data = reviews(folder, rows=ROWS, batch_size=4 // options.get("devices", 1), eval_batch_size=8)
     run = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -90,7 +89,7 @@ def fit(model: str, folder: Path, **options: Any) -> dict[str, float]:
     }
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    result = fit(sys.argv[1], folder, devices=2, strategy=FSDP2Strategy())
+def fit_on_two(model: str, folder: Path) -> None:
+    """The same under FSDP2, with a result for each process."""
+    result = fit(model, folder, devices=2, strategy=FSDP2Strategy())
     torch.save(result, folder / f"rank{torch.distributed.get_rank()}.pt")

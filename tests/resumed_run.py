@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +114,3 @@ def two_processes(backbone: str, folder: Path, step: int, part: str) -> None:
     ended = [stopped(backbone, folder / f"asked{i}", callback) for i, callback in enumerate(asked)]
     result = {"state": model.state_dict(), "rows": rows.seen, "ended": ended}
     torch.save(result, folder / f"resumed{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    backbone, folder, step, part = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    if part == "writing":
-        killed_while_writing(backbone, folder / "killed", step)
-    else:
-        two_processes(backbone, folder, step, part)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +141,9 @@ def fit(
     run = trainer(folder / f"{kind}-{how}", epochs, num_sanity_val_steps=0, **devices)
     run.callbacks[:0] = [saves, step]
     run.fit(model, data, **options)
-    planned = sizes(model, Step(4, 12, 12, 4)).sent(how, 2) if epochs == 1 else 0
+    # The same on every process.
+    once = run.global_rank == 0 and kind != "head"
+    planned = sizes(model, Step(4, 12, 12, 4)).sent(how, 2) if once else 0
     sharded = [name for name, part in model.net.named_modules() if isinstance(part, FSDPModule)]
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -155,24 +155,28 @@ def fit(
         "validated": validated,
         "sharded": sharded,
         "saves": saves.numbers,
-        "sent": (step.sent.bytes, planned, step.sent.small),
+        "sent": (step.sent.bytes, step.sent.small),
+        "planned": planned,
         "sizes": (held, frozen, trained),
         "dtypes": sorted({str(p.dtype) for p in model.net.backbone.parameters()}),
         "step": run.global_step,
     }
 
 
-def main(folder: Path, models: dict[str, str]) -> None:
+def fit_all(folder: Path, models: dict[str, str]) -> None:
     results: dict[str, Any] = {}
     for kind in ("decoder", "encoder", "adapted", "lora"):
         for how in ("ddp", "fsdp"):
             results[f"{kind}-{how}"] = fit(kind, how, models, folder)
-    for name, hows in {"all": ("ddp", "fsdp"), "ddp": ("ddp", "ddp"), "stock": ("stock", "stock")}.items():
-        path = folder / "single.ckpt"
-        for epochs, how in zip((2, 3), hows):
-            (chain := folder / f"{name}-{epochs}").mkdir(exist_ok=True)
-            results[f"{name}-{epochs}"] = fit("head", how, models, chain, epochs, ckpt_path=path)
-            path = chain / f"head-{how}" / "last.ckpt"
+    for start, name, epochs, how in (
+        ("single.ckpt", "ddp", 2, "ddp"),
+        ("ddp-2/head-ddp/last.ckpt", "ddp", 3, "ddp"),
+        ("ddp-2/head-ddp/last.ckpt", "all", 3, "fsdp"),
+        ("single.ckpt", "stock", 2, "stock"),
+        ("stock-2/head-stock/last.ckpt", "stock", 3, "stock"),
+    ):
+        (run := folder / f"{name}-{epochs}").mkdir(exist_ok=True)
+        results[f"{name}-{epochs}"] = fit("head", how, models, run, epochs, ckpt_path=folder / start)
     (folder / "accumulated").mkdir(exist_ok=True)
     for how in ("ddp", "fsdp"):
         results[f"accumulated-{how}"] = fit("head", how, models, folder / "accumulated", accumulated=2)
@@ -243,7 +247,3 @@ def refused(folder: Path, models: dict[str, str]) -> dict[str, str]:
         except LoPAError as error:
             messages[how] = str(error)
     return messages
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,30 +11,19 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from torch.distributed import run as torchrun
 
 from lopa_lightning import LoPALightningModule, NoPrompt
-from tests.distributed_run import MATCHING, adapted
+from lopa_lightning.cli import main
+from tests.distributed_run import MATCHING, adapted, fit_and_evaluate
 from tests.modules.helpers import causal, completions, reviews, trainer
 from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, as_one_batch, rows_of
+from tests.processes import forked, logs, on_two
 
 Tiny = Callable[[str], str]
 Ranks = tuple[Path, list[dict[str, Any]]]
 
 ROOT = Path(__file__).parent.parent
-
-
-def launch(arguments: list[str], folder: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a script or module on two processes, with a cache of its own or that of all tests."""
-    found = str(cache or datasets.config.HF_DATASETS_CACHE)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": found},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
 
 
 def _half_right(backbone: str) -> list[dict[str, str]]:
@@ -62,30 +48,43 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     completions(folder / "unequal", UNEQUAL)
     (folder / "matching.json").write_text(json.dumps(_half_right(tiny("llama"))))
     completions(folder / "matching", json.loads((folder / "matching.json").read_text()))
-    arguments = [str(ROOT / "tests" / "distributed_run.py"), tiny("bert_base"), tiny("llama"), str(folder)]
-    done = launch(arguments, ROOT, cache=folder / "cache")  # what others have encoded must be encoded here
-    assert done.returncode == 0, done.stderr[-3000:]
+    cache = folder / "cache"  # what others have encoded must be encoded here
+    statuses = on_two(fit_and_evaluate, tiny("bert_base"), tiny("llama"), folder, folder=folder, cache=cache)
+    assert statuses == [0, 0], logs(folder)
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
-def test_the_command_line_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path, overlay: str) -> None:
-    reviews(tmp_path, rows=21)
-    arguments = [
-        *("fit", "--config", str(ROOT / "configs" / "own_csv.yaml")),
-        *(
-            "--config",
-            str(ROOT / "configs" / "trainer" / f"{overlay}.yaml"),
-            f"--model.backbone.name={tiny('bert_base')}",
-        ),
+def arguments(overlay: str, backbone: str) -> list[str]:
+    config, trainer_config = ROOT / "configs" / "own_csv.yaml", ROOT / "configs" / "trainer" / f"{overlay}.yaml"
+    return [
+        *("fit", "--config", str(config), "--config", str(trainer_config), f"--model.backbone.name={backbone}"),
         *("--data.data_files", '{"train": "train.csv", "validation": "validation.csv"}'),
         *("--data.labels", '["good", "bad"]', "--data.batch_size=4", "--trainer.max_epochs=1"),
         *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.log_every_n_steps=1"),
     ]
-    done = launch(["-m", "lopa_lightning", *arguments], tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Best validation") == 1
-    assert (tmp_path / "runs" / "lopa" / "version_0" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_torchrun_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reviews(tmp_path, rows=21)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(datasets.config.HF_DATASETS_CACHE))
+    command = ["--standalone", "--nproc-per-node=2", "-m", "lopa_lightning", *arguments("ddp", tiny("bert_base"))]
+    log = tmp_path / "log.txt"
+    assert forked(lambda: torchrun.main(command), log) == 0, log.read_text()[-3000:]
+    check_run(tmp_path, log.read_text())
+
+
+def test_the_command_line_ends_well_under_fsdp(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reviews(tmp_path, rows=21)
+    assert on_two(main, arguments("fsdp", tiny("bert_base")), folder=tmp_path) == [0, 0], logs(tmp_path)
+    check_run(tmp_path, "".join((tmp_path / f"log{rank}.txt").read_text() for rank in (0, 1)))
+
+
+def check_run(folder: Path, said: str) -> None:
+    assert said.count("Best validation") == 1
+    assert (folder / "runs" / "lopa" / "version_0" / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_ranks_end_with_equal_parameters(ranks: Ranks) -> None:

@@ -14,8 +14,9 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.killed import Kill, fit, forked
+from tests.killed import Kill, fit
 from tests.modules.helpers import LoPATiny, module, reviews
+from tests.processes import forked
 
 ROOT = Path(__file__).parent.parent
 Tiny = Callable[[str], str]
@@ -24,6 +25,13 @@ Schedulers = torch.optim.lr_scheduler
 ROWS = 22  # six batches of 4
 KILLS = [("step", 1, 1), ("save", 1, 3), ("validation", 1, 1), ("epoch", 1, 0)]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def kills(number: int) -> list[Kill]:
+    """Of a run: within a step and at one more place. Three runs in a row have one place and each signal."""
+    places = (0, 1 + number // 3 % 3)
+    return [Kill(where, SIGNALS[(number + i) % 3], epoch, batch) for i in places for where, epoch, batch in [KILLS[i]]]
+
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "share": ({"warmup": 0.25}, {}, {}),
@@ -43,8 +51,6 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
         {"every_n_train_steps": 1, "early_stopping": True},
     ),
-    "accumulated": ({"warmup": 0.1}, {"batch_size": 3}, {"accumulate_grad_batches": 3, "every_n_train_steps": 1}),
-    "steps in all": ({"warmup": 0.25}, {}, {"max_steps": 16, "epochs": -1}),
     "limited, validated in a window and after one": (
         {"warmup": 0.25},
         {"batch_size": 3},
@@ -56,6 +62,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "every_n_train_steps": 1,
         },
     ),
+    "accumulated": ({"warmup": 0.1}, {"batch_size": 3}, {"accumulate_grad_batches": 3, "every_n_train_steps": 1}),
+    "steps in all": ({"warmup": 0.25}, {}, {"max_steps": 16, "epochs": -1}),
     "by tokens, accumulated": (
         {"warmup": 0.25},
         {"batch_tokens": 56},
@@ -82,6 +90,11 @@ def test_every_schedule_that_is_shipped_is_among_the_runs() -> None:
     assert {given.get("warmup", 0) for given in arguments} <= tried
 
 
+def test_every_signal_is_sent_at_every_place() -> None:
+    sent = [(kill.where, kill.number) for number in range(len(RUNS)) for kill in kills(number)]
+    assert set(sent) == {(where, number) for where, *_ in KILLS for number in SIGNALS}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_it_ends_like_one_that_was_not_killed(tiny: Tiny, tmp_path: Path, name: str) -> None:
     modules, data, options = RUNS[name]
@@ -101,10 +114,9 @@ def test_it_ends_like_one_that_was_not_killed(tiny: Tiny, tmp_path: Path, name: 
         log = tmp_path / "log.txt"
         return forked(lambda: fit(tmp_path / "killed", make, kill, **options), log), log.read_text()
 
-    for i, (where, epoch, batch) in enumerate(KILLS):
-        sent = SIGNALS[(list(RUNS).index(name) + i) % len(SIGNALS)]
-        status, log = run(Kill(where, sent, epoch, batch))
-        assert status == (-sent if sent == signal.SIGKILL else 128 + sent), (where, sent, log)
+    for kill in kills(list(RUNS).index(name)):
+        status, log = run(kill)
+        assert status == (-kill.number if kill.number == signal.SIGKILL else 128 + kill.number), (vars(kill), log)
     status, log = run()
     assert status == 0, log
     killed = torch.load(tmp_path / "killed" / "result.pt", weights_only=True)

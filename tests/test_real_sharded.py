@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.modules.helpers import reviews
-from tests.real_sharded_run import ROWS, fit
-from tests.test_distributed import ROOT, launch
+from tests.processes import logs, on_two
+from tests.real_sharded_run import ROWS, fit, fit_on_two
 
 Find = Callable[[str], str]
 
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.real
 def test_smollm2_is_never_whole_and_learns_as_on_one_process(real_model: Find, tmp_path: Path) -> None:
     model = real_model("HuggingFaceTB/SmolLM2-135M-Instruct")
     reviews(tmp_path, rows=ROWS)
-    done = launch([str(ROOT / "tests" / "real_sharded_run.py"), model, str(tmp_path)], ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert on_two(fit_on_two, model, tmp_path, folder=tmp_path) == [0, 0], logs(tmp_path)
     alone = fit(model, tmp_path)
     for rank in (0, 1):
         result = torch.load(tmp_path / f"rank{rank}.pt")

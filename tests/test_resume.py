@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning import ClassificationModule, PretrainedSpec
@@ -23,11 +22,12 @@ from lopa_lightning.checkpoint_io import WholeFiles
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from tests.modules.helpers import LoPATiny, module, reviews, trainer, write_reviews
-from tests.resumed_run import ROWS, Signal, fit
-from tests.test_distributed import ROOT, launch
+from tests.processes import forked, logs, on_two
+from tests.resumed_run import ROWS, Signal, fit, killed_while_writing, two_processes
 
 Tiny = Callable[[str], str]
 
+ROOT = Path(__file__).parent.parent
 STEPS = 12  # of two epochs
 
 
@@ -46,17 +46,38 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return set(one) == set(other) and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@dataclasses.dataclass
+class Whole:
+    """A run that was never stopped."""
+
+    model: Any
+    rows: list[list[int]]
+    folder: Path
+
+    def after(self, step: int) -> Path:
+        """Its checkpoint of a step."""
+        return self.folder / f"{step}.ckpt"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    keep = tuple(Keep(step, folder / f"{step}.ckpt") for step in (1, 2, 4, 6, 9))
+    model, rows = fit(tiny("bert_base"), folder, keep)
+    assert len(rows.seen) == STEPS
+    return Whole(model, rows.seen, folder)
+
+
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (6, 0), (9, 0), (4, 1)])
 def test_a_run_resumed_within_an_epoch_is_the_whole_one_bit_for_bit(
-    tiny: Tiny, tmp_path: Path, step: int, workers: int, recwarn: pytest.WarningsRecorder
+    tiny: Tiny, tmp_path: Path, whole: Whole, step: int, workers: int, recwarn: pytest.WarningsRecorder
 ) -> None:
-    keep = Keep(step, tmp_path / "mid.ckpt")
-    whole, rows = fit(tiny("bert_base"), tmp_path / "whole", (keep,))
-    parts, rest = fit(tiny("bert_base"), tmp_path / "parts", resume=keep.path, workers=workers)
-    assert len(rows.seen) == STEPS
-    assert rest.seen == rows.seen[step:]
-    assert equal(whole.state_dict(), parts.state_dict())
-    saved, again = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "parts"))
+    parts, rest = fit(tiny("bert_base"), tmp_path / "parts", resume=whole.after(step), workers=workers)
+    assert rest.seen == whole.rows[step:]
+    assert equal(whole.model.state_dict(), parts.state_dict())
+    saved, again = (
+        torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole.folder, tmp_path / "parts")
+    )
     assert saved["global_step"] == again["global_step"] == STEPS
     assert saved["lr_schedulers"] == again["lr_schedulers"]
     moments, others = (each["optimizer_states"][0]["state"] for each in (saved, again))
@@ -72,66 +93,51 @@ class Eager(ClassificationModule):
         return super().configure_optimizers()
 
 
-def test_a_position_that_is_lost_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
-    keep = Keep(2, tmp_path / "mid.ckpt")
-    fit(tiny("bert_base"), tmp_path / "whole", (keep,), epochs=1)
+def test_a_position_that_is_lost_is_an_error(tiny: Tiny, tmp_path: Path, whole: Whole) -> None:
     model = Eager(backbone=PretrainedSpec(tiny("bert_base")), objective="head", prompt_encoder=LoPATiny)
     with pytest.raises(LoPAError, match="after 2 batches of an epoch, but the training data were set up before"):
-        trainer(tmp_path, 1).fit(model, reviews(tmp_path, rows=ROWS), ckpt_path=keep.path)
+        trainer(tmp_path, 1).fit(model, reviews(tmp_path, rows=ROWS), ckpt_path=whole.after(2))
 
 
-def test_other_batches_than_before_are_said(tiny: Tiny, tmp_path: Path) -> None:
-    keep = Keep(2, tmp_path / "mid.ckpt")
-    fit(tiny("bert_base"), tmp_path / "whole", (keep,), epochs=1)
+def test_other_batches_than_before_are_said(tiny: Tiny, tmp_path: Path, whole: Whole) -> None:
+    seed_everything(5)  # as the run's
     data = reviews(tmp_path, rows=ROWS, batch_size=5)
     with pytest.warns(UserWarning, match=r"its batches were others \(batch_size 4, now 5\)"):
-        trainer(tmp_path, 1).fit(module(tiny("bert_base"), objective="head"), data, ckpt_path=keep.path)
+        trainer(tmp_path, 1).fit(module(tiny("bert_base"), objective="head"), data, ckpt_path=whole.after(2))
 
 
-@pytest.mark.parametrize("step", [2, 6])
-@pytest.mark.parametrize("changed", [("film", "cast"), (",good", ",bad"), None])
+@pytest.mark.parametrize(("changed", "step"), [(("film", "cast"), 2), ((",good", ",bad"), 6), (None, 2), (None, 6)])
 def test_data_of_other_texts_or_labels_is_said(
-    changed: tuple[str, str] | None, step: int, tiny: Tiny, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    changed: tuple[str, str] | None,
+    step: int,
+    tiny: Tiny,
+    tmp_path: Path,
+    whole: Whole,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
-    keep = Keep(step, tmp_path / "mid.ckpt")
-    fit(tiny("bert_base"), tmp_path / "whole", (keep,), epochs=1)
-    data = reviews(tmp_path, rows=ROWS)
+    data = reviews(tmp_path, rows=ROWS)  # the same data in another file
     train = tmp_path / "train.csv"
     if changed is not None:
         train.write_text(train.read_text().replace(*changed, 1))
-    os.utime(train, (1, 1))  # the same data in another file
-    trainer(tmp_path, 2).fit(module(tiny("bert_base"), objective="head", warmup=3), data, ckpt_path=keep.path)
+    seed_everything(5)  # as the run's
+    model = module(tiny("bert_base"), objective="head", warmup=3)
+    trainer(tmp_path, 1 + step // 6).fit(model, data, ckpt_path=whole.after(step))
     said = [str(w.message) for w in recwarn if "training data has changed since the checkpoint" in str(w.message)]
     assert len(said) == (changed is not None)
 
 
-def test_killed_while_writing_it_goes_on_from_the_checkpoint_before(tiny: Tiny, tmp_path: Path) -> None:
+def test_killed_while_writing_it_goes_on_from_the_checkpoint_before(tiny: Tiny, tmp_path: Path, whole: Whole) -> None:
     step = random.SystemRandom().randint(2, STEPS - 1)
     write_all(tmp_path)
-    killed = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "tests" / "resumed_run.py"),
-            tiny("bert_base"),
-            str(tmp_path),
-            str(step),
-            "writing",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    log = tmp_path / "log.txt"
+    status = forked(lambda: killed_while_writing(tiny("bert_base"), tmp_path / "killed", step), log)
+    assert status == -signal.SIGKILL, log.read_text()[-2000:]
     last = tmp_path / "killed" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == step - 1
     assert len(list(last.parent.glob(".last.ckpt.*"))) == 1
     resumed, rest = fit(tiny("bert_base"), tmp_path / "killed", resume=last)
-    whole, rows = fit(tiny("bert_base"), tmp_path / "whole")
-    assert rest.seen == rows.seen[step - 1 :], step
-    assert equal(whole.state_dict(), resumed.state_dict()), step
+    assert rest.seen == whole.rows[step - 1 :], step
+    assert equal(whole.model.state_dict(), resumed.state_dict()), step
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -143,10 +149,9 @@ def write_all(folder: Path) -> None:
 def test_two_processes_go_on_where_one_was_killed(tiny: Tiny, tmp_path: Path) -> None:
     step = random.SystemRandom().randint(2, STEPS // 2 - 1)
     write_all(tmp_path)
-    script = [str(ROOT / "tests" / "resumed_run.py"), tiny("bert_base"), str(tmp_path), str(step)]
-    assert launch([*script, "killed"], ROOT).returncode != 0
-    done = launch([*script, "resumed"], ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run = functools.partial(on_two, two_processes, tiny("bert_base"), tmp_path, step, folder=tmp_path)
+    assert run("killed")[1] == -signal.SIGKILL, logs(tmp_path)
+    assert run("resumed") == [0, 0], logs(tmp_path)
     for rank in (0, 1):
         whole, resumed = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for name in ("whole", "resumed"))
         taken = len(whole["rows"]) - len(resumed["rows"])
