@@ -27,7 +27,8 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def small(config: str, tiny: Tiny, overlay: bool = False) -> list[str]:
     """Arguments that put tiny models and tiny data in a shipped config's place."""
-    path = write_mini_mbpp(Path("mini_mbpp")) if config == "mbpp" else write_mini_cruxeval(Path("mini_cruxeval"))
+    write = write_mini_mbpp if config == "mbpp" else write_mini_cruxeval
+    path = Path(write(Path("data"))).resolve()
     return [
         *("--config", str(ROOT / "configs" / f"{config}.yaml"), *(("--config", str(OVERLAY)) if overlay else ())),
         *(f"--model.backbone.name={tiny('llama')}", f"--model.instance_encoder.name={tiny('bert_base')}"),
@@ -36,34 +37,41 @@ def small(config: str, tiny: Tiny, overlay: bool = False) -> list[str]:
     ]
 
 
-def trained(config: str, tiny: Tiny) -> list[str]:
-    """The same with a checkpoint of one step."""
-    arguments = [*small(config, tiny), "--trainer.logger=false"]
-    main(
-        [
-            "fit",
-            *arguments,
-            "--trainer.max_epochs=1",
-            "--trainer.limit_train_batches=1",
-            "--trainer.limit_val_batches=0",
-        ]
-    )
-    return [*arguments, "--ckpt_path=last"]
+Trained = Callable[[str], list[str]]
 
 
-@pytest.mark.parametrize("overlay", [False, True])
-@pytest.mark.parametrize("config", CODE)
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The arguments of a shipped config, with its checkpoint of one step; each is trained once."""
+    made: dict[str, list[str]] = {}
+
+    def arguments(config: str) -> list[str]:
+        if config not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp(config))
+                options = [*small(config, tiny), "--trainer.logger=false"]
+                steps = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+                main(["fit", *options, *steps])
+                (checkpoint,) = Path.cwd().rglob("last.ckpt")
+            made[config] = [*options, f"--ckpt_path={checkpoint}"]
+        return made[config]
+
+    return arguments
+
+
+# Without the overlay, the others are those of ``trained``.
+@pytest.mark.parametrize(("config", "overlay"), [("cruxeval_input", False), *((config, True) for config in CODE)])
 def test_a_shipped_code_config_fits(config: str, overlay: bool, tiny: Tiny) -> None:
     main(["fit", *small(config, tiny, overlay), "--trainer.fast_dev_run=true"])
 
 
 def test_code_runs_only_with_permission_and_is_refused_before_anything_is_generated(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generated(*_: object) -> None:
         raise AssertionError("something was generated")
 
-    arguments = trained("mbpp", tiny)
+    arguments = trained("mbpp")
     monkeypatch.setattr(CausalLMModule, "_complete", generated)
     with pytest.raises(SystemExit):
         main(["test", *arguments])
@@ -71,10 +79,10 @@ def test_code_runs_only_with_permission_and_is_refused_before_anything_is_genera
 
 
 def test_what_a_model_wrote_is_run_and_scored(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In place of the model: a solution of every second problem, as the second of two samples."""
-    arguments = trained("mbpp", tiny)
+    arguments = trained("mbpp")
     monkeypatch.setattr(
         CausalLMModule,
         "complete",
@@ -103,9 +111,9 @@ def test_what_a_model_wrote_is_run_and_scored(
     assert caplog.messages.count(isolation_line()) == 1
 
 
-def test_an_answer_that_the_harness_skips_is_no_sample(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_the_harness_skips_is_no_sample(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the model: the call again for the output, which is skipped, and in every second row the answer."""
-    trained_arguments = trained("cruxeval_output", tiny)
+    trained_arguments = trained("cruxeval_output")
     monkeypatch.setattr(
         CausalLMModule,
         "complete",
@@ -122,8 +130,8 @@ def test_an_answer_that_the_harness_skips_is_no_sample(tiny: Tiny, monkeypatch: 
     assert logged["test/pass@2"] == pytest.approx(0.5)
 
 
-def test_an_interrupted_predict_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*trained("cruxeval_output", tiny), "--data.eval_batch_size=2", "--model.num_samples=2"]
+def test_an_interrupted_predict_goes_on_where_it_stopped(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*trained("cruxeval_output"), "--data.eval_batch_size=2", "--model.num_samples=2"]
     main(["predict", *arguments, "--predictions.folder=whole"])
     wanted = Path("whole/predictions.jsonl").read_text()
     rows = [json.loads(line) for line in wanted.splitlines()]
@@ -155,9 +163,9 @@ def test_an_interrupted_predict_goes_on_where_it_stopped(tiny: Tiny, monkeypatch
     assert [path.name for path in Path("part").iterdir()] == ["predictions.jsonl"]
 
 
-def test_an_interrupted_test_goes_on_where_it_stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_test_goes_on_where_it_stopped(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the model: three samples for each row, right in every second one; killed in the fourth batch."""
-    arguments = [*trained("cruxeval_output", tiny), "--data.allow_code_execution=true"]
+    arguments = [*trained("cruxeval_output"), "--data.allow_code_execution=true"]
     arguments += ["--data.eval_batch_size=2", "--model.num_samples=3"]
     asked: list[int] = []
     logged: dict[str, float] = {}
@@ -205,8 +213,8 @@ def read_results(folder: str) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def test_predictions_of_another_setting_are_not_continued(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*trained("cruxeval_output", tiny), "--predictions.folder=out"]
+def test_predictions_of_another_setting_are_not_continued(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*trained("cruxeval_output"), "--predictions.folder=out"]
     main(["predict", *arguments])
     whole = Path("out/predictions.jsonl").read_text()
     Path("out/predictions.jsonl").write_text('{"index": 0, "completions": ["old"]}\n')
