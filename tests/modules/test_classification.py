@@ -91,14 +91,14 @@ def test_metrics_and_loss_are_those_of_the_predictions(tiny: Tiny, tmp_path: Pat
 def test_it_learns_what_a_word_decides(tiny: Tiny, tmp_path: Path) -> None:
     seed_everything(1)
     model = module(tiny("llama"), objective="head", learning_rates={"head": 0.1})
-    run = trainer(tmp_path, epochs=40, num_sanity_val_steps=0)
-    run.fit(model, reviews(tmp_path, rows=60))
+    run = trainer(tmp_path, epochs=40, num_sanity_val_steps=0, check_val_every_n_epoch=40)
+    run.fit(model, reviews(tmp_path, rows=24))
     assert run.callback_metrics["val/accuracy"] > 0.9
 
 
 def test_several_labels_for_each_text(tiny: Tiny, tmp_path: Path) -> None:
     kinds, files = ["good", "terrible", "badly"], {}
-    chosen = [[word for bit, word in enumerate(kinds) if row >> bit & 1] for row in range(8)] * 6
+    chosen = [[word for bit, word in enumerate(kinds) if row >> bit & 1] for row in range(8)] * 3
     for split in ("train", "validation"):
         rows = [json.dumps({"text": " ".join(["the film was", *words]), "tags": words[::-1]}) for words in chosen]
         files[split] = str(tmp_path / f"{split}.jsonl")
@@ -108,7 +108,7 @@ def test_several_labels_for_each_text(tiny: Tiny, tmp_path: Path) -> None:
     )
     seed_everything(1)
     model = module(tiny("bert_base"), objective="head", learning_rates={"head": 0.1})
-    run = trainer(tmp_path, epochs=15)
+    run = trainer(tmp_path, epochs=20, check_val_every_n_epoch=20)
     run.fit(model, data)
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     data.splits["predict"] = "validation"
@@ -134,13 +134,13 @@ def test_several_labels_for_each_text(tiny: Tiny, tmp_path: Path) -> None:
 def test_regression_with_a_trained_head(tiny: Tiny, tmp_path: Path) -> None:
     files = {}
     for split in ("train", "validation"):
-        rows = [f"the film {'was ' * (i % 6)}good,{i % 6}.5" for i in range(48)]
+        rows = [f"the film {'was ' * (i % 6)}good,{i % 6}.5" for i in range(24)]
         (tmp_path / f"{split}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
         files[split] = str(tmp_path / f"{split}.csv")
     data = TextClassificationDataModule(data_files=files, labels=[], batch_size=8)
     seed_everything(1)
     model = module(tiny("bert_base"), objective="head", learning_rates={"head": 0.1})
-    run = trainer(tmp_path, epochs=20)
+    run = trainer(tmp_path, epochs=15, check_val_every_n_epoch=15)
     run.fit(model, data)
     metrics = run.callback_metrics
     assert metrics["val/score"] == pytest.approx(float(metrics["val/pearson"] + metrics["val/spearman"]) / 2)
