@@ -42,7 +42,7 @@ from lopa_lightning.command_line.ranges import check_options, expand_home
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import is_full_disk
 from lopa_lightning.modules import LoPALightningModule
-from lopa_lightning.stopping import Stopped, stoppable
+from lopa_lightning.signals import Stopped, stoppable
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lopa_lightning.callbacks import LastCheckpoint
 from lopa_lightning.files import replacing
-from lopa_lightning.stopping import Stopped
+from lopa_lightning.signals import Stopped
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
 
 ROWS = 22

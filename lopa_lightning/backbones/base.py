@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.adapters import TrainedWeights, adapter_layers, trained_weights
-from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.pretrained import Family, PretrainedSpec, hidden_size
 from lopa_lightning.backbones.transformer_layers import compile_for_training, recompute, transformer_layers
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.prompts.base import UniformTokens, Vocabulary
+from lopa_lightning.task import Side
 
 if TYPE_CHECKING:
     from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec

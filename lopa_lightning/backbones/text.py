@@ -23,7 +23,7 @@ from lopa_lightning.backbones.injection import (
     with_offset,
 )
 from lopa_lightning.backbones.lm_head import VocabularyHead, chunked_cross_entropy
-from lopa_lightning.backbones.padding import Side, check_embeddings, check_padding
+from lopa_lightning.backbones.padding_check import check_embeddings, check_padding
 from lopa_lightning.backbones.prefix import cache_input, layer_prompts
 from lopa_lightning.backbones.pretrained import (
     accepted_inputs,
@@ -35,6 +35,7 @@ from lopa_lightning.backbones.pretrained import (
 from lopa_lightning.backbones.tokens import vocabulary
 from lopa_lightning.errors import LoPAError, one_of
 from lopa_lightning.prompts.base import Vocabulary
+from lopa_lightning.task import Side
 
 _REFUSED_IN_EVERY_LAYER = {
     "compiled": "compile makes one program of all layers, and placement 'every_layer' one of each; "
@@ -134,7 +135,7 @@ class TextBackbone(Backbone, LanguageModel):
         return batch["attention_mask"].sum()
 
     def check_padding(self, num_virtual_tokens: int, sides: Iterable[Side]) -> None:
-        """Checks that a text gets the same states alone and padded, see :mod:`~lopa_lightning.backbones.padding`."""
+        """Checks that a text gets the same states alone and padded, see :func:`~.padding_check.check_padding`."""
         if not self._checked_sides:
             check_embeddings(self)
         pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_token_id or 0

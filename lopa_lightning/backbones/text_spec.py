@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lopa_lightning.backbones.base import Backbone, Batch, InputKind, InputSpec, Objective
 from lopa_lightning.backbones.chat import Chat, ChatFormat
 from lopa_lightning.backbones.injection import position_ids
-from lopa_lightning.backbones.padding import change_by_padding, tolerance, warn_of_mixing
+from lopa_lightning.backbones.padding_check import change_by_padding, tolerance, warn_of_mixing
 from lopa_lightning.backbones.pretrained import (
     accepted_inputs,
     checked_shapes,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lopa_lightning.callbacks.run_folder import RunLogger, start_run
 from lopa_lightning.files import Claim, clear_unfinished
-from lopa_lightning.stopping import SIGNALS, StopHandler, Stopped, is_ours_to_handle
+from lopa_lightning.signals import SIGNALS, StopHandler, Stopped, is_ours_to_handle
 
 
 class BestCheckpoint(ModelCheckpoint):

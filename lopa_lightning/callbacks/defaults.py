@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from lopa_lightning.callbacks.monitor import PromptMonitor
 from lopa_lightning.callbacks.predictions import PredictionWriter
+from lopa_lightning.callbacks.prompt_monitor import PromptMonitor
 from lopa_lightning.callbacks.summary import FitSummary
 
 BEST: dict[str, Any] = {"monitor": "val/score", "mode": "max", "filename": "best", "enable_version_counter": False}

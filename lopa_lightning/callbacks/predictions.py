@@ -14,7 +14,7 @@ from lopa_lightning.callbacks.run_folder import start_run
 from lopa_lightning.callbacks.streamed_predictions import PredictionStream, json_lines
 from lopa_lightning.errors import one_of
 from lopa_lightning.files import write_whole
-from lopa_lightning.stopping import Stopped
+from lopa_lightning.signals import Stopped
 
 Format = Literal["jsonl", "csv"]
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lopa_lightning.backbones.base import InputSpec, ReadsInputs
-from lopa_lightning.backbones.padding import Side
 from lopa_lightning.data.cache import cache_faults_named, check_cached
 from lopa_lightning.data.collate import Rows
 from lopa_lightning.data.columns import ColumnError, RowError
@@ -27,7 +26,7 @@ from lopa_lightning.data.sampler import LengthGroupedSampler
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.types import Dataset, DatasetDict
 from lopa_lightning.errors import LoPAError, at_least
-from lopa_lightning.task import Task
+from lopa_lightning.task import Side, Task
 
 Role = Literal["train", "val", "test", "predict"]
 Loader = DataLoader[dict[str, Any]]

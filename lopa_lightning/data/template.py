@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lopa_lightning.backbones.chat import ChatFormat
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.task import Side as Side
+from lopa_lightning.task import Side
 
 _MASK = "mask"
 

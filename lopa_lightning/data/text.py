@@ -14,9 +14,9 @@ from lopa_lightning.data.collate import Collate
 from lopa_lightning.data.columns import check_columns, is_empty
 from lopa_lightning.data.rows import RowEncoder
 from lopa_lightning.data.splits import Role, SplitsDataModule
-from lopa_lightning.data.template import Side
 from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, at_least, one_of
+from lopa_lightning.task import Side
 
 
 class TextDataModule(SplitsDataModule):

@@ -34,7 +34,7 @@ from lopa_lightning.command_line.parser import Parser
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import Config
 from lopa_lightning.files import Claim, write_whole
-from lopa_lightning.stopping import Stopped, stoppable
+from lopa_lightning.signals import Stopped, stoppable
 
 T = TypeVar("T")
 

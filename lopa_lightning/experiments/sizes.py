@@ -18,7 +18,7 @@ from lopa_lightning.backbones.quantization import saved_bytes
 from lopa_lightning.backbones.transformer_layers import transformer_layers
 from lopa_lightning.data.instance_vectors import agrees_with
 from lopa_lightning.modules import LoPALightningModule
-from lopa_lightning.modules.prompted_model import CompletionReadout
+from lopa_lightning.modules.readouts import CompletionReadout
 from lopa_lightning.task import IGNORED
 
 _forward_flops: Any = sdpa_flop_count

@@ -4,13 +4,8 @@ from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.causal_lm import CausalLMModule
 from lopa_lightning.modules.classification import ClassificationModule
 from lopa_lightning.modules.image_classification import ImageClassificationModule
-from lopa_lightning.modules.prompted_model import (
-    CompletionReadout,
-    HeadReadout,
-    LabelWordReadout,
-    PromptedModel,
-    Readout,
-)
+from lopa_lightning.modules.prompted_model import PromptedModel
+from lopa_lightning.modules.readouts import CompletionReadout, HeadReadout, LabelWordReadout, Readout
 
 __all__ = [
     "CausalLMModule",

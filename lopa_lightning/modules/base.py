@@ -31,9 +31,9 @@ from lopa_lightning.modules.checkpoint_loading import rebuilt
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
 from lopa_lightning.modules.prompted_model import PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
-from lopa_lightning.modules.resume_state import check_resume
+from lopa_lightning.modules.resume_check import check_resume
 from lopa_lightning.modules.schedule import schedule, with_rates
-from lopa_lightning.modules.scheduling import Scheduling
+from lopa_lightning.modules.schedule_callback import Scheduling
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.modules.start import check_before_weights, check_with_weights
 from lopa_lightning.modules.task_hooks import TaskHooks

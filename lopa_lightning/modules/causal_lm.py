@@ -16,7 +16,6 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
 from lopa_lightning.backbones.chat import Chat, listed_prompts, question
 from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
-from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.sharding import check_equal, is_sharded
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
@@ -26,9 +25,9 @@ from lopa_lightning.errors import LoPAError, listed
 from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
-from lopa_lightning.modules.prompted_model import CompletionReadout, Readout
+from lopa_lightning.modules.readouts import CompletionReadout, Readout
 from lopa_lightning.modules.start import answering, in_eval_mode
-from lopa_lightning.task import IGNORED
+from lopa_lightning.task import IGNORED, Side
 
 _ENCODER_INPUTS = ("instance", "instance_input_ids", "instance_attention_mask", "instance_token_type_ids")
 

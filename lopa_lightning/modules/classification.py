@@ -20,7 +20,7 @@ from lopa_lightning.instances.encoder import Pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.predict import records, row_batches, row_encoder
-from lopa_lightning.modules.prompted_model import HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.modules.readouts import HeadReadout, LabelWordReadout, Readout
 from lopa_lightning.modules.start import answering
 from lopa_lightning.plain import built, plain
 from lopa_lightning.task import Task, Verbalizer

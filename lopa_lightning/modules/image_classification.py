@@ -18,7 +18,7 @@ from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.instances.encoder import pool
 from lopa_lightning.modules.classification import ClassificationModule
 from lopa_lightning.modules.predict import image_batches, image_sources, records
-from lopa_lightning.modules.prompted_model import HeadReadout
+from lopa_lightning.modules.readouts import HeadReadout
 from lopa_lightning.modules.start import answering
 from lopa_lightning.plain import built, plain
 from lopa_lightning.task import Task

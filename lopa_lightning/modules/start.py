@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.sharding import gathered
 from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
@@ -21,9 +20,10 @@ from lopa_lightning.files import check_writable
 from lopa_lightning.modules.checkpoint_loading import check_trained
 from lopa_lightning.modules.dry_run import check_optimization
 from lopa_lightning.modules.monitors import check_monitors
-from lopa_lightning.modules.resume_state import check_restored
+from lopa_lightning.modules.resume_check import check_restored
 from lopa_lightning.modules.schedule import check_warmup, monitored
 from lopa_lightning.strategies import check_strategy
+from lopa_lightning.task import Side
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lopa_lightning.backbones.base import Backbone, Batch, InputKind, Objective
-from lopa_lightning.backbones.padding import Side
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.text_spec import TextKind
-from lopa_lightning.modules.prompted_model import Readout
+from lopa_lightning.modules.readouts import Readout
+from lopa_lightning.task import Side
 
 
 class TaskHooks(ABC):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule, LoPALightningModule
 from lopa_lightning.serving.command import Options, best_device
-from lopa_lightning.stopping import stoppable
+from lopa_lightning.signals import stoppable
 
 _AGAIN = "/new"
 

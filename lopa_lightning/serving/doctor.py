@@ -22,7 +22,7 @@ from lopa_lightning.serving.requests import (
     word_logprobs,
     word_options,
 )
-from lopa_lightning.stopping import stoppable
+from lopa_lightning.signals import stoppable
 
 _OLDEST, _SAFER, _ADVISED = (0, 21), (0, 26), (0, 32)
 _EXACT, _ROUNDED = 1e-3, 5e-2  # of log probabilities, in float32 and in bfloat16

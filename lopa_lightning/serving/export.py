@@ -28,7 +28,7 @@ from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
 from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
 from lopa_lightning.serving.command import Options
 from lopa_lightning.serving.peft_export import write_peft
-from lopa_lightning.stopping import stoppable
+from lopa_lightning.signals import stoppable
 
 _TEXTS = ("The film was a pleasure to watch.", "Where is the nearest station?", "def add(a, b):")
 _OF_TRAINING = ("optimizer", "lr_scheduler", "warmup", "learning_rates", "nonfinite_loss")

@@ -22,7 +22,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable, write_whole
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.serving.command import Options, best_device
-from lopa_lightning.stopping import stoppable
+from lopa_lightning.signals import stoppable
 
 _PROMPT = "prompt"  # column of what is to be completed
 

@@ -16,7 +16,7 @@ from lopa_lightning.serving.batching import KeepingPrompter, KeptVectors
 from lopa_lightning.serving.bundle import Bundle
 from lopa_lightning.serving.command import Options, best_device
 from lopa_lightning.serving.requests import MOST_BYTES, ServedPrompter
-from lopa_lightning.stopping import Stopped, stoppable
+from lopa_lightning.signals import Stopped, stoppable
 
 
 def options() -> argparse.ArgumentParser:

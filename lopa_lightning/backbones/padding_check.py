@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from lopa_lightning.backbones.pretrained import in_eval_mode
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.task import Side
 
 if TYPE_CHECKING:
     from lopa_lightning.backbones.text import TextBackbone
-
-Side = Literal["left", "right"]
 
 _SHORT, _LONG, _VIRTUAL = 6, 18, 8  # tokens
 _WIDEST = 1024  # the window of local attention that a check still looks across, in tokens
@@ -63,7 +62,8 @@ def check_embeddings(backbone: TextBackbone) -> None:
         LoPAError: If a text's embeddings have other hidden states than its token ids.
     """
     body, weight = backbone.body, backbone.embedding_weight
-    ids = (torch.arange(1, _SHORT + 1, device=weight.device) % len(weight))[None]
+    pad_id = getattr(body.config, "pad_token_id", None)  # where there is one, RoBERTa counts no position
+    ids = torch.tensor([[index for index in range(len(weight)) if index != pad_id][-_SHORT:]], device=weight.device)
     with in_eval_mode(backbone):
         own = body(input_ids=ids).last_hidden_state.float()
         given = body(inputs_embeds=backbone.model.get_input_embeddings()(ids)).last_hidden_state.float()

@@ -10,12 +10,13 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedModel
 
-from lopa_lightning.backbones.padding import Side, change_by_padding, check_embeddings, check_padding, tolerance
+from lopa_lightning.backbones.padding_check import change_by_padding, check_embeddings, check_padding, tolerance
 from lopa_lightning.backbones.pretrained import freeze
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import instance_inputs
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
+from lopa_lightning.task import Side
 from tests.backbones.test_architectures import GPT, MASKED, SIZES
 from tests.tiny import TEXT
 
@@ -37,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{**SIZES, "embedding_multiplier": 5.6, "head_dim": 8, "num_key_value_heads": 4},
         **{"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
     },
+    "Roberta": {**SIZES, "pad_token_id": 1},
     "Granite": {**SIZES, "embedding_multiplier": 5.6},
     "Gemma2": {**SIZES, "head_dim": 8},
 }
@@ -137,7 +139,7 @@ def test_rounding_is_allowed_for_by_dtype_and_quantisation() -> None:
     assert tolerance(model) == tolerance(build("Bert", torch.float16)) == 0.1
 
 
-@pytest.mark.parametrize("name", ["Bert", "GPT2", "Llama", "Granite", "Gemma2"])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "GPT2", "Llama", "Granite", "Gemma2"])
 def test_token_ids_and_their_embeddings_have_the_same_states(name: str) -> None:
     check_embeddings(TextBackbone(build(name)))
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 import lopa_lightning.__main__
 from lopa_lightning.cli import main
 from lopa_lightning.modules import CausalLMModule, ClassificationModule
-from lopa_lightning.stopping import Stopped
+from lopa_lightning.signals import Stopped
 from tests.modules.helpers import COMPLETIONS, completions
 from tests.resumed_run import Signal, fit
 from tests.test_distributed import ROOT
