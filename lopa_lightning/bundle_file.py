@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class PromptFacts:
         instance_dim: Width e of an instance vector.
         placement: Where virtual tokens go.
         dtype: The backbone's, in which it reads virtual tokens.
+        layers: Number L of layers that a virtual token has a part of d for each: of images, with ``every_layer``.
     """
 
     num_virtual_tokens: int
@@ -47,6 +48,7 @@ class PromptFacts:
     instance_dim: int
     placement: str
     dtype: str
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class BundleConfig:
         module: ``class_path``, a short name, and ``init_args``, those that differ from their defaults.
         prompt: Shape and place of the soft prompt.
         identity: Which frozen models, method and task it belongs to, as in a checkpoint.
-        tokenizers: Of ``backbone`` and ``instance_encoder``; None for an encoder that is not there.
+        tokenizers: Of ``backbone`` and ``instance_encoder``; None for an encoder that is not there or reads images,
+            whose processing is in ``identity``.
         answer: ``objective``; of classes ``labels``, their ``words`` and ``word_ids``.
         metrics: Of the run's best validation; empty where they are not known.
     """
@@ -145,11 +148,15 @@ def read_json(path: Path) -> Any:
         raise LoPAError(f"its {path.name} is no JSON: {one_line(error)}") from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, pixels: Collection[str] = ()) -> dict[str, Tensor]:
     """Reads a safetensors file of a bundle.
 
+    Args:
+        path: The file.
+        pixels: Names of tensors in uint8.
+
     Raises:
-        LoPAError: If it is not there or damaged, or holds other than finite real numbers.
+        LoPAError: If it is not there or damaged, or holds other than finite real numbers and pixels.
     """
     _check_file(path)
     try:
@@ -157,8 +164,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors and torch raise whatever a foreign file makes them stumble over
         raise LoPAError(f"its {path.name} is damaged: {one_line(error)}") from error
     for key, value in tensors.items():
-        if value.dtype not in _DTYPES:
-            raise LoPAError(f"its {path.name} must hold tensors of real numbers, {shown(key)} is {value.dtype}")
+        if value.dtype not in ((torch.uint8,) if key in pixels else _DTYPES):
+            wanted = "pixels in uint8" if key in pixels else "tensors of real numbers"
+            raise LoPAError(f"its {path.name} must hold {wanted}, {shown(key)} is {value.dtype}")
         if not value.isfinite().all():
             raise LoPAError(f"{shown(key)} in its {path.name} is NaN or infinite in part")
     return tensors

@@ -70,12 +70,16 @@ class ImageKind(InputKind):
         return load_processing(self.spec)
 
     @functools.cached_property
+    def encoder_processing(self) -> ImageProcessing:
+        """What the instance encoder's does; the backbone's files are not read for one of its own."""
+        if self.instance is None or self.instance.is_backbone:
+            return self.processing
+        return load_processing(self.instance.pretrained())
+
+    @property
     def instance_processing(self) -> ImageProcessing | None:
         """What the instance encoder's does, where that is something else."""
-        if self.instance is None or self.instance.is_backbone:
-            return None
-        own = load_processing(self.instance.pretrained())
-        return None if own == self.processing else own
+        return None if self.encoder_processing == self.processing else self.encoder_processing
 
     def check(self) -> None:
         """Raises a LoPAError if there is no head to answer, or the architecture is none that reads virtual tokens."""
@@ -132,7 +136,7 @@ class ImageKind(InputKind):
 
         CLS and patches count. No virtual token is there, also if the model is the backbone's.
         """
-        processing = self.instance_processing or self.processing
+        processing = self.encoder_processing
         pixels = batch["instance_pixels"] if "instance_pixels" in batch else batch["pixels"]
         hidden = last_hidden_states(model, pixels, processing)
         return hidden, image_states(hidden, 0, num_patches(model, processing), has_cls(model)).content_mask

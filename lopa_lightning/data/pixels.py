@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from lopa_lightning.errors import one_line
+from lopa_lightning.errors import LoPAError, one_line
 
 if TYPE_CHECKING:  # imports transformers
     from lopa_lightning.backbones.image_spec import ImageProcessing
@@ -53,6 +55,28 @@ def read_image(source: str | os.PathLike[str] | bytes | Image.Image | NDArray[An
         raise ImageError(f"is no image of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # of a broken file, each of Pillow's decoders raises errors of its own kinds
         raise ImageError(f"cannot be read: {one_line(error)}") from error
+
+
+def image_files(paths: Iterable[str]) -> list[str]:
+    """Returns the files among paths, and those in the folders among them that have an image's ending, sorted.
+
+    Args:
+        paths: Of files and folders; of the latter all folders below are looked into. Hidden files are passed over.
+
+    Raises:
+        LoPAError: If there is no image in a folder.
+    """
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    found: list[str] = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        below = [each for each in Path(path).rglob("*") if each.suffix.lower() in endings and each.is_file()]
+        if not (shown := sorted(str(each) for each in below if not each.name.startswith("."))):
+            raise LoPAError(f"folder {path!r} has no image of the formats {', '.join(FORMATS)}")
+        found += shown
+    return found
 
 
 def _formats() -> list[str]:

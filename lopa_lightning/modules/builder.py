@@ -254,12 +254,22 @@ class Builder:
         spec = self.encoder_spec
         return backbone.hidden_dim if spec.is_backbone else hidden_size(load_config(spec.pretrained()))
 
-    def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
+    def prompt_encoder(self, embedding_dim: int, instance_dim: int, layers: int = 1) -> PromptEncoder:
+        """Builds the prompt encoder, with its initial values.
+
+        Args:
+            embedding_dim: Width d of a virtual token.
+            instance_dim: Width e of an instance vector.
+            layers: Number of the backbone's layers that a virtual token has a part of d for each.
+        """
         make: Any = self.make_prompt_encoder
-        options = {}
-        if (made := made_class(make)) is not None and "backbone_layers" in arguments(made):
-            options["backbone_layers"] = backbone.prompt_layers
-        prompt_encoder: PromptEncoder = make(backbone.prompt_dim, self.instance_dim(backbone), **options)
+        made = made_class(make)
+        options = {"backbone_layers": layers} if made is not None and "backbone_layers" in arguments(made) else {}
+        return make(embedding_dim, instance_dim, **options)  # type: ignore[no-any-return]
+
+    def _prompt_encoder(self, backbone: Backbone) -> PromptEncoder:
+        width, layers = backbone.prompt_dim, backbone.prompt_layers
+        prompt_encoder = self.prompt_encoder(width, self.instance_dim(backbone), layers)
         if not backbone.takes_offset and prompt_encoder.token_offset() is not None:
             name, where = type(prompt_encoder).__name__, f"{type(backbone).__name__}, placement {self.placement!r}"
             raise LoPAError(f"{name} changes the text's embeddings, which {where}, does not have")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -125,14 +125,25 @@ class ImageClassificationModule(ClassificationModule):
             LoPAError: If an image is broken or is none, or nothing was trained or loaded.
         """
         at_least(1, batch_size=batch_size)
-        sources, spec = image_sources(images), self.input_spec
+        sources = image_sources(images)
+        with answering(self, "predict", set()):
+            return records(self, self.image_batches(sources, batch_size), len(sources), batch_size)
+
+    def image_batches(self, sources: list[Any], batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yields the batches of images, read as to validate.
+
+        Args:
+            sources: See :func:`~lopa_lightning.modules.predict.image_sources`.
+            batch_size: Images at a time.
+
+        Raises:
+            LoPAError: If an image is broken; the message names it.
+        """
+        spec, processing = self.input_spec, {"pixels": self.evaluated}
         assert isinstance(spec, ImageSpec)
-        processing = {"pixels": self.evaluated}
         if spec.instance_processing is not None:
             processing["instance_pixels"] = spec.instance_processing
-        with answering(self, "predict", set()):
-            batches = image_batches(sources, processing, batch_size, self.device)
-            return records(self, batches, len(sources), batch_size)
+        return image_batches(sources, processing, batch_size, self.device)
 
     def task_identity(self) -> dict[str, Any]:
         """Returns labels, what reads them, and what is done to pixels: the model's files say it, and may change."""

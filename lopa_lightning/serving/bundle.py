@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import bundle_file, checkpoint
+from lopa_lightning.backbones.image_spec import ImageKind
 from lopa_lightning.bundle_file import BundleConfig, TokenizerFacts, write_tensors
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.files import new_folder
@@ -27,7 +28,7 @@ from lopa_lightning.prompts.base import PromptEncoder
 
 CARD, PARITY, PARITY_TENSORS = "README.md", "parity.json", "parity.safetensors"
 FILES = (bundle_file.CONFIG, bundle_file.TENSORS, CARD, PARITY, PARITY_TENSORS)
-PROMPTS = "prompts"  # name of the soft prompts in the last one
+PROMPTS, IMAGES = "prompts", "images"  # names in the last one
 _PROBES = ("A café costs 12.50 €;\n\tis it   OK?", "你好 <s>[MASK]</s> <|im_start|>")
 
 
@@ -41,6 +42,7 @@ class Bundle:
         card: The model card, Markdown.
         rows: To compare with elsewhere: for each, ``input`` and the module's answer: a record of ``predict``, or for
             completions ``first_tokens``: the ``ids`` of the likeliest and their ``log_probabilities``.
+        images: What the rows of a task on images name by number, in uint8 ``[N, H, W, 3]``; None of another task.
         prompts: The rows' soft prompts ``[N, m, d]``; None where :meth:`check_prompts` refuses.
     """
 
@@ -49,6 +51,7 @@ class Bundle:
     card: str
     rows: list[dict[str, Any]]
     prompts: Tensor | None = None
+    images: Tensor | None = None
 
     # Reading and writing
 
@@ -93,12 +96,12 @@ class Bundle:
             raise LoPAError(f"{shown(str(name))} is no bundle: it has no {bundle_file.CONFIG}")
         config, tensors = bundle_file.read(folder)
         try:
-            rows, prompts = _parity(folder, config)
+            rows, prompts, images = _parity(folder, config)
         except LoPAError as error:
             raise LoPAError(f"{shown(str(folder))} cannot be read as a bundle: {error}") from None
         card = folder / CARD
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        return cls(config, tensors, text, rows, prompts)
+        return cls(config, tensors, text, rows, prompts, images)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the bundle, whole or not at all.
@@ -114,8 +117,9 @@ class Bundle:
             (new / bundle_file.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (new / CARD).write_text(self.card, encoding="utf-8")
             (new / PARITY).write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            prompts = {} if self.prompts is None else {PROMPTS: self.prompts}
-            for name, tensors in ((bundle_file.TENSORS, self.tensors), (PARITY_TENSORS, prompts)):
+            parity = {PROMPTS: self.prompts, IMAGES: self.images}
+            there = {name: value for name, value in parity.items() if value is not None}
+            for name, tensors in ((bundle_file.TENSORS, self.tensors), (PARITY_TENSORS, there)):
                 write_tensors(new / name, tensors)
 
     def push_to_hub(
@@ -196,13 +200,14 @@ class Bundle:
         Raises:
             LoPAError: If its settings and the trained tensors do not go together.
         """
-        facts, make = self.config.prompt, self.unloaded.make_prompt_encoder
+        facts, make = self.config.prompt, self.unloaded.builder.prompt_encoder
+        sizes = facts.embedding_dim, facts.instance_dim, facts.layers
         trained = self.part("prompt_encoder")
         try:
             with torch.device("meta"):  # sizes are looked at before anything of such a size is built
-                shapes = make(facts.embedding_dim, facts.instance_dim)
+                shapes = make(*sizes)
             checkpoint.check_tensors(trained, dict(shapes.named_parameters()))
-            encoder = make(facts.embedding_dim, facts.instance_dim)
+            encoder = make(*sizes)
         except LoPAError:
             raise
         except Exception as error:  # as of sizes that no tensor can have
@@ -222,6 +227,15 @@ class Bundle:
         prefix = f"net.{name}."
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether its task is one on images.
+
+        Raises:
+            LoPAError: See :attr:`unloaded`.
+        """
+        return isinstance(self.unloaded.builder.kind, ImageKind)
+
     def check_prompts(self) -> None:
         """Refuses a bundle whose soft prompt is not all that the backbone must be given, or needs the backbone.
 
@@ -237,23 +251,29 @@ class Bundle:
         if method.num_virtual_tokens == 0:
             raise LoPAError(f"the bundle has no soft prompt; {works}")
         if self.config.prompt.placement == "every_layer":
-            raise LoPAError(f"placement every_layer is keys and values in every layer, and no soft prompt; {works}")
+            what = "virtual tokens for each layer" if self.reads_images else "keys and values in every layer"
+            raise LoPAError(f"placement every_layer is {what}, and no soft prompt; {works}")
         if method.token_offset() is not None:
             name = type(method).__name__
             raise LoPAError(f"{name} also changes the embeddings of the text, and no prompt says so; {works}")
         if method.uses_instance and module.builder.encoder_spec.is_backbone:
+            other = "facebook/dinov2-small" if self.reads_images else "sentence-transformers/all-MiniLM-L6-v2"
             raise LoPAError(
                 f"the instance encoder is the backbone {backbone!r} itself, without which no prompt can be made; train "
-                "with a small one (instance_encoder.name: sentence-transformers/all-MiniLM-L6-v2) to make prompts "
-                f"apart from it; {works}"
+                f"with a small one (instance_encoder.name: {other}) to make prompts apart from it; {works}"
             )
 
     def check_served(self) -> None:
         """Refuses a bundle that an inference server cannot answer with: soft prompts in, tokens out.
 
         Raises:
-            LoPAError: As :meth:`check_prompts`, or if a head is read, or the mask of a masked LM.
+            LoPAError: As :meth:`check_prompts`, or if images are read, a head, or the mask of a masked LM.
         """
+        if self.reads_images:
+            raise LoPAError(
+                "no inference server takes virtual tokens among an image's patches; `lopa predict --ckpt_path` and "
+                "module.predict answer with it"
+            )
         self.check_prompts()
         if (objective := self.config.answer.get("objective")) not in ("causal_lm", "completion"):
             what = "a head reads hidden states" if objective == "head" else "a masked LM is read at its mask"
@@ -276,15 +296,19 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _parity(folder: Path, config: BundleConfig) -> tuple[list[dict[str, Any]], Tensor | None]:
-    """The rows to compare with; a bundle may lack them."""
+def _parity(folder: Path, config: BundleConfig) -> tuple[list[dict[str, Any]], Tensor | None, Tensor | None]:
+    """The rows to compare with, their prompts and images; a bundle may lack them."""
     if not (folder / PARITY).is_file():
-        return [], None
+        return [], None, None
     rows = bundle_file.read_json(folder / PARITY)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "input" in row for row in rows):
         raise LoPAError(f"its {PARITY} must be a list of rows with an input, got {shown(rows)}")
-    found = bundle_file.read_tensors(folder / PARITY_TENSORS).get(PROMPTS)
+    tensors = bundle_file.read_tensors(folder / PARITY_TENSORS, pixels=[IMAGES])
+    prompts, images = tensors.get(PROMPTS), tensors.get(IMAGES)
     wanted = (len(rows), config.prompt.num_virtual_tokens, config.prompt.embedding_dim)
-    if found is not None and found.shape != wanted:
-        raise LoPAError(f"its {PARITY_TENSORS} must have {PROMPTS} {wanted}, got {tuple(found.shape)}")
-    return rows, found
+    if prompts is not None and prompts.shape != wanted:
+        raise LoPAError(f"its {PARITY_TENSORS} must have {PROMPTS} {wanted}, got {tuple(prompts.shape)}")
+    if images is not None and (images.dim() != 4 or images.shape[::3] != (len(rows), 3) or 0 in images.shape):
+        wanted_images = f"{IMAGES} [{len(rows)}, H, W, 3]"
+        raise LoPAError(f"its {PARITY_TENSORS} must have {wanted_images}, got {tuple(images.shape)}")
+    return rows, prompts, images

@@ -50,6 +50,8 @@ def model_card(
     config: BundleConfig,
     models: Mapping[str, tuple[str, str]],
     unserved: str | None,
+    makes_prompts: bool,
+    reads_images: bool,
     run: Mapping[str, Any],
     license: str | None = None,
 ) -> str:
@@ -59,6 +61,8 @@ def model_card(
         config: The bundle's.
         models: Name and licence of ``backbone``, and of ``instance_encoder`` where there is one.
         unserved: Why no inference server can answer with it; None where one can.
+        makes_prompts: Whether a prompter makes soft prompts of it.
+        reads_images: Whether its task is one on images.
         run: ``data``, the name of the data set, and ``dataset``, its hub id, where they are known.
         license: Of what was trained; None if it is not said.
     """
@@ -70,13 +74,13 @@ def model_card(
         encoder="`{}`. Licence: {}".format(*models["instance_encoder"]) if "instance_encoder" in models else "none",
         placement=config.prompt.placement,
         m=config.prompt.num_virtual_tokens,
-        d=config.prompt.embedding_dim,
+        d=_width(config),
         facts=_facts(config, run),
-        python=_python(config, unserved),
+        python=_python(config, makes_prompts, "photo.jpg" if reads_images else "a text"),
         serving=_serving(config, backbone, unserved),
         made_with=config.made_with,
     )
-    return f"---\n{_metadata(config, backbone, run, license).to_yaml()}\n---\n\n{body}"
+    return f"---\n{_metadata(config, backbone, reads_images, run, license).to_yaml()}\n---\n\n{body}"
 
 
 def _serving(config: BundleConfig, backbone: str, unserved: str | None) -> str:
@@ -86,11 +90,14 @@ def _serving(config: BundleConfig, backbone: str, unserved: str | None) -> str:
     return _SERVED.format(name=backbone, how=how)
 
 
-def _metadata(config: BundleConfig, backbone: str, run: Mapping[str, Any], license: str | None) -> ModelCardData:
+def _metadata(
+    config: BundleConfig, backbone: str, reads_images: bool, run: Mapping[str, Any], license: str | None
+) -> ModelCardData:
+    classifies = "image-classification" if reads_images else "text-classification"
     base: dict[str, Any] = {"base_model": backbone, "base_model_relation": "adapter"} if _is_hub_id(backbone) else {}
     return ModelCardData(
         library_name=LIBRARY,
-        pipeline_tag="text-generation" if _completes(config) else "text-classification",
+        pipeline_tag="text-generation" if _completes(config) else classifies,
         tags=["soft-prompt", "prompt-tuning", "lopa"],
         datasets=[run["dataset"]] if run.get("dataset") else None,
         license=license,
@@ -104,18 +111,24 @@ def _what(config: BundleConfig) -> str:
     return f"Made by `{name}` of LoPA Lightning" + (f", for the labels {', '.join(labels)}." if labels else ".")
 
 
+def _width(config: BundleConfig) -> str:
+    facts = config.prompt
+    layers = f" in each of {facts.layers} layers" if facts.layers > 1 else ""
+    return f"{facts.embedding_dim // facts.layers}{layers}"
+
+
 def _facts(config: BundleConfig, run: Mapping[str, Any]) -> str:
     metrics = [f"  - `{name}`: {value:.4f}" for name, value in config.metrics.items()]
     lines = [f"- Data: {run.get('data', 'not known')}."]
     return "\n".join([*lines, "- Best validation of the run:" if metrics else "- Metrics: not known.", *metrics])
 
 
-def _python(config: BundleConfig, unserved: str | None) -> str:
+def _python(config: BundleConfig, makes_prompts: bool, example: str) -> str:
     act = "generate" if _completes(config) else "predict"
-    lines = [f"from lopa_lightning import Bundle{'' if unserved else ', LoPAPrompter'}", ""]
-    if unserved is None:
-        lines += ['prompts = LoPAPrompter.from_pretrained("THIS")(["a text"])  # [1, m, d], without the backbone']
-    return "\n".join([*lines, f'answers = Bundle.from_pretrained("THIS").module().{act}(["a text"])  # with it'])
+    lines = [f"from lopa_lightning import Bundle{', LoPAPrompter' if makes_prompts else ''}", ""]
+    if makes_prompts:
+        lines += [f'prompts = LoPAPrompter.from_pretrained("THIS")(["{example}"])  # [1, m, d], without the backbone']
+    return "\n".join([*lines, f'answers = Bundle.from_pretrained("THIS").module().{act}(["{example}"])  # with it'])
 
 
 def _completes(config: BundleConfig) -> bool:

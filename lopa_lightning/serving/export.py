@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -21,7 +22,7 @@ from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_new
-from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
+from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.modules.predict import batches, row_encoder
 from lopa_lightning.plain import without_defaults
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
@@ -92,23 +93,32 @@ def export_bundle(
         license: Of what was trained, for the model card.
 
     Raises:
-        LoPAError: If the checkpoint cannot be loaded, or is no task on texts.
+        LoPAError: If the checkpoint cannot be loaded, or is no task on texts or images.
     """
     module = LoPALightningModule.load_from_checkpoint(checkpoint)
     saved = ckpt.read(checkpoint)
-    if not isinstance(module, CausalLMModule | ClassificationModule) or not isinstance(module.input_spec, TextSpec):
-        raise LoPAError(f"{type(module).__name__} is no task on texts, of which bundles are made")
+    reads_images = isinstance(module, ImageClassificationModule)
+    is_known = reads_images or isinstance(module.input_spec, TextSpec)
+    if not isinstance(module, CausalLMModule | ClassificationModule) or not is_known:
+        raise LoPAError(f"{type(module).__name__} is no task on texts or images, of which bundles are made")
+    if reads_images and texts is not None:
+        raise LoPAError("--text goes with a model of texts, and this one reads images")
     tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
     bundle = Bundle(_config(module, names or {}, metrics_in(saved)), tensors, "", [])
-    rows = _rows(module, texts)
-    prompts, unserved = None, None
+    prompts, images, unserved = None, None, None
+    if isinstance(module, ImageClassificationModule):
+        images = example_images()
+        rows = _image_rows(module, images)
+    else:
+        rows = _rows(module, texts)
     try:
         bundle.check_prompts()
         prompts = torch.cat([each for _, each in rows])
         bundle.check_served()
     except LoPAError as error:
         unserved = str(error)
-        rank_zero_warn(f"the bundle is for module.predict and generate, not for a server: {error}")
+        acts = "module.predict" if reads_images else "module.predict and generate"
+        rank_zero_warn(f"the bundle is for {acts}, not for a server: {error}")
     specs = {"backbone": module.backbone_spec}
     if module.builder.skeleton.prompt_encoder.uses_instance:
         encoder = module.instance_spec
@@ -120,21 +130,21 @@ def export_bundle(
         is_new = key == "backbone" or spec is not module.backbone_spec
         if is_new and name == spec.name and Path(spec.location()).is_dir() and not name.startswith("package:"):
             rank_zero_warn(f"the bundle names a folder of this machine: {name}; --{key} gives its hub id")
-    card = model_card(bundle.config, models, unserved, run_facts(Path(checkpoint)), license)
-    return dataclasses.replace(bundle, card=card, rows=[row for row, _ in rows], prompts=prompts)
+    about = unserved, prompts is not None, reads_images
+    card = model_card(bundle.config, models, *about, run_facts(Path(checkpoint)), license)
+    return dataclasses.replace(bundle, card=card, rows=[row for row, _ in rows], prompts=prompts, images=images)
 
 
 def _config(
     module: CausalLMModule | ClassificationModule, names: Mapping[str, str], metrics: dict[str, float]
 ) -> BundleConfig:
-    backbone, spec, builder = module._net().backbone, module.input_spec, module.builder
-    assert isinstance(backbone, TextBackbone)
-    assert isinstance(spec, TextSpec)
+    net, spec, builder = module._net(), module.input_spec, module.builder
+    backbone = net.backbone
     arguments, identity = without_defaults(type(module), module.hparams), copy.deepcopy(module._identity)
     arguments = {key: copy.deepcopy(value) for key, value in arguments.items() if key not in _OF_TRAINING}
     made_by = arguments.pop("_class_path")
     sources = {"backbone": module.backbone_spec}
-    if spec.instance_tokenizer is not None and not module.instance_spec.is_backbone:
+    if net.prompt_encoder.uses_instance and not module.instance_spec.is_backbone:
         sources["instance_encoder"] = module.instance_spec.pretrained()
     for key, source in sources.items():
         if not isinstance(arguments.get(key), dict) or not isinstance(identity.get(key), dict):
@@ -143,6 +153,9 @@ def _config(
             arguments[key]["name"] = identity[key]["name"] = names[key]
         elif (commit := _commit(source)) is not None:  # a branch may move
             arguments[key]["revision"] = identity[key]["revision"] = commit
+    tokenizers = dict.fromkeys(("backbone", "instance_encoder"))
+    if isinstance(spec, TextSpec):
+        tokenizers = {"backbone": spec.tokenizer, "instance_encoder": spec.instance_tokenizer}
     answer: dict[str, Any] = {"objective": module.task_identity()["objective"]}
     if isinstance(module, ClassificationModule):
         task = module.required_task()
@@ -154,17 +167,15 @@ def _config(
         f"lopa-lightning {__version__}",
         {"class_path": made_by, "init_args": arguments},
         PromptFacts(
-            module._net().prompt_encoder.num_virtual_tokens,
+            net.prompt_encoder.num_virtual_tokens,
             backbone.prompt_dim,
             builder.instance_dim(backbone),
             module.placement,
-            str(backbone.embedding_weight.dtype).removeprefix("torch."),
+            str(next(backbone.model.get_input_embeddings().parameters()).dtype).removeprefix("torch."),
+            backbone.prompt_layers,
         ),
         identity,
-        {
-            "backbone": tokenizer_facts(spec.tokenizer),
-            "instance_encoder": None if spec.instance_tokenizer is None else tokenizer_facts(spec.instance_tokenizer),
-        },
+        {key: None if each is None else tokenizer_facts(each) for key, each in tokenizers.items()},
         answer,
         metrics,
     )
@@ -195,6 +206,24 @@ def _rows(
         (record,) = module.predict(dict(zip(columns, values)))
         found.append(({"input": dict(zip(columns, values)), **record}, net.soft_prompt(batch)[0].cpu()))
     return found
+
+
+@torch.no_grad()
+def _image_rows(module: ImageClassificationModule, images: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
+    """Rows that name an image by its number, with the module's answers, and their soft prompts ``[1, m, d]``."""
+    net, found = module._net(), []
+    for number, image in enumerate(images.numpy()):
+        (batch,) = module.image_batches([image], 1)
+        (record,) = module.predict(image)
+        found.append(({"input": {"image": number}, **record}, net.soft_prompt(batch)[0].cpu()))
+    return found
+
+
+def example_images() -> Tensor:
+    """Returns images to compare with, patterns of waves in uint8 ``[3, 48, 64, 3]``: no form that a model reads."""
+    image, row, column, channel = np.ogrid[1:4, :48, :64, 1:4]
+    waves = np.sin(column / (2 + image * channel)) * np.cos(row / (5 + channel) + image)
+    return torch.from_numpy(np.uint8(127.5 + 127 * waves))
 
 
 def _first_tokens(module: CausalLMModule, text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Answers a checkpoint's task for texts, files of them, or an image, with no other configuration."""
+"""Answers a checkpoint's task for texts, files of them, or images, with no other configuration."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lopa_lightning.command_line.parser import UsageError
 from lopa_lightning.data.columns import ColumnError, RowError, check_columns, is_empty
 from lopa_lightning.data.completion_rows import CHATS, fault_of_chat, unanswered
 from lopa_lightning.data.labels import named_class
+from lopa_lightning.data.pixels import image_files
 from lopa_lightning.data.rows import check_texts
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.task_rows import task_template
@@ -29,13 +30,16 @@ _PROMPT = "prompt"  # column of what is to be completed
 
 def options() -> argparse.ArgumentParser:
     """Returns what reads the options."""
-    what = "Answers for texts or an image, one line of JSON each; with --config, for a data set's test split."
+    what = "Answers for texts or images, one line of JSON each; with --config, for a data set's test split."
     parser = Options("predict", what)
     parser.add_argument("--ckpt_path", required=True, help="checkpoint, or folder of a bundle")
     parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
     parser.add_argument(
         "--file",
-        help="CSV, JSON lines or Parquet with the task's columns (completions: prompt, or messages); or an image",
+        nargs="+",
+        action="extend",
+        help="CSV, JSON lines or Parquet with the task's columns (completions: prompt, or messages); or images and "
+        "folders of them",
     )
     parser.add_argument("--sep", help="what parts the columns of a CSV (default: a comma; a tab in TSV)")
     parser.add_argument("--encoding", help="of the file (default: UTF-8)")
@@ -92,13 +96,15 @@ def answer(module: LoPALightningModule, rows: Sequence[Any], batch_size: int) ->
 def _rows(module: LoPALightningModule, given: argparse.Namespace) -> Sequence[Any]:
     if isinstance(module, ImageClassificationModule):
         if given.file is None:
-            raise LoPAError("the model reads images: give an image as --file, or a folder of them by --config FILE")
-        return [given.file]
+            raise LoPAError("the model reads images: give images, or a folder of them, as --file")
+        return image_files(given.file)
     columns = _columns(module)
     if given.text is not None:
         return _of_texts(given.text, columns)
+    if len(given.file) > 1:
+        raise LoPAError(f"the model reads texts: give one --file with rows, got {len(given.file)}")
     reader = {name: getattr(given, name) for name in ("sep", "encoding") if getattr(given, name) is not None}
-    return _of_file(given.file, columns, reader, given.drop_empty)
+    return _of_file(given.file[0], columns, reader, given.drop_empty)
 
 
 def _columns(module: LoPALightningModule) -> list[str]:

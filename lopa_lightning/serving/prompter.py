@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint
+from lopa_lightning.backbones.image_spec import ImageKind, ImageProcessing
 from lopa_lightning.backbones.text_spec import TextKind, instance_batch, instance_reading
 from lopa_lightning.backbones.tokens import end_of
 from lopa_lightning.data.task_rows import instance_encoding, rows_of, task_template
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.instances.encoder import InstanceEncoder, controlled
 from lopa_lightning.modules import ClassificationModule
-from lopa_lightning.modules.predict import check_rows
+from lopa_lightning.modules.predict import check_rows, image_batches, image_sources
+from lopa_lightning.plain import built, plain
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
 
 
@@ -33,24 +36,29 @@ class LoPAPrompter(nn.Module):
 
     Raises:
         LoPAError: If its soft prompts are not all that the backbone must be given, need the backbone, or the instance
-            encoder or its tokenizer is not the bundle's.
+            encoder, its tokenizer or its image processor is not the bundle's.
     """
 
     def __init__(self, bundle: Bundle, trust_remote_code: bool = False) -> None:
         super().__init__()
         module = bundle.unloaded_module(trust_remote_code)
         bundle.check_prompts()
-        if not isinstance(module.builder.kind, TextKind):
-            raise LoPAError(f"{type(module).__name__} reads another kind of input than text")
-        self.bundle = bundle
+        kind = module.builder.kind
+        if not isinstance(kind, TextKind | ImageKind):
+            raise LoPAError(f"{type(module).__name__} reads another kind of input than texts and images")
+        self.bundle, self.reads_images = bundle, isinstance(kind, ImageKind)
         self.task = module.required_task() if isinstance(module, ClassificationModule) else None
         self.prompt_encoder = bundle.prompt_encoder()
         self.encoder: InstanceEncoder | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.max_tokens: int | None = None
+        self.processing: ImageProcessing | None = None
         if self.prompt_encoder.uses_instance:
-            self.tokenizer, self.max_tokens = instance_reading(module.builder.encoder_spec)
-            self._check_tokenizer(self.tokenizer)
+            if isinstance(kind, ImageKind):
+                self.processing = self._view(kind.encoder_processing, module.builder.encoder_spec.name)
+            else:
+                self.tokenizer, self.max_tokens = instance_reading(module.builder.encoder_spec)
+                self._check_tokenizer(self.tokenizer)
             self.encoder, facts = module.builder.own_encoder()
             saved = {"instance_encoder": bundle.config.identity.get("instance_encoder")}
             checkpoint.check_identity(saved, {"instance_encoder": {**module.builder.encoder_identity(), **facts}})
@@ -93,34 +101,43 @@ class LoPAPrompter(nn.Module):
         return next(self.prompt_encoder.parameters()).device
 
     @torch.no_grad()
-    def forward(self, texts: Any, batch_size: int = 32) -> Tensor:
-        """Makes the soft prompts of texts.
+    def forward(self, inputs: Any, batch_size: int = 32) -> Tensor:
+        """Makes the soft prompts of texts or images.
 
         Args:
-            texts: A text or a list of them: what the instance encoder reads. For a classifier rows as ``predict`` takes
-                them.
-            batch_size: Texts at a time, of like lengths.
+            inputs: A text or a list of them: what the instance encoder reads. For a classifier, also of images, rows as
+                ``predict`` takes them.
+            batch_size: Texts, of like lengths, or images at a time.
 
         Returns:
-            Z ``[B, m, d]`` in the texts' order, in the prompt encoder's dtype.
+            Z ``[B, m, d]`` in the order of the inputs, in the prompt encoder's dtype.
 
         Raises:
-            LoPAError: If a row has not what is read.
+            LoPAError: If a row has not what is read, or an image is broken.
         """
         at_least(1, batch_size=batch_size)
-        rows = rows_of(texts, task_template(self.task).columns if self.task is not None else ["text"])
-        check_rows(rows)
-        count = len(next(iter(rows.values())))
+        if self.reads_images:
+            images = image_sources(inputs)
+            count = len(images)
+        else:
+            rows = rows_of(inputs, task_template(self.task).columns if self.task is not None else ["text"])
+            check_rows(rows)
+            count = len(next(iter(rows.values())))
         if self.encoder is None:
             shared: Tensor = self.prompt_encoder(None)
             return shared.expand(count, -1, -1).clone()
         shape = self.bundle.config.prompt
         found = torch.empty(count, shape.num_virtual_tokens, shape.embedding_dim, device=self.device)
+        if self.processing is not None:
+            for batch in image_batches(images, {"pixels": self.processing}, batch_size, self.device):
+                found[batch.pop("index")] = self._prompts(self.encoder(batch))
+            return found
         encoded = self._encoded(rows)
         order = sorted(range(count), key=lambda row: -len(encoded["input_ids"][row]))
         for first in range(0, count, batch_size):
             part = order[first : first + batch_size]
-            found[part] = self._prompts({key: [values[row] for row in part] for key, values in encoded.items()})
+            chosen = {key: [values[row] for row in part] for key, values in encoded.items()}
+            found[part] = self._prompts(self.vectors(chosen))
         return found
 
     def _encoded(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
@@ -148,9 +165,9 @@ class LoPAPrompter(nn.Module):
         found: Tensor = self.encoder(instance_batch(self.tokenizer, encoded, self.device))
         return found
 
-    def _prompts(self, encoded: Mapping[str, list[list[int]]]) -> Tensor:
+    def _prompts(self, vectors: Tensor) -> Tensor:
         assert self.encoder is not None
-        vectors = controlled(self.vectors(encoded), self.encoder.spec.control)
+        vectors = controlled(vectors, self.encoder.spec.control)
         prompts: Tensor = self.prompt_encoder(vectors.to(next(self.prompt_encoder.parameters()).dtype))
         return prompts
 
@@ -161,6 +178,20 @@ class LoPAPrompter(nn.Module):
                 f"the tokenizer of the instance encoder {tokenizer.name_or_path!r} is not the one that the bundle was "
                 "trained with; name the revision that it was"
             )
+
+    def _view(self, own: ImageProcessing, name: str) -> ImageProcessing:
+        """What the instance encoder reads of an image, by the bundle; its own processor must be that of training."""
+        task = self.bundle.config.identity.get("task")
+        known = task if isinstance(task, Mapping) else {}
+        key = "instance_processing" if "instance_processing" in known else "view"
+        view: ImageProcessing = built(known.get(key), ImageProcessing, f"identity.task.{key}")
+        expected = own if key == "instance_processing" else replace(own, resize=view.resize, crop=view.crop)
+        if lines := checkpoint.differences(plain(view), plain(expected), between=("the bundle", "it")):
+            raise LoPAError(
+                f"the image processor of the instance encoder {name!r} is not the one that the bundle was trained "
+                f"with: {checkpoint.joined(lines)}"
+            )
+        return view
 
 
 def _load(encoder: InstanceEncoder, tensors: Mapping[str, Tensor]) -> None:

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lopa_lightning import DePT, LoPALightningModule, NoPrompt, PromptTuning
+import torch
+
+from lopa_lightning import (
+    DePT,
+    ImageClassificationDataModule,
+    ImageClassificationModule,
+    InstanceEncoderSpec,
+    LoPALightningModule,
+    NoPrompt,
+    PretrainedSpec,
+    PromptTuning,
+    VisualPromptTuning,
+)
+from tests.data.image_files import write_images
 from tests.modules.helpers import LoPATiny, causal, completions, module, reviews, trainer, with_own_encoder
+from tests.tiny_images import save_vision, vision_model
 
 Tiny = Callable[[str], str]
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -61,3 +76,39 @@ def checkpoint(kind: str, folder: Path, tiny: Tiny, backbone: str | None = None)
     run.fit(model, completions(folder / "data") if objective is None else reviews(folder, **reads))
     run.save_checkpoint(folder / "best.ckpt")
     return model.eval(), folder / "best.ckpt"
+
+
+_DEEP = {"placement": "every_layer"}
+IMAGE_KINDS: dict[str, dict[str, Any]] = {
+    "vpt shallow": {"prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=3)},
+    "vpt deep": {"prompt_encoder": functools.partial(VisualPromptTuning, num_virtual_tokens=3), **_DEEP},
+    "lopa": {"prompt_encoder": LoPATiny, "reads": {"name": "clip", "pooling": "cls"}},
+    "lopa, same pixels": {"prompt_encoder": LoPATiny, "reads": {"name": "deit"}},
+    "lopa of the backbone": {"prompt_encoder": LoPATiny},
+    "lopa deep": {"prompt_encoder": LoPATiny, "reads": {"name": "deit"}, **_DEEP},
+    "linear probe": {"prompt_encoder": NoPrompt},
+}
+
+
+def image_home(folder: Path) -> Path:
+    """Writes images and tiny models; that of CLIP has another image processor."""
+    for kind, processor in {"vit": {}, "deit": {}, "clip": {"image_mean": [0.1, 0.2, 0.3], "resample": 3}}.items():
+        save_vision(vision_model(kind), folder / kind, **processor)
+    write_images(str(folder / "images"))
+    return folder
+
+
+def image_checkpoint(kind: str, home: Path) -> tuple[ImageClassificationModule, Path]:
+    """Trains a module on images for a step, with models named from their folder; returns it with its checkpoint."""
+    options = dict(IMAGE_KINDS[kind])
+    if own := options.pop("reads", None):
+        options["instance_encoder"] = InstanceEncoderSpec(**own)
+    model = ImageClassificationModule(backbone=PretrainedSpec("vit"), **options)
+    path = home / f"{kind}.ckpt"
+    run = trainer(home, callbacks=[], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+    run.fit(model, ImageClassificationDataModule(path=os.path.join(home, "images"), view="crop_flip", batch_size=6))
+    with torch.no_grad():
+        for value in filter(lambda each: each.requires_grad, model.parameters()):
+            value += 0.3 * torch.randn_like(value)  # so that all of it matters
+    run.save_checkpoint(path)
+    return model.eval(), path
