@@ -168,6 +168,9 @@ def test_the_command_needs_a_checkpoint_and_texts_alone(
         {"id": i, "text": text.strip() if i == 99 else text, "label": "good"} for i, text in enumerate(TEXTS)
     ]
     same(found, loaded.predict(TEXTS))
+    with pytest.raises(SystemExit):
+        main([*ckpt, "--file", str(tmp_path / "new.csv"), "other.csv"])
+    assert "the model reads texts: give one --file with rows, got 2" in capsys.readouterr().err
 
 
 def test_the_command_reads_a_table_as_it_is_told(

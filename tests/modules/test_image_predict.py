@@ -130,7 +130,7 @@ def test_the_command_answers_for_an_image(trained: Path, capsys: pytest.CaptureF
     same([found], wanted)
     with pytest.raises(SystemExit):
         main(["predict", "--ckpt_path", str(trained), "--text", "a cat"])
-    assert "the model reads images: give an image as --file" in capsys.readouterr().err
+    assert "the model reads images: give images, or a folder of them, as --file" in capsys.readouterr().err
 
 
 def _cut(path: str) -> str:

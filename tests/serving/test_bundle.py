@@ -15,15 +15,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from lopa_lightning import Bundle, LoPALightningModule
+from lopa_lightning import Bundle, LoPALightningModule, LoPAPrompter
 from lopa_lightning.checkpoint import read
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.export import export_bundle
 from tests.checkpoints.write import HERE
 from tests.modules.helpers import reviews, trainer
-from tests.serving.helpers import checkpoint
+from tests.serving.helpers import checkpoint, image_checkpoint, image_home
 from tests.test_checkpoint_file import CONTENTS, ESCAPE, KEY, REFUSED, refusal
+from tests.tiny_images import WIDTH
 
 Tiny = Callable[[str], str]
 TEXTS = ["the film was great", "a bad story", "No", "the second half of it"]
@@ -55,7 +56,7 @@ def test_a_checkpoint_is_exported_and_answers_wherever_a_checkpoint_does(
     assert config["module"]["init_args"]["prompt_encoder"]["class_path"] == "lopa"
     assert not {"optimizer", "lr_scheduler", "learning_rates"} & set(config["module"]["init_args"])
     shape = {"num_virtual_tokens": 3, "embedding_dim": 32, "instance_dim": 32, "placement": "before"}
-    assert config["prompt"] == {**shape, "dtype": "float32"}
+    assert config["prompt"] == {**shape, "dtype": "float32", "layers": 1}
     words = ["great", "terrible"]
     ids = [model.input_spec.tokenizer(f" {word}")["input_ids"][0] for word in words]
     assert config["answer"] == {"objective": "causal_lm", "labels": ["good", "bad"], "words": words, "word_ids": ids}
@@ -194,22 +195,33 @@ def test_what_ends_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 # It may be anybody's
 
 
+@pytest.fixture(scope="module", params=["text", "images"])
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder from which the models of a bundle are named."""
+    return HERE if request.param == "text" else image_home(tmp_path_factory.mktemp("images"))
+
+
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose backbone is named from the folder of the checkpoints."""
+def good(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of LoPA."""
     folder = tmp_path_factory.mktemp("bundles") / "good"
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(HERE)
-        export_bundle("format_1/lopa.ckpt").save_pretrained(folder)
+        patch.chdir(home)
+        path = HERE / "format_1" / "lopa.ckpt" if home == HERE else image_checkpoint("lopa", home)[1]
+        export_bundle(path).save_pretrained(folder)
     return folder
+
+
+OF_TEXT = pytest.mark.parametrize("home", ["text"], indirect=True)
+OF_IMAGES = pytest.mark.parametrize("home", ["images"], indirect=True)
 
 
 @pytest.fixture
 def bad(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    good: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Callable[[dict[str, Any], dict[str, Any]], Any]], Path]:
     """Writes the bundle with something else in it."""
-    monkeypatch.chdir(HERE)
+    monkeypatch.chdir(home)
     config, tensors = (
         json.loads((good / "config.json").read_text()),
         safetensors.torch.load_file(good / "model.safetensors"),
@@ -227,6 +239,7 @@ def bad(
     return write
 
 
+@OF_TEXT
 @pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind != "other words"])  # which says it as format 1 did
 def test_settings_that_the_rest_contradicts_are_refused_as_in_a_checkpoint(kind: str, bad: Any) -> None:
     hyperparameters, message = REFUSED[kind]
@@ -262,9 +275,9 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
     "NaN": (lambda _, tensors: tensors[KEY].fill_(float("nan")), f"'{KEY}' in its model.safetensors is NaN"),
     "infinite": (lambda _, tensors: tensors[KEY].fill_(float("inf")), "NaN or infinite in part"),
     "integers": (lambda _, tensors: tensors.update({KEY: torch.ones(3, dtype=torch.long)}), "is torch.int64"),
-    "other words": (
-        lambda config, _: config["module"]["init_args"]["task"]["verbalizer"]["words"].reverse(),
-        "task.words: the checkpoint has",
+    "other labels": (
+        lambda config, _: config["module"]["init_args"]["task"]["labels"].reverse(),
+        "task.labels: the checkpoint has",
     ),
     "another shape": (lambda _, tensors: tensors.update({KEY: torch.ones(7)}), f"{KEY}: the checkpoint has \\(7,\\)"),
     "a tensor less": (lambda _, tensors: tensors.pop(KEY), f"{KEY}: missing in the checkpoint"),
@@ -281,18 +294,87 @@ def test_a_bundle_that_is_none_is_refused_in_a_line(kind: str, bad: Any) -> None
     refusal(lambda: Bundle.from_pretrained(folder).check_served())
 
 
+@OF_TEXT
+def test_other_words_are_refused(bad: Any) -> None:
+    folder = bad(lambda config, _: config["module"]["init_args"]["task"]["verbalizer"]["words"].reverse())
+    assert "task.words: the checkpoint has" in refusal(lambda: LoPALightningModule.load_from_checkpoint(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("embedding_dim", 999_999, "the checkpoint has (2, 8), this run (2, 999999)"),
-        ("instance_dim", 999_999, "the checkpoint has (3, 8), this run (3, 999999)"),
+        ("embedding_dim", 999_999, "the checkpoint has ({m}, {d}), this run ({m}, 999999)"),
+        ("instance_dim", 999_999, "the checkpoint has ({h}, {d}), this run ({h}, 999999)"),
         ("instance_dim", 2**60, "instance_dim must be at most 1000000"),
-        ("num_virtual_tokens", 5, "the bundle's prompt says num_virtual_tokens 5, and its method makes 2"),
+        ("num_virtual_tokens", 5, "the bundle's prompt says num_virtual_tokens 5, and its method makes {m}"),
+        ("layers", 0, "backbone_layers must be at least 1, got 0"),
+        ("layers", 2, ".bias: the checkpoint has ("),
+        ("layers", 2**60, "backbone_layers must be at most 1000000"),
     ],
 )
-def test_sizes_that_the_tensors_do_not_have_are_never_built(name: str, value: int, message: str, bad: Any) -> None:
+def test_sizes_that_the_tensors_do_not_have_are_never_built(
+    name: str, value: int, message: str, home: Path, bad: Any
+) -> None:
+    sizes = {"m": 2, "d": 8, "h": 3} if home == HERE else {"m": 3, "d": WIDTH, "h": 8}
     folder = bad(lambda config, _: config["prompt"].update({name: value}))
-    assert message in refusal(lambda: Bundle.from_pretrained(folder).prompt_encoder())
+    assert message.format(**sizes) in refusal(lambda: Bundle.from_pretrained(folder).prompt_encoder())
+
+
+def _view(entry: str, value: Any) -> Callable[[dict[str, Any], Any], Any]:
+    return lambda config, _: config["module"]["init_args"]["processing"].update({entry: value})
+
+
+OF_A_VIEW: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
+    "another view": (_view("resize", 12), "task.view.resize: the checkpoint has 13, this run 12"),
+    "a long edge": (_view("resize", 10**9), "resize must be pixels from 1 to 10000, got 1000000000"),
+    "no size": (_view("size", [12]), "size must be pixels from 1 to 10000"),
+    "a text": (_view("crop", "yes"), "processing.crop must be bool, got 'yes'"),
+    "an unknown entry": (_view("antialias", True), "processing must be of size, resize, crop"),
+    "no view": (
+        lambda config, _: config["identity"]["task"].pop("view"),
+        "task.view: the checkpoint has None, this run {'size'",
+    ),
+}
+
+
+@OF_IMAGES
+@pytest.mark.parametrize("kind", OF_A_VIEW)
+def test_what_is_done_to_images_is_what_it_was_trained_with(kind: str, bad: Any) -> None:
+    change, message = OF_A_VIEW[kind]
+    folder = bad(change)
+    assert message in refusal(lambda: LoPALightningModule.load_from_checkpoint(folder))
+
+
+@OF_IMAGES
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("std", [0.0, 0.0, 0.0], "std: the bundle has [0.0, 0.0, 0.0], it ["),
+        ("resample", 10**9, "resample: the bundle has 1000000000, it 3"),
+        ("size", [10**9, 4], "size must be pixels from 1 to 10000, got (1000000000, 4)"),
+        ("mean", "x", "identity.task.instance_processing.mean must be"),
+    ],
+)
+def test_nor_does_a_prompter_read_images_otherwise(key: str, value: Any, message: str, bad: Any) -> None:
+    folder = bad(lambda config, _: config["identity"]["task"]["instance_processing"].update({key: value}))
+    assert message in refusal(lambda: LoPAPrompter.from_pretrained(folder))
+
+
+@OF_IMAGES
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 4, 4, 3), "must hold pixels in uint8, 'images' is torch.float32"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), "must have images [3, H, W, 3], got (2, 4, 4, 3)"),
+        (torch.zeros(3, 4, 3, dtype=torch.uint8), "must have images [3, H, W, 3], got (3, 4, 3)"),
+        (torch.zeros(3, 0, 4, 3, dtype=torch.uint8), "must have images [3, H, W, 3], got (3, 0, 4, 3)"),
+    ],
+)
+def test_images_that_the_rows_do_not_have_are_refused(images: Any, message: str, good: Path, bad: Any) -> None:
+    folder = bad(lambda *_: None)
+    (folder / "parity.json").write_bytes((good / "parity.json").read_bytes())
+    safetensors.torch.save_file({"images": images}, folder / "parity.safetensors")
+    assert message in refusal(lambda: Bundle.from_pretrained(folder))
 
 
 FILES: dict[str, tuple[str, bytes, str]] = {
