@@ -11,7 +11,13 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
-from lopa_lightning import InstanceEncoderSpec, NoPrompt
+from lopa_lightning import (
+    ImageClassificationDataModule,
+    ImageClassificationModule,
+    InstanceEncoderSpec,
+    NoPrompt,
+    PretrainedSpec,
+)
 from lopa_lightning.instances.encoder import InstanceEncoder
 from tests.modules.helpers import LoPATiny, causal, completions, module, reviews, trainer
 from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, Windows
@@ -48,6 +54,18 @@ def adapted(backbone: str, folder: Path, batch_size: int, **devices: Any) -> dic
     run = trainer(folder, epochs=4, num_sanity_val_steps=0, limit_val_batches=0, **devices)
     run.fit(model, reviews(folder, rows=12, batch_size=batch_size))
     return model.state_dict()
+
+
+def of_images(folder: Path, batch_size: int, epochs: int = 3, **devices: Any) -> dict[str, Any]:
+    """What is learned from images in parts drawn at random, where every step reads all of them, and the scores."""
+    seed_everything(3)
+    options: dict[str, Any] = {"prompt_encoder": functools.partial(LoPATiny, dropout=0.0), "placement": "every_layer"}
+    model = ImageClassificationModule(backbone=PretrainedSpec(str(folder / "vit")), optimizer=SGD, **options)
+    run = trainer(folder, epochs, callbacks=[], num_sanity_val_steps=0, **devices)
+    data = ImageClassificationDataModule(path=str(folder / "images"), view="crop_flip", batch_size=batch_size)
+    run.fit(model, data)
+    (validated,) = run.validate(model, data, verbose=False)
+    return {"state": model.state_dict(), "validated": validated}
 
 
 def accumulated(backbone: str, folder: Path, size: dict[str, int]) -> dict[str, Any]:
@@ -103,6 +121,7 @@ def fit_and_evaluate(backbone: str, causal_backbone: str, folder: Path) -> None:
             "adapted": adapted(
                 backbone, folder / "adapted", 6, devices=2, strategy=DDPStrategy(process_group_backend="gloo")
             ),
+            "of_images": of_images(folder / "photos", 6, devices=2, strategy=DDPStrategy(process_group_backend="gloo")),
             "accumulated": [accumulated(causal_backbone, folder / "unequal", size) for size in SIZES],
         },
         folder / f"rank{run.global_rank}.pt",

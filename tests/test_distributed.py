@@ -15,10 +15,12 @@ from torch.distributed import run as torchrun
 
 from lopa_lightning import LoPALightningModule, NoPrompt
 from lopa_lightning.cli import main
-from tests.distributed_run import MATCHING, adapted, fit_and_evaluate
+from tests.data.image_files import write_images
+from tests.distributed_run import MATCHING, adapted, fit_and_evaluate, of_images
 from tests.modules.helpers import causal, completions, reviews, trainer
 from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, as_one_batch, rows_of
 from tests.processes import forked, logs, on_two
+from tests.tiny_images import save_vision, vision_model
 
 Tiny = Callable[[str], str]
 Ranks = tuple[Path, list[dict[str, Any]]]
@@ -46,6 +48,8 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     reviews(folder / "adapted", rows=12)
     completions(folder / "completions")
     completions(folder / "unequal", UNEQUAL)
+    save_vision(vision_model("vit"), folder / "photos" / "vit")
+    write_images(str(folder / "photos" / "images"))
     (folder / "matching.json").write_text(json.dumps(_half_right(tiny("llama"))))
     completions(folder / "matching", json.loads((folder / "matching.json").read_text()))
     cache = folder / "cache"  # what others have encoded must be encoded here
@@ -115,6 +119,18 @@ def test_an_adapted_encoder_on_two_processes_is_that_of_one(ranks: Ranks, tiny: 
         assert set(result["adapted"]) == set(alone)
         for name, value in alone.items():
             torch.testing.assert_close(result["adapted"][name], value, rtol=0, atol=1e-6)
+
+
+def test_images_on_two_processes_are_learned_as_on_one(ranks: Ranks) -> None:
+    photos = ranks[0] / "photos"
+    alone, before = of_images(photos, 12), of_images(photos, 12, epochs=1)
+    for result in ranks[1]:
+        assert result["of_images"]["validated"] == pytest.approx(alone["validated"], abs=1e-5)
+        assert set(result["of_images"]["state"]) == set(alone["state"])
+        for name, value in alone["state"].items():
+            torch.testing.assert_close(result["of_images"]["state"][name], value, rtol=0, atol=1e-6)
+    name = "net.prompt_encoder.shared_prompt.weight"
+    assert (alone["state"][name] - before["state"][name]).abs().max() > 1e-3
 
 
 def test_each_example_is_evaluated_once(ranks: Ranks) -> None:
