@@ -73,9 +73,9 @@ def image_files(paths: Iterable[str]) -> list[str]:
             found.append(path)
             continue
         below = [each for each in Path(path).rglob("*") if each.suffix.lower() in endings and each.is_file()]
-        if not (shown := sorted(str(each) for each in below if not each.name.startswith("."))):
+        if not (names := sorted(str(each) for each in below if not each.name.startswith("."))):
             raise LoPAError(f"folder {path!r} has no image of the formats {', '.join(FORMATS)}")
-        found += shown
+        found += names
     return found
 
 
