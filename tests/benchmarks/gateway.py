@@ -127,7 +127,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Row]:
         )
     served = ServedPrompter(Bundle.from_pretrained(bundle))
     m, made = served.facts.num_virtual_tokens, served.requests(_TEXTS)
-    sizes = [m + each.text_tokens for each in made]
+    sizes = [m + len(each.ids) for each in made]
     ports = []
     for _ in range(2):
         with socket.socket() as free:

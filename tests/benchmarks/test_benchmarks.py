@@ -226,3 +226,15 @@ def test_time_to_accuracy(run: Run) -> None:
         for name, title in (("prompt_tuning", "(a) PEFT prompt tuning"), ("lora", "(b) PEFT LoRA r=8")):
             best = max(accuracy for _, _, accuracy in row["points"])
             assert (row[f"examples_{name}"] is not None) == (best >= rows[title]["final"])
+
+
+def test_gateway(run: Run) -> None:
+    rows = run("gateway")["rows"]
+    ways = ["direct", "plain, through the gateway", "with a soft prompt, through it"]
+    assert [(row["answer"], row["way"]) for row in rows] == [
+        (kind, way) for kind in ("whole", "stream") for way in ways
+    ]
+    for row in rows:
+        assert row["count"] == 8
+        assert 0 < row["first"] <= row["p50"] <= row["p99"]
+        assert row["way"] == "direct" or row["per_core"] > 0
