@@ -93,13 +93,17 @@ def _used(pid: int) -> tuple[float, float]:
     return seconds, int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def ask(url: str, model: str, requests: list[tuple[str, int]], streams: bool, at_once: int, tokens: int) -> Row:
+async def ask(
+    url: str, model: str, requests: list[tuple[str, int, int]], streams: bool, at_once: int, tokens: int
+) -> Row:
     """Sends requests, so many at once; returns milliseconds of each, until its first byte and until its last."""
     first, whole, room = list[float](), list[float](), asyncio.Semaphore(at_once)
 
-    async def one(session: aiohttp.ClientSession, text: str, read: int) -> None:
-        body = {"model": model, "max_tokens": tokens, "temperature": 0, "stream": streams}
+    async def one(session: aiohttp.ClientSession, text: str, more: int, read: int) -> None:
+        body = {"model": model, "max_tokens": tokens, "temperature": 0, "stream": streams, "ignore_eos": True}
         body["messages"] = [{"role": "user", "content": text}]
+        if more:  # as many tokens in the place of a soft prompt
+            body["messages"].insert(0, {"role": "system", "content": "a" + " a" * (more - 1)})
         async with room:
             start = time.perf_counter()
             async with session.post(url, json=body, headers={"x-tokens": str(read)}) as response:
@@ -144,7 +148,8 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Row]:
         fake if given.upstream is None else contextlib.nullcontext(),
         process("-m", "lopa_lightning", "serve", *options) as run,
     ):
-        base = given.model or _wait(f"{gateway}/v1/models", run)[-1]
+        names = _wait(f"{gateway}/v1/models", run)
+        base = given.model or names[-1]
         ways = {
             "direct": (direct, base, m),
             "plain, through the gateway": (gateway, base, m),
@@ -157,7 +162,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Row]:
                 for way in list(ways)[:: -1 if number % 2 else 1]:
                     url, model, more = ways[way]
                     each = given.requests // (2 * len(ways) * given.rounds) or 1
-                    sent = [(_TEXTS[at % len(_TEXTS)] + " a" * more, sizes[at % len(sizes)]) for at in range(each)]
+                    sent = [(_TEXTS[at % len(_TEXTS)], more, sizes[at % len(sizes)]) for at in range(each)]
                     before = _used(run.pid)
                     done = asyncio.run(
                         ask(f"{url}/v1/chat/completions", model, sent, answer == "stream", given.at_once, given.tokens)
