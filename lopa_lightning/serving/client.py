@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.serving.bundle import Bundle
+from lopa_lightning.serving.labels import labelling
 from lopa_lightning.serving.prompter import LoPAPrompter
 from lopa_lightning.serving.requests import (
     ServedPrompter,
     ServedRequest,
     check_options,
-    labelling,
 )
 from lopa_lightning.serving.streams import AsyncCheckedStream, CheckedStream, stream_options
 

@@ -42,7 +42,8 @@ from lopa_lightning.serving.gateway_calls import (
     text_of,
     while_connected,
 )
-from lopa_lightning.serving.requests import ServedPrompter, ServedRequest, check_options, labelling
+from lopa_lightning.serving.labels import labelling
+from lopa_lightning.serving.requests import ServedPrompter, ServedRequest, check_options
 from lopa_lightning.serving.streams import Usage, stream_options
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

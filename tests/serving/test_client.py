@@ -22,7 +22,8 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.predict import row_encoder
 from lopa_lightning.serving import client as client_file
 from lopa_lightning.serving.export import export_bundle
-from lopa_lightning.serving.requests import MOST_WORDS, PromptDroppedError, encoded_tensor, labelling
+from lopa_lightning.serving.labels import MOST_WORDS, labelling
+from lopa_lightning.serving.requests import PromptDroppedError, encoded_tensor
 from tests.serving import upstream as upstream_file
 from tests.serving.helpers import checkpoint
 from tests.serving.upstream import M, Upstream, decoded, prompts_in, running
