@@ -194,10 +194,7 @@ NOT_YAML: list[tuple[bytes, str]] = [
 ]
 
 COMMAND_LINES: list[tuple[list[str], str]] = [
-    (
-        [],
-        "must be one of fit, validate, test, predict, compare, sweep, plan, chat, export, doctor, serve, configs, got nothing",
-    ),
+    ([], "test, predict, compare, sweep, plan, chat, export, doctor, serve, configs, got nothing"),
     (["fitt"], "predict, compare, sweep, plan, chat, export, doctor, serve, configs, got fitt. Did you mean fit?"),
     (["--junk"], "unknown option junk"),
     (["fit"], "give a configuration: --config TASK.yaml, such as configs/own_csv.yaml (lopa fit --help)"),
