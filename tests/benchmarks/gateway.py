@@ -156,12 +156,12 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Row]:
             "with a soft prompt, through it": (gateway, "bench", 0),
         }
         rows = []
-        for answer in ("whole", "stream"):
+        for answer in given.answers:
             found: dict[str, list[Row]] = {way: [] for way in ways}
             for number in range(given.rounds + 1):
                 for way in list(ways)[:: -1 if number % 2 else 1]:
                     url, model, more = ways[way]
-                    each = given.requests // (2 * len(ways) * given.rounds) or 1
+                    each = given.requests // (len(given.answers) * len(ways) * given.rounds) or 1
                     sent = [(_TEXTS[at % len(_TEXTS)], more, sizes[at % len(sizes)]) for at in range(each)]
                     before = _used(run.pid)
                     done = asyncio.run(
@@ -220,6 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark."""
     options = parser("gateway", __doc__)
     options.add_argument("--requests", type=int, default=6000, help="in all (default: 6000)")
+    options.add_argument("--answers", nargs="+", choices=("whole", "stream"), default=["whole", "stream"])
     options.add_argument("--at-once", type=int, default=16, help="requests at once (default: 16)")
     options.add_argument("--tokens", type=int, default=16, help="of an answer (default: 16)")
     options.add_argument("--token-ms", type=float, default=5.0, help="between a fake stream's tokens (default: 5)")
