@@ -210,6 +210,7 @@ def test_the_command_completes(tiny: Tiny, tmp_path: Path, capsys: pytest.Captur
     [
         (["--text", "a"], "--ckpt_path"),
         (["--ckpt_path", "x.ckpt", "--text", "a", "--file", "b"], "give --text or --file"),
+        (["--ckpt_path", "x.ckpt", "--text", "a", "--sep", ";", "--drop_empty"], "--sep, --drop_empty is for a --file"),
         (["--ckpt_path", "none.ckpt", "--text", "a"], "no checkpoint at 'none.ckpt'"),
         (["--ckpt_path", "x.ckpt", "--text", "a", "--txt", "b"], "--txt"),
     ],

@@ -78,6 +78,8 @@ class Bundle:
             LoPAError: If there is none, or it is no bundle.
         """
         folder = Path(name)
+        if folder.is_file():
+            raise LoPAError(f"{str(name)!r} is a file, and a bundle is a folder; lopa export makes one of a checkpoint")
         if not folder.is_dir():
             try:
                 found = huggingface_hub.snapshot_download(

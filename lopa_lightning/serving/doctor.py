@@ -16,11 +16,7 @@ from lopa_lightning.serving.bundle import Bundle
 from lopa_lightning.serving.client import LoPAClient, chosen_model
 from lopa_lightning.serving.command import Options
 from lopa_lightning.serving.labels import word_logprobs, word_options
-from lopa_lightning.serving.requests import (
-    MOST_BYTES,
-    ServedPrompter,
-    ServedRequest,
-)
+from lopa_lightning.serving.requests import MOST_BYTES, ServedPrompter, ServedRequest
 from lopa_lightning.signals import stoppable
 
 _OLDEST, _SAFER, _ADVISED = (0, 21), (0, 26), (0, 32)

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.serving.batching import Batcher, KeptVectors
-from lopa_lightning.serving.client import BUSY, busy_wait, chosen_model
+from lopa_lightning.serving.client import chosen_model
 from lopa_lightning.serving.gateway_calls import (
     Call,
     Fields,
@@ -44,6 +44,7 @@ from lopa_lightning.serving.gateway_calls import (
 )
 from lopa_lightning.serving.labels import labelling
 from lopa_lightning.serving.requests import ServedPrompter, ServedRequest, check_options
+from lopa_lightning.serving.retries import BUSY, busy_wait
 from lopa_lightning.serving.streams import Usage, stream_options
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

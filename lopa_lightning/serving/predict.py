@@ -62,6 +62,8 @@ def main(args: Sequence[str]) -> None:
     given = options().parse_args(args)
     if (given.text is None) == (given.file is None):
         raise UsageError("give --text or --file, and not both")
+    if given.text is not None and (unread := _reading(given)):
+        raise UsageError(f"--{', --'.join(unread)} is for a --file, got --text")
     if given.output is not None:
         check_writable(Path(given.output).absolute().parent, "the folder of --output")
     with stoppable():
@@ -97,14 +99,21 @@ def _rows(module: LoPALightningModule, given: argparse.Namespace) -> Sequence[An
     if isinstance(module, ImageClassificationModule):
         if given.file is None:
             raise LoPAError("the model reads images: give images, or a folder of them, as --file")
+        if unread := _reading(given):
+            raise LoPAError(f"--{', --'.join(unread)} is for a file of texts, and the model reads images")
         return image_files(given.file)
     columns = _columns(module)
     if given.text is not None:
         return _of_texts(given.text, columns)
     if len(given.file) > 1:
         raise LoPAError(f"the model reads texts: give one --file with rows, got {len(given.file)}")
-    reader = {name: getattr(given, name) for name in ("sep", "encoding") if getattr(given, name) is not None}
+    reader = {name: value for name, value in _reading(given).items() if name != "drop_empty"}
     return _of_file(given.file[0], columns, reader, given.drop_empty)
+
+
+def _reading(given: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options on how a file of texts is read, those that are given."""
+    return {name: value for name in ("sep", "encoding", "drop_empty") if (value := getattr(given, name))}
 
 
 def _columns(module: LoPALightningModule) -> list[str]:

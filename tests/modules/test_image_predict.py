@@ -131,6 +131,9 @@ def test_the_command_answers_for_an_image(trained: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["predict", "--ckpt_path", str(trained), "--text", "a cat"])
     assert "the model reads images: give images, or a folder of them, as --file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["predict", "--ckpt_path", str(trained), "--file", "images/test", "--encoding", "latin-1"])
+    assert "--encoding is for a file of texts, and the model reads images" in capsys.readouterr().err
 
 
 def _cut(path: str) -> str:

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 from lopa_lightning import AsyncLoPAClient, Bundle, LoPAClient, ServedPrompter, build_messages, serving
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.predict import row_encoder
-from lopa_lightning.serving import client as client_file
 from lopa_lightning.serving.export import export_bundle
 from lopa_lightning.serving.labels import MOST_WORDS, labelling
 from lopa_lightning.serving.requests import PromptDroppedError, encoded_tensor
@@ -180,7 +179,7 @@ def test_a_dropped_soft_prompt_is_an_error(kind: str, stream: bool, made: Any, u
 def test_only_a_busy_server_is_asked_again(
     kind: str, made: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_file.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
     source = ServedPrompter(made("chat system")[1])
     upstream.statuses = [503, 429]
     called(kind, upstream, source, "chat", "the film")
@@ -204,7 +203,7 @@ def test_a_connection_that_is_not_accepted_is_tried_again_and_a_broken_one_is_no
     made: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(client_file.time, "sleep", waits.append)
+    monkeypatch.setattr("time.sleep", waits.append)
     source = ServedPrompter(made("chat system")[1])
     client = LoPAClient("http://127.0.0.1:9", source, model="tiny", max_retries=2)
     with pytest.raises(openai.APIConnectionError):

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 from lopa_lightning import ServedPrompter
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.serving import client as client_file
 from lopa_lightning.serving.batching import Batcher, KeptVectors
 from lopa_lightning.serving.gateway import Gateway
 from lopa_lightning.serving.serve import load
@@ -305,7 +304,7 @@ def test_a_client_that_goes_ends_the_servers_answer(client: Any, upstream: Any, 
 
 
 def test_only_a_busy_server_is_asked_again(client: Any, upstream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_file.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
     client.chat.completions.create(model="support", messages=asked("the film"))
     for model in ("support", "tiny"):
         for statuses, seen in (([503, 429], 200), ([500], 500), ([503, 503, 503], 503), ([400], 400)):
@@ -321,7 +320,7 @@ def test_only_a_busy_server_is_asked_again(client: Any, upstream: Any, monkeypat
 def test_a_server_that_was_gone_is_used_again(
     served: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_file.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
     with fake(tokenizer) as server:
         port = server.server_port
     with running(Gateway(f"http://127.0.0.1:{port}/v1/", *served)) as gateway:
@@ -477,6 +476,7 @@ def test_vectors_are_kept_and_waiting_texts_made_together(made: Any) -> None:
         (["--upstream", "http://h", "--bundle", "OUT"], "--bundle must be NAME=BUNDLE"),
         (["--upstream", "http://h", "--bundle", "a=OUT", "--bundle", "a=OUT"], "each name once"),
         (["--upstream", "http://h", "--bundle", "a=/nowhere"], "no bundle found for '/nowhere'"),
+        (["--upstream", "http://h", "--bundle", f"a={__file__}"], "is a file, and a bundle is a folder"),
         (
             ["--upstream", "http://h", "--bundle", "a=OUT", "--port", "99999"],
             "--port must be from 0 to 65535, got 99999",
