@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 WORLD = 2
@@ -31,6 +32,8 @@ def _forked(function: Callable[[], object], log: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             sys.stdout = sys.stderr = file
+            # After a fork torch renews its pool of threads at the first use, and two threads at once break that.
+            torch.set_num_threads(torch.get_num_threads())
             function()
             status = 0
     except SystemExit as end:
