@@ -285,8 +285,8 @@ def _fit(run: Run, device: str | None, threads: int | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    if threads is not None:
-        torch.set_num_threads(threads)
+    # Always: after a fork torch renews its pool of threads at the first use, and two threads at once break that.
+    torch.set_num_threads(threads or torch.get_num_threads())
     arguments = ["fit", "--config", str(run.folder / _CONFIG_FILE)]
     if run.last_checkpoint.is_file():
         try:
