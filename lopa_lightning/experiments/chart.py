@@ -1,15 +1,18 @@
-"""Draws a comparison: score against trained parameters."""
+"""Draws a comparison: score against trained parameters, and against examples seen."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.experiments.report import TaskTable
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 _COLUMNS = 3
@@ -18,16 +21,74 @@ _MARKERS = "osD^vP*X<>"
 
 
 def svg(table: pd.DataFrame) -> str:
-    """Draws a panel for each task, a point with an error bar for each method.
+    """Draws scores against trained parameters: a panel for each task, a point with an error bar for each method.
 
     Args:
         table: As from :func:`~lopa_lightning.experiments.report.runs_table`.
     """
+    methods = list(map(str, table.method.unique()))
+
+    def draw(panel: Axes, task: TaskTable) -> None:
+        scale = 100 if task.in_points else 1
+        drawn = task.done[task.done.trained > 0]
+        for method, runs in drawn.groupby("method", sort=False):
+            score = scale * runs.score
+            spread = None if len(runs) == 1 else score.std()
+            style: Any = {"linestyle": "", "capsize": 2.5, **_style(methods.index(str(method)))}
+            panel.errorbar(runs.trained.mean(), score.mean(), yerr=spread, label=str(method), **style)
+        if len(drawn):
+            if task.majority_score is not None:
+                panel.axhline(100 * task.majority_score, color="#999999", linestyle="--", label="most frequent label")
+            panel.set_xscale("log")
+
+    return _figure(table, "trained parameters", draw)
+
+
+def curves_svg(table: pd.DataFrame, results: Sequence[Result | None]) -> str:
+    """Draws scores against examples seen: a panel for each task, a line for each method, in a band of its spread.
+
+    Args:
+        table: As from :func:`~lopa_lightning.experiments.report.runs_table`.
+        results: Those of its lines.
+    """
+    methods = list(map(str, table.method.unique()))
+
+    def draw(panel: Axes, task: TaskTable) -> None:
+        scale = 100 if task.in_points else 1
+        for method, runs in task.done.groupby("method", sort=False):
+            mean, spread = curve([result for index in runs.index if (result := results[index]) is not None])
+            mean, spread, style = scale * mean, scale * spread, _style(methods.index(str(method)))
+            panel.plot(mean.index, mean, label=str(method), markersize=3, **style)
+            panel.fill_between(mean.index, mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
+
+    return _figure(table, "training examples seen", draw)
+
+
+def curve(results: Sequence[Result]) -> tuple[pd.Series, pd.Series]:
+    """Returns the mean and the sample standard deviation of ``val/score`` over runs, by training examples seen.
+
+    Example:
+        >>> runs = [Result("done", history=[{"samples": 16, "metrics": {"val/score": s}}]) for s in (0.5, 0.75)]
+        >>> mean, spread = curve(runs)
+        >>> mean.to_dict(), round(float(spread[16]), 3)
+        ({16: 0.625}, 0.177)
+    """
+    seen = [dict(zip((entry["samples"] for entry in result.history), result.scores)) for result in results]
+    scores = pd.DataFrame(seen).sort_index(axis=1)
+    return scores.mean(), scores.std().fillna(0)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Returns how a method is drawn, in both charts alike."""
+    return {"marker": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}"}
+
+
+def _figure(table: pd.DataFrame, below: str, draw: Callable[[Axes, TaskTable], None]) -> str:
+    """Draws a panel for each task; without runs that ended well it stays empty."""
     import matplotlib
     from matplotlib.figure import Figure
 
     tasks = {str(task): TaskTable(table, task) for task in table.task.unique()}
-    methods = list(map(str, table.method.unique()))
     columns = min(_COLUMNS, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     # Text stays text, and the same results give the same file.
@@ -35,28 +96,13 @@ def svg(table: pd.DataFrame) -> str:
         figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines), layout="constrained")
         panels = list(figure.subplots(lines, columns, squeeze=False).flat)
         for panel, (name, task) in zip(panels, tasks.items()):
-            panel.set(title=name, xlabel="trained parameters", ylabel="score (points)" if task.in_points else "score")
-            _draw(panel, task, methods)
+            panel.set(title=name, xlabel=below, ylabel="score (points)" if task.in_points else "score")
+            draw(panel, task)
+            if panel.has_data():
+                panel.margins(0.15)
+                panel.legend(fontsize=7.5)
         for panel in panels[len(tasks) :]:
             panel.set_visible(False)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
-
-
-def _draw(panel: Axes, task: TaskTable, methods: list[str]) -> None:
-    """Draws a panel; without runs that trained something it stays empty."""
-    scale = 100 if task.in_points else 1
-    drawn = task.done[task.done.trained > 0]
-    if not len(drawn):
-        return
-    for method, runs in drawn.groupby("method", sort=False):
-        index, score = methods.index(str(method)), scale * runs.score
-        spread = None if len(runs) == 1 else score.std()
-        style: Any = {"fmt": _MARKERS[index % len(_MARKERS)], "color": f"C{index % 10}", "capsize": 2.5}
-        panel.errorbar(runs.trained.mean(), score.mean(), yerr=spread, label=str(method), **style)
-    if task.majority_score is not None:
-        panel.axhline(100 * task.majority_score, color="#999999", linestyle="--", label="most frequent label")
-    panel.set_xscale("log")
-    panel.margins(0.15)
-    panel.legend(fontsize=7.5)

@@ -134,9 +134,11 @@ class Comparing:
         return Run(folder, config, tags)
 
     def write_report(self) -> None:
-        """Writes ``comparison.csv``, ``.md`` and ``.svg``."""
-        table = report.runs_table([(tags, self.runs.results.get(path)) for path, tags in self.tags.items()])
+        """Writes ``comparison.csv``, ``.md``, ``.svg`` and ``.curves.svg``."""
+        results = [self.runs.results.get(path) for path in self.tags]
+        table = report.runs_table(list(zip(self.tags.values(), results)))
         contents = {"csv": report.csv_text(table), "svg": chart.svg(table)}
+        contents["curves.svg"] = chart.curves_svg(table, results)
         contents["md"] = report.markdown_text(table, self.comparison.rate_multipliers)
         for kind, text in contents.items():
             write_whole(Path(self.comparison.output) / f"comparison.{kind}", text)
@@ -175,5 +177,5 @@ def main(args: Sequence[str]) -> None:
     with folder_of_runs(comparison.output):
         comparing = Comparing(comparison, configs_of(comparison, options))
         comparing.run()
-    print(f"Report in {Path(comparison.output, 'comparison.md')}, .csv and .svg")
+    print(f"Report in {Path(comparison.output, 'comparison.md')}, .csv, .svg and .curves.svg")
     comparing.runs.end_command()

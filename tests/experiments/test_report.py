@@ -190,3 +190,18 @@ def test_the_chart_has_a_panel_for_each_task_and_names_its_methods(table: pd.Dat
     texts = [node.text for node in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert [texts.count(name) for name in ("a", "b", "lopa", "lora", "broken", "waiting")] == [1, 1, 2, 1, 0, 0]
     assert chart.svg(table) == drawn
+
+
+def test_the_curves_have_a_line_for_each_method_with_results(table: pd.DataFrame) -> None:
+    results = [result(0.5, 0.6) if status == "done" else None for status in table.status]
+    drawn = chart.curves_svg(table, results)
+    texts = [node.text for node in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+    assert [texts.count(name) for name in ("a", "b", "lopa", "lora", "broken", "waiting")] == [1, 1, 2, 1, 0, 0]
+    assert texts.count("training examples seen") == 2
+    assert chart.curves_svg(table, results) == drawn
+
+
+def test_a_curve_is_the_mean_of_seeds_at_each_number_of_examples() -> None:
+    mean, spread = chart.curve([result(0.4, 0.6, 0.7), result(0.6, 0.6)])
+    assert list(mean) == pytest.approx([0.5, 0.6, 0.7])
+    assert list(spread) == pytest.approx([0.02**0.5, 0, 0])
