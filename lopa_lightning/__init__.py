@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lopa_lightning.modules import ClassificationModule as ClassificationModule
     from lopa_lightning.modules import ImageClassificationModule as ImageClassificationModule
     from lopa_lightning.modules import LoPALightningModule as LoPALightningModule
+    from lopa_lightning.modules.schedule import CosineDecay as CosineDecay
     from lopa_lightning.prompts import IDPG as IDPG
     from lopa_lightning.prompts import DePT as DePT
     from lopa_lightning.prompts import LoPA as LoPA
@@ -46,6 +47,7 @@ _HOMES = {
     "CausalLMModule": "modules",
     "ClassificationModule": "modules",
     "CompletionDataModule": "data",
+    "CosineDecay": "modules.schedule",
     "DePT": "prompts",
     "GLUEDataModule": "data",
     "IDPG": "prompts",

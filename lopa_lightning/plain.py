@@ -128,6 +128,8 @@ def without_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
                 value = without_defaults(hint, value)  # type: ignore[arg-type]
             elif bases := _built_by(hint):
                 value = with_arguments(value, without_defaults, *bases)
+            elif get_origin(hint) is dict and (bases := _built_by(get_args(hint)[1])):
+                value = {key: with_arguments(item, without_defaults, *bases) for key, item in value.items()}
         kept[name] = value
     return kept
 

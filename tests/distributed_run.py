@@ -12,6 +12,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
 from lopa_lightning import (
+    CosineDecay,
     ImageClassificationDataModule,
     ImageClassificationModule,
     InstanceEncoderSpec,
@@ -60,7 +61,8 @@ def of_images(folder: Path, batch_size: int, epochs: int = 3, **devices: Any) ->
     """What is learned from images in parts drawn at random, where every step reads all of them, and the scores."""
     seed_everything(3)
     options: dict[str, Any] = {"prompt_encoder": functools.partial(LoPATiny, dropout=0.0), "placement": "every_layer"}
-    model = ImageClassificationModule(backbone=PretrainedSpec(str(folder / "vit")), optimizer=SGD, **options)
+    options |= {"optimizer": SGD, "lr_scheduler": CosineDecay}
+    model = ImageClassificationModule(backbone=PretrainedSpec(str(folder / "vit")), **options)
     run = trainer(folder, epochs, callbacks=[], num_sanity_val_steps=0, **devices)
     data = ImageClassificationDataModule(path=str(folder / "images"), view="crop_flip", batch_size=batch_size)
     run.fit(model, data)

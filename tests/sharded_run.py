@@ -110,6 +110,7 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
         "head": {
             "model": "bert_base",
             "objective": "head",
+            "optimizers": {"shared_prompt": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)},
             "instance_encoder": InstanceEncoderSpec(models["bert_base"]),  # its vectors come from the disk
         },
         "lora": {

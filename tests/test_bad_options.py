@@ -574,6 +574,12 @@ def test_a_warmup_as_long_as_max_steps_is_refused(arguments: list[str]) -> None:
     check_options(settings)
 
 
+def test_rates_of_an_optimizer_by_group_are_checked(arguments: list[str]) -> None:
+    sgd = "{class_path: torch.optim.SGD, init_args: {lr: 0.0}}"
+    with pytest.raises(LoPAError, match=r"^model.optimizers.head.lr must be above 0, and finite .*, got 0.0$"):
+        _parsed([*arguments, f"--model.optimizers={{head: {sgd}}}"])
+
+
 def test_a_home_folder_is_written_out(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:

@@ -39,7 +39,7 @@ _TRAINER = {
     "num_sanity_val_steps": _at_least(-1),
 }
 _SAVING = dict.fromkeys(("every_n_train_steps", "every_n_epochs"), _COUNT)
-_OPTIMIZER = {
+_OPTIMIZER: dict[str, _Allowed] = {
     "lr": (lambda value: 0 < value < float("inf"), "above 0, and finite (learning_rates may give a group 0)"),
     "weight_decay": _OR_NONE,
 }
@@ -62,7 +62,9 @@ def check_options(config: Namespace) -> None:
     Raises:
         LoPAError: If there is one; the message names the option and what is allowed.
     """
-    for place, options in _ALLOWED.items():
+    named = config.get("model.init_args.optimizers") or ()
+    by_group = {f"model.init_args.optimizers.{name}.init_args": _OPTIMIZER for name in named}
+    for place, options in {**_ALLOWED, **by_group}.items():
         for name, (is_allowed, allowed) in options.items():
             key = f"{place}.{name}" if place else name
             value = config.get(key)

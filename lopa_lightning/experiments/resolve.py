@@ -78,7 +78,7 @@ def built(options: Sequence[str]) -> tuple[Any, Any]:
 
 
 def with_rates_times(config: Config, multiplier: float) -> Config:
-    """Returns a configuration with every learning rate multiplied: the optimizer's and each group's.
+    """Returns a configuration with every learning rate multiplied: each optimizer's and each group's.
 
     Args:
         config: As from :func:`resolve`.
@@ -89,12 +89,13 @@ def with_rates_times(config: Config, multiplier: float) -> Config:
     """
     changed = copy.deepcopy(config)
     model = changed["model"]["init_args"]
-    optimizer = model.get("optimizer")
     if multiplier == 1:
         return changed
-    if not isinstance(optimizer, dict) or optimizer.get("init_args", {}).get("lr") is None:
-        raise LoPAError(f"a rate multiplier of {multiplier:g} needs model.init_args.optimizer.init_args.lr, not given")
-    optimizer["init_args"]["lr"] *= multiplier
+    by_group = {f"optimizers.{name}": spec for name, spec in (model.get("optimizers") or {}).items()}
+    for name, spec in {"optimizer": model.get("optimizer"), **by_group}.items():
+        if not isinstance(spec, dict) or spec.get("init_args", {}).get("lr") is None:
+            raise LoPAError(f"a rate multiplier of {multiplier:g} needs model.init_args.{name}.init_args.lr, not given")
+        spec["init_args"]["lr"] *= multiplier
     if model.get("learning_rates"):
         model["learning_rates"] = {name: rate * multiplier for name, rate in model["learning_rates"].items()}
     return changed

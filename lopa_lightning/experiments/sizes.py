@@ -18,6 +18,7 @@ from lopa_lightning.backbones.quantization import saved_bytes
 from lopa_lightning.backbones.transformer_layers import transformer_layers
 from lopa_lightning.data.instance_vectors import agrees_with
 from lopa_lightning.modules import LoPALightningModule
+from lopa_lightning.modules.optimizer_groups import with_rates
 from lopa_lightning.modules.readouts import CompletionReadout
 from lopa_lightning.task import IGNORED
 
@@ -177,7 +178,7 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
         torch.autograd.backward(loss)
     trained = [p for p in net.parameters() if p.requires_grad]
     frozen = [p for p in net.parameters() if not p.requires_grad]
-    optimizer = module.make_optimizer([{"params": trained}])
+    optimizer = module.make_optimizer(with_rates(net.parameter_groups(), {}))
     optimizer.step()
     state = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor) and leaf.dim()]
     root = size_of(net) - sum(map(size_of, layers))

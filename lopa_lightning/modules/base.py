@@ -29,10 +29,11 @@ from lopa_lightning.migrations import migrate
 from lopa_lightning.modules.builder import Builder, Parts
 from lopa_lightning.modules.checkpoint_loading import rebuilt
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
+from lopa_lightning.modules.optimizer_groups import OptimizerByGroup, with_rates
 from lopa_lightning.modules.prompted_model import PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
 from lopa_lightning.modules.resume_check import check_resume
-from lopa_lightning.modules.schedule import schedule, with_rates
+from lopa_lightning.modules.schedule import schedule
 from lopa_lightning.modules.schedule_callback import Scheduling
 from lopa_lightning.modules.scores import Scores
 from lopa_lightning.modules.start import check_before_weights, check_with_weights
@@ -71,6 +72,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             began: a resumed run keeps the number of steps.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
             ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder`` and ``backbone`` (all of it or its adapter).
+        optimizers: Optimizers by group, in place of ``optimizer``, with the same group names.
         nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, naming step and rows, or
             ``skip`` the optimizer step, with all batches that it accumulates, counted in ``train/skipped_steps``.
 
@@ -92,6 +94,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.0,
         learning_rates: dict[str, float] | None = None,
+        optimizers: dict[str, OptimizerCallable] | None = None,
         nonfinite_loss: OnNonfinite = "stop",
     ) -> None:
         super().__init__()
@@ -112,7 +115,9 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         self.adapter = adapter
         self.train_backbone = train_backbone
         self.frozen_dropout = frozen_dropout
-        self.make_optimizer = optimizer
+        self.group_optimizers = optimizers or {}
+        by_group = functools.partial(OptimizerByGroup, default=optimizer, others=self.group_optimizers)
+        self.make_optimizer: OptimizerCallable = by_group if optimizers else optimizer
         self.make_lr_scheduler = lr_scheduler
         self.warmup = warmup
         self.learning_rates = learning_rates or {}

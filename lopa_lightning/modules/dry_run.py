@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lopa_lightning.errors import LoPAError, one_line
-from lopa_lightning.modules.schedule import WarmUp, schedule, with_rates
+from lopa_lightning.modules.optimizer_groups import with_rates
+from lopa_lightning.modules.schedule import WarmUp, schedule
 
 
 @dataclass(frozen=True)

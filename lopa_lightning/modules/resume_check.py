@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lopa_lightning.modules.base import LoPALightningModule
 
 _BUILT: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}
+_BY_GROUP = "optimizers."
 
 
 def check_resume(saved: dict[str, Any], module: LoPALightningModule, stage: str) -> None:
@@ -81,8 +82,8 @@ def check_restored(saved: dict[str, Any], module: LoPALightningModule, stage: st
         if "loops" not in saved:
             raise LoPAError("a bundle holds no state of training; go on from the checkpoint that it was exported from")
         old, new = _settings(saved[ckpt.HYPERPARAMETERS]), _settings(module.hparams)
-        for key in _BUILT:
-            was, now = ((settings[key] or {}).get("class_path") for settings in (old, new))
+        for key in [each for each in {**old, **new} if each in _BUILT or each.startswith(_BY_GROUP)]:
+            was, now = ((settings.get(key) or {}).get("class_path") for settings in (old, new))
             if was != now:
                 raise LoPAError(f"the checkpoint holds the state of {key} {was}, this run has {now}; start a new run")
     # Some strategies have an optimizer state of their own form; a module's own optimizers are not known here.
@@ -100,8 +101,10 @@ def _settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(LoPAError):
         hparams = {**defaults(find_class(hparams.get("_class_path"), LightningModule)), **hparams}
     found = {key: hparams.get(key) for key in ("learning_rates", "warmup")}
-    for key, base in _BUILT.items():
-        spec = with_arguments(hparams.get(key), with_defaults, base)
+    by_group = hparams.get("optimizers")
+    by_group = {f"{_BY_GROUP}{name}": spec for name, spec in by_group.items()} if isinstance(by_group, Mapping) else {}
+    for key, given in {**{key: hparams.get(key) for key in _BUILT}, **by_group}.items():
+        spec = with_arguments(given, with_defaults, _BUILT.get(key, Optimizer))
         named = isinstance(spec, Mapping) and "class_path" in spec
         found[key] = {**spec, "class_path": str(spec["class_path"]).rpartition(".")[2]} if named else None
     return found

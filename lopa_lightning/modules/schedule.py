@@ -1,35 +1,18 @@
-"""Builds learning rate schedules: a warm-up before any of torch's own."""
+"""Builds learning rate schedules: a warm-up before a cosine over the run, or any of torch's own."""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lopa_lightning.errors import LoPAError
-
-
-def with_rates(groups: Mapping[str, list[nn.Parameter]], rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Returns parameter groups as an optimizer takes them.
-
-    Args:
-        groups: Trained parameters by group.
-        rates: Learning rates by group, over the optimizer's own. One for a group that is not trained
-            here has no effect, which is said.
-    """
-    if unused := sorted(set(rates) - set(groups)):
-        rank_zero_warn(f"learning_rates has no effect for {', '.join(unused)}; trained are {', '.join(groups)}")
-    return [
-        {"name": name, "params": params, **({"lr": rates[name]} if name in rates else {})}
-        for name, params in groups.items()
-    ]
 
 
 def check_warmup(warmup: float, trainer: Trainer) -> None:
@@ -44,6 +27,37 @@ def check_warmup(warmup: float, trainer: Trainer) -> None:
     """
     if 0 < warmup < 1 and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise LoPAError(f"warmup {warmup} is a share of a run that has no end; give steps, or max_epochs or max_steps")
+
+
+def check_cosine(scheduler: LRScheduler, trainer: Trainer) -> None:
+    """Refuses a cosine that has no length.
+
+    Args:
+        scheduler: From :func:`schedule`.
+        trainer: Of the run.
+
+    Raises:
+        LoPAError: If it is over a run without an end.
+    """
+    is_cosine = isinstance(getattr(scheduler, "then", None), CosineDecay)
+    if is_cosine and trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise LoPAError("lr_scheduler: CosineDecay is over a run that has no end; give max_epochs or max_steps")
+
+
+def steps_of_run(trainer: Trainer) -> int:
+    """Returns the optimizer steps of a run from its start, whether or not it is resumed.
+
+    Args:
+        trainer: Whose training has started: Lightning would set up its data, and before it has restored how far a
+            resumed run had come that run would start its epoch again.
+
+    Raises:
+        LoPAError: If that is not known.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:  # Lightning says -1 of a loader without a length
+        raise LoPAError("the length of the run, which warmup or lr_scheduler need, is not known: give max_steps")
+    return int(steps)
 
 
 def warmup_steps(warmup: float, steps: float) -> int:
@@ -70,6 +84,39 @@ def warn_of_warmup(warmup: float, trainer: Any) -> None:
         )
 
 
+class CosineDecay(LRScheduler):
+    """Lowers learning rates by half a cosine (Loshchilov & Hutter 2017), from the end of the warm-up to the run's end.
+
+    Step k, from 0, of the n that follow the warm-up has s + (1 - s) * 0.5 * (1 + cos(pi * k / n)) of its group's rate,
+    where s is ``min_lr_rate``. A resumed run has n, as all of the state, from its checkpoint.
+
+    Args:
+        optimizer: Its groups' learning rates are the ones before.
+        min_lr_rate: Share of the rates that is left at the end; named as transformers names it.
+
+    Attributes:
+        steps: n; 0 before :meth:`WarmUp.begin`.
+
+    Raises:
+        LoPAError: If that is no share.
+    """
+
+    short_name = "cosine"
+
+    def __init__(self, optimizer: Optimizer, min_lr_rate: float = 0.0) -> None:
+        if not 0 <= min_lr_rate <= 1:
+            raise LoPAError(f"lr_scheduler: min_lr_rate must be from 0 to 1, got {min_lr_rate}")
+        self.min_lr_rate = min_lr_rate
+        self.steps = 0
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """Returns the rates of the step to come, by group."""
+        done = min(1.0, self.last_epoch / self.steps) if self.steps else 0.0
+        share = self.min_lr_rate + (1 - self.min_lr_rate) * 0.5 * (1 + math.cos(math.pi * done))
+        return [rate * share for rate in self.base_lrs]
+
+
 class WarmUp(LRScheduler):
     """Raises learning rates linearly, and leaves them to another scheduler when they have their full value.
 
@@ -91,13 +138,16 @@ class WarmUp(LRScheduler):
         self._full = [float(group["lr"]) for group in optimizer.param_groups]
         super().__init__(optimizer)
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, of: int = 0) -> None:
         """Starts the warm-up.
 
         Args:
             steps: Its length.
+            of: The run's, for a :class:`CosineDecay` that follows.
         """
         self.steps = steps
+        if isinstance(self.then, CosineDecay):
+            self.then.steps = max(1, of - steps)
         super().__init__(self.optimizer)  # sets the rates of the first step
 
     def get_lr(self) -> list[Any]:

@@ -14,7 +14,8 @@ from lopa_lightning.data.limits import used_batches
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.dry_run import dry_run_of
 from lopa_lightning.modules.monitors import check_monitor
-from lopa_lightning.modules.schedule import WarmUp, warmup_steps, warn_of_warmup
+from lopa_lightning.modules.schedule import CosineDecay, WarmUp, steps_of_run, warmup_steps, warn_of_warmup
+from lopa_lightning.plain import made_class
 
 
 class Scheduling(Callback):
@@ -26,11 +27,11 @@ class Scheduling(Callback):
         Raises:
             LoPAError: If it does.
         """
-        if stage != "fit" or trainer.datamodule is None or pl_module.make_lr_scheduler is None:
+        made = made_class(pl_module.make_lr_scheduler) if pl_module.make_lr_scheduler else None
+        if stage != "fit" or trainer.datamodule is None or made is None or not issubclass(made, OneCycleLR):
             return
-        scheduler = getattr(dry_run_of(pl_module).scheduler, "then", None)
-        if not isinstance(scheduler, OneCycleLR):
-            return
+        pl_module.setup(stage)  # which only the process that prepared the data has done: a dry run needs the task
+        scheduler: Any = getattr(dry_run_of(pl_module).scheduler, "then", None)
         warmup = warmup_steps(pl_module.warmup, steps := _steps(trainer))
         if steps - warmup > scheduler.total_steps:
             after = f" after warmup {warmup}" if warmup else ""
@@ -40,16 +41,27 @@ class Scheduling(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begins the warm-up, unless a checkpoint has brought its state; warns where it is longer than the run."""
+        """Begins the warm-up, unless a checkpoint has brought its state; warns where it is longer than the run.
+
+        Raises:
+            LoPAError: If the steps of the run are needed and not known, or more than a resumed cosine has.
+        """
         warn_of_warmup(pl_module.warmup, trainer)
         for scheduler in [config.scheduler for config in trainer.lr_scheduler_configs]:
-            if not isinstance(scheduler, WarmUp) or scheduler.steps is not None:
+            if not isinstance(scheduler, WarmUp):
                 continue
-            if trainer.ckpt_path is not None:  # of a run without a schedule
+            cosine = scheduler.then if isinstance(scheduler.then, CosineDecay) else None
+            is_share = scheduler.steps is None and 0 < pl_module.warmup < 1
+            steps = steps_of_run(trainer) if cosine is not None or is_share else 0
+            if scheduler.steps is None and trainer.ckpt_path is None:
+                scheduler.begin(warmup_steps(pl_module.warmup, steps), steps)
+            elif scheduler.steps is None:  # of a run without a schedule
                 scheduler.steps = 0
-            else:  # a share is not of a run without an end, see check_warmup
-                steps = trainer.estimated_stepping_batches if 0 < pl_module.warmup < 1 else math.inf
-                scheduler.begin(warmup_steps(pl_module.warmup, steps))
+            elif cosine is not None and steps > (end := scheduler.steps + cosine.steps):
+                raise LoPAError(
+                    f"lr_scheduler: the checkpoint's CosineDecay ends after {end} steps, and this run has {steps}; "
+                    "start a new run"
+                )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps a ``ReduceLROnPlateau``; callbacks that save checkpoints come after all others."""

@@ -21,7 +21,7 @@ from lopa_lightning.modules.checkpoint_loading import check_trained
 from lopa_lightning.modules.dry_run import check_optimization
 from lopa_lightning.modules.monitors import check_monitors
 from lopa_lightning.modules.resume_check import check_restored
-from lopa_lightning.modules.schedule import check_warmup, monitored
+from lopa_lightning.modules.schedule import check_cosine, check_warmup, monitored
 from lopa_lightning.strategies import check_strategy
 from lopa_lightning.task import Side
 
@@ -37,15 +37,16 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        LoPAError: If input and models do not go together, a learning rate names no group, a metric is unknown or a
-            monitored one not logged, the optimizer or the scheduler refuses, the strategy or a callback cannot serve,
-            nothing is trained or learned, a folder cannot be written to, or a checkpoint does not fit.
+        LoPAError: If input and models do not go together, a learning rate or an optimizer names no group, a metric is
+            unknown or a monitored one not logged, the optimizer or the scheduler refuses, the strategy or a callback
+            cannot serve, nothing is trained or learned, a folder cannot be written to, or a checkpoint does not fit.
     """
     module.input_spec  # noqa: B018 - raises where input and models do not fit
     own = module.builder.skeleton.prompt_encoder.parameter_groups()
     groups = {*own, "head", "instance_encoder", "backbone"}
-    if unknown := sorted(set(module.learning_rates) - groups):
-        raise LoPAError(f"learning_rates names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
+    for option, given in (("learning_rates", module.learning_rates), ("optimizers", module.group_optimizers)):
+        if unknown := sorted(set(given) - groups):
+            raise LoPAError(f"{option} names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
     module.builder.check()
     check_warmup(module.warmup, module.trainer)
     check_strategy(module.trainer.strategy)
@@ -61,10 +62,11 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     check_folders(module.trainer, stage)
     metrics = [str(name) for name in module.configure_metrics() or ()]
     if stage == "fit":
-        plateau = monitored(check_optimization(module))
+        scheduler = check_optimization(module)
+        check_cosine(scheduler, trainer)
         keys = ["loss", "score", *metrics, *module.more_logged()]
         logged = ["train/loss", *(f"val{suffix}/{key}" for suffix in module.eval_suffixes for key in keys)]
-        check_monitors(module, plateau, logged)
+        check_monitors(module, monitored(scheduler), logged)
     if (saved := module.will_load) is not None:
         ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)
         check_trained(saved, module)

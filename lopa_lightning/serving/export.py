@@ -32,7 +32,7 @@ from lopa_lightning.serving.peft_export import write_peft
 from lopa_lightning.signals import stoppable
 
 _TEXTS = ("The film was a pleasure to watch.", "Where is the nearest station?", "def add(a, b):")
-_OF_TRAINING = ("optimizer", "lr_scheduler", "warmup", "learning_rates", "nonfinite_loss")
+_OF_TRAINING = ("optimizer", "optimizers", "lr_scheduler", "warmup", "learning_rates", "nonfinite_loss")
 _TOP = 20  # first tokens of a completion whose probabilities are kept
 
 

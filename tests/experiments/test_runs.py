@@ -89,7 +89,9 @@ def test_resolving_is_merging_in_order(configs: Configs) -> None:
 def test_a_rate_multiplier_multiplies_every_rate_and_nothing_else() -> None:
     def config(lr: float, prompt: float) -> dict[str, object]:
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.1}}
-        return {"model": {"init_args": {"optimizer": optimizer, "learning_rates": {"prompt": prompt}, "warmup": 3}}}
+        others = {"head": {"class_path": "torch.optim.SGD", "init_args": {"lr": 3 * lr, "momentum": 0.9}}}
+        rates = {"optimizer": optimizer, "optimizers": others, "learning_rates": {"prompt": prompt}}
+        return {"model": {"init_args": {**rates, "warmup": 3}}}
 
     before = config(0.25, 0.5)
     assert with_rates_times(before, 4.0) == config(1.0, 2.0)
@@ -100,6 +102,10 @@ def test_a_rate_multiplier_needs_a_rate() -> None:
     config = {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.LBFGS", "init_args": {}}}}}
     assert with_rates_times(config, 1.0) == config
     with pytest.raises(LoPAError, match=r"a rate multiplier of 3 needs model.init_args.optimizer.init_args.lr"):
+        with_rates_times(config, 3.0)
+    given = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}
+    config = {"model": {"init_args": {"optimizer": given, "optimizers": {"head": {**given, "init_args": {}}}}}}
+    with pytest.raises(LoPAError, match=r"a rate multiplier of 3 needs model.init_args.optimizers.head.init_args.lr"):
         with_rates_times(config, 3.0)
 
 

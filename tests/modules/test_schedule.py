@@ -11,10 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR, StepLR
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from lopa_lightning import ClassificationModule, PretrainedSpec
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.modules.schedule import WarmUp
+from lopa_lightning.modules.schedule import CosineDecay, WarmUp
 from tests.modules.helpers import module, reviews, trainer
 from tests.refusals import Refused
 
@@ -72,6 +74,91 @@ def test_a_state_of_torchs_own_schedulers_is_continued(name: str, done: int) -> 
         after.step()
         new.step()
     assert rates == pytest.approx(expected[done:])
+
+
+def transformers_cosine(warmup: int, steps: int, least: float = 0.0) -> list[float]:
+    """The rates of a run; those of our warm-up, of which the last is followed by the full rate, are other ones."""
+    made = optimizer()
+    its = get_cosine_with_min_lr_schedule_with_warmup(made, warmup, steps, min_lr_rate=least)
+    rates = []
+    for _ in range(steps):
+        rates.append(made.param_groups[0]["lr"])
+        made.step()
+        its.step()
+    return [(k + 1) / (warmup + 1) for k in range(warmup)] + rates[warmup:]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "least"), [(0, 7, 0.0), (3, 13, 0.0), (2, 9, 0.25), (0, 1, 0.0), (5, 4, 0.5)]
+)
+def test_a_cosine_is_that_of_transformers_and_stays_at_its_end(warmup: int, steps: int, least: float) -> None:
+    made = optimizer()
+    scheduler = WarmUp(made, CosineDecay(made, least))
+    assert made.param_groups[0]["lr"] == 1.0
+    scheduler.begin(warmup, steps)
+    rates = []
+    for _ in range(steps + 3):
+        rates.append(made.param_groups[0]["lr"])
+        made.step()
+        scheduler.step()
+    assert rates[:steps] == pytest.approx(transformers_cosine(warmup, steps, least)[:steps], abs=1e-12)
+    if warmup < steps:
+        assert rates[steps:] == pytest.approx([least] * 3, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup", "steps"),
+    [
+        ({"epochs": 2}, 0, 10),
+        ({"epochs": 3, "accumulate_grad_batches": 2}, 0.2, 9),
+        ({"epochs": -1, "max_steps": 8}, 3, 8),
+    ],
+    ids=str,
+)
+def test_a_cosine_knows_the_steps_of_its_run(
+    options: dict[str, Any], warmup: float, steps: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    rates = Rates()
+    model = module(tiny("bert_base"), objective="head", optimizer=SGD, warmup=warmup, lr_scheduler=CosineDecay)
+    options = {"enable_checkpointing": False, "limit_val_batches": 0, "num_sanity_val_steps": 0, **options}
+    trainer(tmp_path, callbacks=[rates], **options).fit(model, reviews(tmp_path))
+    assert rates.seen == pytest.approx(transformers_cosine({0.2: 2}.get(warmup, int(warmup)), steps), abs=1e-12)
+
+
+def test_a_cosine_does_not_go_on_in_a_longer_run(tiny: Tiny, tmp_path: Path) -> None:
+    model = functools.partial(module, tiny("bert_base"), objective="head", warmup=2, lr_scheduler=CosineDecay)
+    trainer(tmp_path).fit(model(), reviews(tmp_path))
+    with pytest.raises(
+        LoPAError, match="the checkpoint's CosineDecay ends after 5 steps, and this run has 10; start a"
+    ):
+        trainer(tmp_path, 2).fit(model(), reviews(tmp_path), ckpt_path=tmp_path / "last.ckpt")
+
+
+class Endless(IterableDataset[Any]):
+    """The examples of a data set, one after the other."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Any:
+        return iter(self.examples)
+
+
+def test_a_run_without_a_length_has_no_cosine(tiny: Tiny, tmp_path: Path, refused: Refused) -> None:
+    data, run = reviews(tmp_path), trainer(tmp_path, -1)
+    model = functools.partial(module, tiny("bert_base"), objective="head", lr_scheduler=CosineDecay)
+    with refused("lr_scheduler: CosineDecay is over a run that has no end; give max_epochs or max_steps"):
+        run.fit(model(), data)
+    with refused("lr_scheduler: min_lr_rate must be from 0 to 1, got 1.5"):
+        trainer(tmp_path).fit(model(lr_scheduler=functools.partial(CosineDecay, min_lr_rate=1.5)), data)
+
+
+def test_a_run_over_data_without_a_length_has_no_cosine(tiny: Tiny, tmp_path: Path) -> None:
+    data, run = reviews(tmp_path), trainer(tmp_path, limit_val_batches=0, num_sanity_val_steps=0, callbacks=[])
+    loader = data.train_dataloader
+    data.train_dataloader = lambda: DataLoader(Endless([*loader()]), batch_size=None)  # type: ignore[method-assign]
+    with pytest.raises(LoPAError, match="the length of the run, which warmup or lr_scheduler need, is not known"):
+        run.fit(module(tiny("bert_base"), objective="head", lr_scheduler=CosineDecay), data)
 
 
 def test_a_run_that_goes_on_for_longer_keeps_the_steps_of_its_warmup(tiny: Tiny, tmp_path: Path) -> None:
