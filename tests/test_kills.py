@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lopa_lightning import CosineDecay
 from tests.killed import Kill, fit
 from tests.modules.helpers import LoPATiny, module, reviews
 from tests.processes import forked
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 Tiny = Callable[[str], str]
 Schedulers = torch.optim.lr_scheduler
 
+COSINE = "{'class_path': 'lopa_lightning.CosineDecay'}"
 ROWS = 22  # six batches of 4
 KILLS = [("step", 1, 1), ("save", 1, 3), ("validation", 1, 1), ("epoch", 1, 0)]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -72,6 +74,15 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"batch_tokens": 56},
         {"accumulate_grad_batches": 2, "every_n_train_steps": 1},
     ),
+    "cosine, and an optimizer by group": (
+        {
+            "warmup": 0.1,
+            "lr_scheduler": functools.partial(CosineDecay, min_lr_rate=0.1),
+            "optimizers": {"shared_prompt": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)},
+        },
+        {},
+        {"accumulate_grad_batches": 2, "every_n_train_steps": 1},
+    ),
     "overfit": ({"warmup": 0.25}, {}, {"overfit_batches": 4, "every_n_train_steps": 1}),
 }
 
@@ -88,7 +99,7 @@ def test_every_schedule_that_is_shipped_is_among_the_runs() -> None:
     shipped = [yaml.safe_load(path.read_text()).get("model", {}) for path in (ROOT / "configs").rglob("*.yaml")]
     arguments = [model.get("init_args", {}) for model in shipped]
     assert len(arguments) > 20
-    assert not any(given.get("lr_scheduler") for given in arguments)
+    assert {str(given["lr_scheduler"]) for given in arguments if given.get("lr_scheduler")} == {COSINE}
     tried = {given.get("warmup", 0) for given, *_ in RUNS.values()}
     assert {given.get("warmup", 0) for given in arguments} <= tried
 
