@@ -45,6 +45,12 @@ def is_converted(model: PreTrainedModel) -> bool:
     return any(type(change).__name__ == "WeightConverter" for change in conversions(model))
 
 
+def attention_implementation(model: PreTrainedModel) -> str:
+    """Returns how a model computes attention, to set it back after a change; it can be set, but not be asked for."""
+    name: str = model.config._attn_implementation
+    return name
+
+
 def template_tree(template: str) -> jinja2.nodes.Template:
     """Returns the syntax tree of a chat template, parsed with the tags that transformers adds to Jinja's own."""
     compiled: jinja2.Template = chat_template_utils._compile_jinja_template(template)

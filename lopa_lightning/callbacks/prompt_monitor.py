@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lopa_lightning.backbones.sharding import gathered, whole
 from lopa_lightning.callbacks.advice import Advice, of_gate, of_norms
+from lopa_lightning.callbacks.image_monitor import ImageMonitor
 from lopa_lightning.prompts.base import Vocabulary
 
 _NEAREST = 5
@@ -30,8 +31,9 @@ class PromptMonitor(Callback):
     Every ``log_every_n_steps``: learning rate and gradient norm of each trained group, samples and
     tokens per second. After every epoch: the share of padding in what the backbone read. At every
     validation: histograms of the prompt encoder's diagnostics (LoPA's gate), norms and cosine matrix of
-    the shared virtual tokens, and the vocabulary's words nearest to them. At the end: hyperparameters
-    with the best score.
+    the shared virtual tokens, and the vocabulary's words nearest to them; of images what
+    :class:`~lopa_lightning.callbacks.image_monitor.ImageMonitor` draws. At the end: hyperparameters with the best
+    score.
 
     It warns, once of each: at a validation of a saturated gate and of virtual tokens far longer or shorter than
     embeddings, at the steps that are logged of a group whose gradient stays 0.
@@ -49,6 +51,7 @@ class PromptMonitor(Callback):
         self._instance: Tensor | None = None
         self._embeddings: Tensor | None = None
         self._advice = Advice()
+        self._images = ImageMonitor(self._advice)
 
     @property
     def state_key(self) -> str:
@@ -62,10 +65,14 @@ class PromptMonitor(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Draws the soft prompt, and restarts the clock: validation is not training time."""
         if self.enabled and not trainer.sanity_checking and not trainer.fast_dev_run:
+            logger = self._logger(trainer)
+            if logger is not None:
+                with torch.no_grad():
+                    self._images.draw(trainer, pl_module, logger.experiment)
             with torch.no_grad(), gathered(pl_module.net):
                 if trainer.state.fn == TrainerFn.FITTING:
                     self._advise(pl_module.net)
-                if (logger := self._logger(trainer)) is not None:
+                if logger is not None:
                     self._draw(logger.experiment, pl_module.net, trainer.global_step)
         self._instance = None
         self._restart()
@@ -109,9 +116,19 @@ class PromptMonitor(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keeps the first batch's instance vectors."""
+        """Keeps the first batch's instance vectors, and a few images."""
         if self.enabled and batch_idx == 0 and dataloader_idx == 0 and outputs is not None:
             self._instance = outputs["instance"]
+        if dataloader_idx == 0 and self._draws(trainer):
+            self._images.keep(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keeps the confusion matrix of images, which the module is about to reset."""
+        if self._draws(trainer):
+            self._images.count(pl_module)
+
+    def _draws(self, trainer: Any) -> bool:
+        return not trainer.sanity_checking and self._logger(trainer) is not None
 
     def _advise(self, net: Any) -> None:
         """Warns of a soft prompt that is not as it should be."""
