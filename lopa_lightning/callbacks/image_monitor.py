@@ -31,9 +31,9 @@ from lopa_lightning.task import Task
 
 _IMAGES = 8  # that are shown, and read once more at each validation
 _COLUMNS = 4
-_ATTENDED = 4  # of them, with attention
+_ATTENDED = 3  # of them, with attention
 _LAYERS = 4  # whose attention is shown
-_TOKENS = 6  # virtual tokens that are shown one by one
+_TOKENS = 4  # virtual tokens that are shown one by one
 _MOST_CLASSES = 1000  # of a confusion matrix
 
 
@@ -171,13 +171,13 @@ def answer_of(task: Task, row: dict[str, Any], label: Any) -> tuple[list[str], C
 
     Example:
         >>> answer_of(Task(["eel", "owl"]), {"label": "owl", "probabilities": {"eel": 0.1, "owl": 0.9}}, 0)
-        (['label: eel', 'model: owl 90%'], (200, 30, 30))
+        (['label: eel', 'model: 90% owl'], (200, 30, 30))
     """
     if "value" in row:
         return [f"label: {label:.4g}", f"model: {row['value']:.4g}"], BLACK
     right = [name for name, is_one in zip(task.labels, label) if is_one] if task.multi_label else [task.labels[label]]
     found = row["labels"] if task.multi_label else [row["label"]]
-    said = ", ".join(f"{name} {row['probabilities'][name]:.0%}" for name in found)
+    said = ", ".join(f"{row['probabilities'][name]:.0%} {name}" for name in found)
     return [f"label: {', '.join(right)}", f"model: {said}"], GREEN if found == right else RED
 
 

@@ -18,7 +18,7 @@ RED: Colour = (200, 30, 30)
 _BLUE = np.array([20, 70, 160])
 _STRONGEST = 0.75  # share of red where attention is greatest
 # In pixels.
-_SIDE = 160  # of a tile; larger pictures are shrunk to it
+_SIDE = 128  # of a tile; larger pictures are shrunk to it
 _GAP = 8
 _LINE = 15
 _TEXT = 12
@@ -90,7 +90,8 @@ def highlighted(picture: Pixels, weights: NDArray[np.float32], patch: tuple[int,
     share = np.zeros((*picture.shape[:2], 1))
     share[: of_patches.shape[0], : of_patches.shape[1], 0] = _STRONGEST * of_patches
     grey = picture.mean(-1, keepdims=True)
-    return np.rint((1 - share) * grey + share * np.array(RED)).astype(np.uint8)
+    drawn: Pixels = np.rint((1 - share) * grey + share * np.array(RED)).astype(np.uint8)
+    return drawn
 
 
 def confusion_picture(counts: NDArray[np.int64], labels: Sequence[str]) -> Pixels:
@@ -110,7 +111,7 @@ def confusion_picture(counts: NDArray[np.int64], labels: Sequence[str]) -> Pixel
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     colours = np.rint(255 - shares[..., None] * (255 - _BLUE)).astype(np.uint8)
     font = ImageFont.load_default(_TEXT)
-    names = [f"{_cut(label, font, _SIDE - 40)} {number}" for number, label in enumerate(labels)]
+    names = [f"{_cut(label, font, _SIDE)} {number}" for number, label in enumerate(labels)]
     has_names, has_counts = cell >= _LINE, cell >= _WRITTEN
     left = _GAP + int(max(map(font.getlength, names)) + _GAP if has_names else 0)
     top = _GAP + _LINE * (2 if has_names else 1)

@@ -36,18 +36,19 @@ from tests.modules.helpers import trainer
 from tests.tiny_images import LAYERS, MODELS, PATCH, PATCHES, SIDE, save_vision, vision_model
 
 M, GAP = 3, 8
-SCALE = 160 // SIDE  # each pixel is drawn so often, each way
+TILE = 128
+SCALE = TILE // SIDE  # each pixel is drawn so often, each way
 VPT = functools.partial(VisualPromptTuning, num_virtual_tokens=M, dropout=0.3)
 
 
 def test_a_tile_has_the_images_own_pixels_and_a_frame_around_them() -> None:
-    small, large = colours(SIDE, SIDE), colours(320, 160)
+    small, large = colours(SIDE, SIDE), colours(128, 256)
     drawn = sheet([[Tile(small, ["a", "b"], RED), Tile(large, ["a"])]])
     assert (drawn[GAP : GAP + SIDE * SCALE, GAP : GAP + SIDE * SCALE] == small.repeat(SCALE, 0).repeat(SCALE, 1)).all()
-    mean = large.reshape(80, 2, 160, 2, 3).mean((1, 3))  # two by two pixels are one
-    assert np.abs(drawn[GAP : GAP + 80, 2 * GAP + 160 : 2 * GAP + 320] - mean).max() <= 1
+    mean = large.reshape(128, 2, 64, 2, 3).mean((1, 3))  # two by two pixels are one
+    assert np.abs(drawn[GAP : GAP + TILE, 2 * GAP + TILE : 2 * GAP + TILE + 64] - mean).max() <= 1
     assert tuple(drawn[GAP - 2, GAP + 50]) == RED
-    assert (drawn[GAP - 2, 2 * GAP + 160 :] == 255).all()
+    assert (drawn[GAP - 2, 2 * GAP + TILE :] == 255).all()
 
 
 def test_a_cell_of_the_confusion_matrix_is_its_share_of_the_row() -> None:
@@ -69,13 +70,13 @@ def test_a_cell_of_the_confusion_matrix_is_its_share_of_the_row() -> None:
 @pytest.mark.parametrize(
     ("task", "row", "label", "expected"),
     [
-        (Task(["a", "b"]), {"label": "b", "probabilities": {"a": 0.2, "b": 0.8}}, 1, ("b", "b 80%", GREEN)),
-        (Task(["a", "b"]), {"label": "b", "probabilities": {"a": 0.2, "b": 0.8}}, 0, ("a", "b 80%", RED)),
+        (Task(["a", "b"]), {"label": "b", "probabilities": {"a": 0.2, "b": 0.8}}, 1, ("b", "80% b", GREEN)),
+        (Task(["a", "b"]), {"label": "b", "probabilities": {"a": 0.2, "b": 0.8}}, 0, ("a", "80% b", RED)),
         (
             Task(["a", "b", "c"], multi_label=True),
             {"labels": ["a", "c"], "probabilities": {"a": 0.9, "b": 0.2, "c": 0.6}},
             [1, 0, 1],
-            ("a, c", "a 90%, c 60%", GREEN),
+            ("a, c", "90% a, 60% c", GREEN),
         ),
         (Task([]), {"value": 1.5}, 2.0, ("2", "1.5", BLACK)),
     ],
@@ -187,7 +188,7 @@ def test_a_run_shows_images_answers_attention_and_confusion(folder: Path, tmp_pa
     assert len(grids) == 2  # at each of two validations, and the same ones
     for grid, is_last in zip(grids, (False, True)):
         for number, (path, answer) in enumerate(zip(kept, answers)):
-            left, top = GAP + number % 4 * (160 + GAP), GAP + number // 4 * (SIDE * SCALE + GAP + 30)
+            left, top = GAP + number % 4 * (TILE + GAP), GAP + number // 4 * (SIDE * SCALE + GAP + 30)
             seen = np.asarray(Image.open(path).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
             assert (grid[top : top + SIDE * SCALE : SCALE, left : left + SIDE * SCALE : SCALE] == seen).all()
             assert not is_last or tuple(grid[top - 2, left + 9]) == (
@@ -202,7 +203,7 @@ def test_a_run_shows_images_answers_attention_and_confusion(folder: Path, tmp_pa
     for row, column in ((0, 1), (2, 3)):  # the second column of all is the first layer
         layer = (0, 1, 2)[column - 1]
         weights = found[layer].to_patches[row].mean(0).view(SIDE // PATCH, -1).numpy()
-        left, top = GAP + column * (160 + GAP), GAP + row * (SIDE * SCALE + GAP + 30)
+        left, top = GAP + column * (TILE + GAP), GAP + row * (SIDE * SCALE + GAP + 30)
         drawn = looks_at[top : top + SIDE * SCALE : SCALE, left : left + SIDE * SCALE : SCALE]
         assert np.abs(drawn - highlighted(pixels[row].numpy(), weights, (PATCH, PATCH)).astype(int)).max() <= 1
 
