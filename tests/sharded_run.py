@@ -9,15 +9,26 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lopa_lightning import ClassificationModule, InstanceEncoderSpec, PretrainedSpec, PromptTuning
+from lopa_lightning import (
+    ClassificationModule,
+    ImageClassificationDataModule,
+    ImageClassificationModule,
+    InstanceEncoderSpec,
+    PretrainedSpec,
+    PromptTuning,
+    Task,
+)
 from lopa_lightning.backbones.sharding import whole
+from lopa_lightning.callbacks import PromptMonitor
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.sizes import Step, sizes
 from lopa_lightning.strategies import FSDP2Strategy
+from tests.data.image_files import LABELS
 from tests.modules.helpers import LoPATiny, causal, completions, reviews, trainer
 
 ROWS = 21
@@ -119,16 +130,31 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "adapter": {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True},
             "prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=3),
         },
+        "image": {
+            "class": ImageClassificationModule,
+            "model": "vit",
+            "objective": "head",
+            "placement": "every_layer",
+            "instance_encoder": InstanceEncoderSpec(cache=False),  # the sharded layers run twice in a step
+            "prompt_encoder": functools.partial(LoPATiny, dropout=0.0),
+            "task": Task(list(LABELS)),
+        },
     }[kind]
+    module_class = options.pop("class", ClassificationModule)
     spec = PretrainedSpec(
         models[options.pop("model")],
         dtype=options.pop("dtype", "float32"),
         gradient_checkpointing=options.pop("gradient_checkpointing", False),
     )
     defaults: dict[str, Any] = {"objective": "masked_lm", "prompt_encoder": LoPATiny}
-    return ClassificationModule(
+    return module_class(
         backbone=spec, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2), **{**defaults, **options}
     )
+
+
+def images(folder: Path, batch_size: int = 4) -> ImageClassificationDataModule:
+    """Reads the images that were written before."""
+    return ImageClassificationDataModule(path=str(folder / "images"), batch_size=batch_size)
 
 
 def fit(
@@ -137,10 +163,13 @@ def fit(
     """Fits, validates and predicts; everything that must be the same under both strategies."""
     seed_everything(3)
     (folder / f"{kind}-{how}").mkdir(exist_ok=True)
-    model, data, saves, step = made(kind, models), reviews(folder, rows=ROWS), CountedSaves(), CountedStep()
+    model, saves, step = made(kind, models), CountedSaves(), CountedStep()
+    data = images(folder) if kind == "image" else reviews(folder, rows=ROWS)
     devices: dict[str, Any] = {"devices": 2, "strategy": strategy(how), "accumulate_grad_batches": accumulated}
+    if kind == "image":  # processes that share the model read the shown images together
+        devices["logger"] = TensorBoardLogger(folder / f"{kind}-{how}", name="", version="")
     run = trainer(folder / f"{kind}-{how}", epochs, num_sanity_val_steps=0, **devices)
-    run.callbacks[:0] = [saves, step]
+    run.callbacks[:0] = [saves, step, PromptMonitor()]
     run.fit(model, data, **options)
     # The same on every process.
     once = run.global_rank == 0 and kind != "head"
@@ -166,7 +195,7 @@ def fit(
 
 def fit_all(folder: Path, models: dict[str, str]) -> None:
     results: dict[str, Any] = {}
-    for kind in ("decoder", "encoder", "adapted", "lora"):
+    for kind in ("decoder", "encoder", "adapted", "lora", "image"):
         for how in ("ddp", "fsdp"):
             results[f"{kind}-{how}"] = fit(kind, how, models, folder)
     for start, name, epochs, how in (

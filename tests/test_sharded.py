@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lopa_lightning import LoPALightningModule
+from lopa_lightning.callbacks.pictures import confusion_picture
+from tests.data.image_files import LABELS, write_images
 from tests.modules.helpers import completions, reviews, trainer
 from tests.processes import logs, on_two
-from tests.sharded_run import ROWS, fit_all, made, written
+from tests.sharded_run import ROWS, fit_all, images, made, written
+from tests.tiny_images import LAYERS, save_vision, vision_model
 
 Tiny = Callable[[str], str]
 Ranks = tuple[Path, list[dict[str, Any]]]
@@ -29,12 +36,14 @@ KINDS = {
         *("backbone.model.bert.encoder.layer.0", "backbone.model.bert.encoder.layer.1"),
     ],
     "lora": ["", "backbone.model.transformer.h.0", "backbone.model.transformer.h.1"],
+    "image": ["", *(f"backbone.model.layers.{layer}" for layer in range(LAYERS))],
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def models(tiny: Tiny) -> dict[str, str]:
-    return {name: tiny(name) for name in ("bert", "bert_base", "gpt2", "llama")}
+def models(tiny: Tiny, folder: Path | None = None) -> dict[str, str]:
+    found = {name: tiny(name) for name in ("bert", "bert_base", "gpt2", "llama")}
+    return found if folder is None else {**found, "vit": save_vision(vision_model("vit"), folder / "vit")}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,8 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     del saved["state_dict"]["net.readout.linear.bias"]
     torch.save(saved, folder / "lacking.ckpt")
     completions(folder / "completions")  # written once, before two processes would write it
-    assert on_two(fit_all, folder, models(tiny), folder=folder) == [0, 0], logs(folder)
+    write_images(str(folder / "images"), each=8)
+    assert on_two(fit_all, folder, models(tiny, folder), folder=folder) == [0, 0], logs(folder)
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -84,7 +94,8 @@ def test_every_layer_is_a_group_and_each_rank_holds_half(ranks: Ranks, kind: str
     for result in ranks[1]:
         assert result[f"{kind}-fsdp"]["sharded"] == KINDS[kind]
         held, frozen, trained = result[f"{kind}-fsdp"]["sizes"]
-        assert held == pytest.approx((frozen + trained) / 2, rel=0.01)
+        uneven = 0.04 if kind == "image" else 0.01  # ViT's positions are one row, which is not split
+        assert held == pytest.approx((frozen + trained) / 2, rel=uneven)
         assert result[f"{kind}-ddp"]["sizes"][0] == frozen + trained
 
 
@@ -145,6 +156,35 @@ def test_one_process_goes_on_from_fsdp_and_predicts_the_same(ranks: Ranks, tiny:
         assert run.global_step == 18
         states.append(model.state_dict())
     assert farthest(*states) < 1e-6
+
+
+def test_images_are_learned_as_by_one_process_which_loads_the_checkpoint(
+    ranks: Ranks, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder, results = ranks
+    paths = models(tiny, folder)  # whose weights are random
+    seed_everything(3)
+    alone, run = made("image", paths), trainer(tmp_path)
+    run.fit(alone, images(folder, batch_size=8))
+    assert (run.global_step, results[0]["image-fsdp"]["step"]) == (3, 3)
+    assert farthest(results[0]["image-fsdp"]["state"], dict(alone.state_dict())) < 1e-6
+    loaded = LoPALightningModule.load_from_checkpoint(folder / "image-fsdp" / "last.ckpt")
+    (validated,) = trainer(tmp_path).validate(loaded, images(folder), verbose=False)
+    assert results[0]["image-fsdp"]["validated"] == pytest.approx(validated, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_the_first_process_shows_images_of_its_own_and_the_confusion_of_all(ranks: Ranks, how: str) -> None:
+    folder = ranks[0]
+    events = EventAccumulator(str(folder / f"image-{how}")).Reload()
+    assert {"val/images", "prompt/looks_at", "prompt/looked_at"} <= set(events.Tags()["images"])
+    loaded = LoPALightningModule.load_from_checkpoint(folder / f"image-{how}" / "last.ckpt")
+    counts = np.zeros((3, 3), np.int64)
+    for row, label in enumerate(LABELS):
+        for answer in loaded.predict(sorted((folder / "images" / "validation" / label).iterdir())):
+            counts[row, LABELS.index(answer["label"])] += 1
+    drawn = Image.open(io.BytesIO(events.Images("val/confusion")[-1].encoded_image_string))
+    assert (np.asarray(drawn) == confusion_picture(counts, LABELS)).all()
 
 
 @pytest.mark.parametrize("how", ["fsdp", "stock"])

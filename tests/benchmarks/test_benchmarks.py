@@ -19,10 +19,14 @@ import torch
 from lopa_lightning.cli import main as lopa
 from tests.benchmarks.cases import CASES, MINILM, SMOLLM2, Places
 from tests.benchmarks.floor import FIXED, rectangle
+from tests.benchmarks.images import CASES as OF_IMAGES
+from tests.benchmarks.images import CLIP, IMAGES
 from tests.benchmarks.padding import share
+from tests.data.image_files import write_images
 from tests.mini_code import write_mini_cruxeval, write_mini_mbpp
 from tests.mini_glue import write_mini_glue
 from tests.tiny import POSITIONS, save_tiny
+from tests.tiny_images import save_vision, vision_model
 
 Run = Callable[..., dict[str, Any]]
 
@@ -34,6 +38,8 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Places:
     for name, kind in ((MINILM, "bert_base"), (SMOLLM2, "llama")):
         (models / name).mkdir(parents=True)
         save_tiny(kind, models / name)
+    save_vision(vision_model("clip"), models / CLIP)
+    write_images(str(data / IMAGES))
     for name, write in (
         ("nyu-mll/glue", write_mini_glue),
         ("google-research-datasets/mbpp", write_mini_mbpp),
@@ -117,6 +123,18 @@ def test_the_floor_has_a_batchs_tokens_and_no_padding() -> None:
     ids = torch.arange(12).view(3, 4)
     found = rectangle({"input_ids": ids, "attention_mask": mask})
     assert found.tolist() == [[0, 1, 2], [3, 5, 6], [8, 9, 10]]
+
+
+def test_images(run: Run) -> None:
+    rows = run("images")["rows"]
+    assert [row["case"] for row in rows] == list(OF_IMAGES)
+    for row in rows:
+        seconds = row["seconds"]
+        assert set(seconds) == {"ours", "floor", "lora"}
+        check_ratio(row["ratio"], seconds["ours"], seconds["floor"])
+        check_ratio(row["over_lora"], seconds["lora"], seconds["ours"])
+        assert 1 <= row["operations"] < 1.2
+        assert row["images"] == 2
 
 
 def test_peers(run: Run) -> None:
