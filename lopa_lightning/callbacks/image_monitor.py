@@ -43,7 +43,8 @@ class ImageMonitor:
     The images are spread evenly over the first process's batches of the first set, and are the same ones at every
     validation. They are read once more at its end, by the first process alone unless processes share the model.
 
-    A picture that cannot be drawn is warned of, once, and ends no run.
+    A picture that cannot be drawn is warned of, once, and ends no run; a failed pass does where processes share the
+    model, since the others would wait for it.
 
     Args:
         advice: Gives warnings.
@@ -80,7 +81,7 @@ class ImageMonitor:
             return
         for name, scores in pl_module.scores.items():
             found = [m for m in (scores.metrics or {}).values() if isinstance(m, MulticlassConfusionMatrix)]
-            if name.startswith("val") and found:
+            if name.startswith("val") and found and found[0].num_classes <= _MOST_CLASSES:
                 with found[0].sync_context():
                     self._counts[name] = found[0].confmat.cpu().numpy().copy()
 
@@ -95,14 +96,17 @@ class ImageMonitor:
         try:
             answered = self._answered(trainer, pl_module)
         except Exception as error:
-            if is_sharded(pl_module.net):  # the others would wait for this process for ever
+            if is_sharded(pl_module.net):
                 raise
             self._warn(error)
             return
         if not trainer.is_global_zero:
             return
         try:
-            pictures = {f"{name}/confusion": drawn for name, drawn in self._confusions(pl_module)}
+            pictures = {
+                f"{name}/confusion": confusion_picture(counts, pl_module.task.labels)
+                for name, counts in self._counts.items()
+            }
             if answered is not None:
                 pictures |= _pictures(pl_module, *answered)
             for name, picture in pictures.items():
@@ -134,13 +138,6 @@ class ImageMonitor:
             self._advice.give("attention", f"{name} gives no attention weights, so that no picture shows them")
             attention = {}
         return batch, outputs, attention
-
-    def _confusions(self, pl_module: Any) -> list[tuple[str, Pixels]]:
-        return [
-            (name, confusion_picture(counts, pl_module.task.labels))
-            for name, counts in self._counts.items()
-            if len(counts) <= _MOST_CLASSES
-        ]
 
 
 def shown_rows(batch_idx: int, batches: float, size: int) -> list[int]:
