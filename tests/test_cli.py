@@ -34,13 +34,13 @@ Tiny = Callable[[str], str]
 
 ROOT = Path(__file__).parent.parent
 # The ones of lopa compare and lopa sweep are no configs of lopa fit; tests/test_methods.py runs the methods,
-# tests/test_strategies.py the trainers, tests/test_code_configs.py the code tasks, and tests/test_own_completions.py
-# the rest that generate.
+# tests/test_strategies.py the trainers, tests/test_code_configs.py the code tasks, tests/test_own_completions.py
+# the rest that generate, and tests/experiments/test_vtab.py those of VTAB-1k and FGVC.
 GENERATE = ("mbpp", "cruxeval_input", "cruxeval_output", "cpu_smollm2_code", "own_completions", "own_chats")
 CONFIGS = sorted(
     path
     for path in (ROOT / "configs").rglob("*.yaml")
-    if path.parent.name not in ("compare", "methods", "sweeps", "trainer") and path.stem not in GENERATE
+    if path.parent.name not in ("compare", "fgvc", "methods", "sweeps", "trainer", "vtab") and path.stem not in GENERATE
 )
 IN_FULL = [path for path in CONFIGS if "class_path" in yaml.safe_load(path.read_text()).get("model", {})]
 OVERLAYS = [path for path in CONFIGS if path not in IN_FULL]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -38,10 +38,10 @@ class ImageClassificationDataModule(SplitsDataModule):
     Each image is decoded, resized and cropped once, and kept in the data sets' cache.
 
     Args:
-        image_column: Column of images.
+        image_column: Column of images, or in ``data_files`` of their files, from the folder of the file that names them.
         label_column: Column with the label.
-        labels: Names of the classes, in the order of their indices; by default those that the data itself names, such
-            as the folders of an image folder.
+        labels: Names of the classes, in the order of their indices, or a number of classes that are named 0, 1 and so
+            on; by default those that the data itself names, such as the folders of an image folder.
         label_values: What stands in the label column for each label, where that is not its name.
         view: What of an image a model reads: ``model``: what its own image processor makes; ``resize``: all of it,
             resized to the model's height and width; ``crop_flip``: its shorter edge is resized to 256/224 of the
@@ -59,7 +59,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         self,
         image_column: str = "image",
         label_column: str = "label",
-        labels: Sequence[str | int | bool] | None = None,
+        labels: Sequence[str | int | bool] | int | None = None,
         label_values: Sequence[str | int | bool] | None = None,
         view: View = "model",
         metrics: Sequence[str] | None = None,
@@ -79,6 +79,9 @@ class ImageClassificationDataModule(SplitsDataModule):
         self.shots_per_label = shots_per_label
         if labels is None and label_values is not None:
             raise LoPAError("label_values needs labels, which they stand for")
+        if isinstance(labels, int):
+            at_least(2, labels=labels)
+            labels = range(labels)
         if labels is not None and not (labels := label_names("labels", labels)):
             raise LoPAError("labels must name the classes, got none")
         self.labels, self.metrics = labels, None if metrics is None else listed("metrics", metrics)
@@ -134,7 +137,7 @@ class ImageClassificationDataModule(SplitsDataModule):
     def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
         """Decodes the images of a split, from the cache where that was done before."""
         what, spec, shown = f"{role} ({split})", self.image_spec, self.processing
-        files, drawn = self._files(data, what), role == "train" and self.varies
+        files, drawn = self._files(data, split, what), role == "train" and self.varies
         instance = spec.instance_processing
         if drawn and instance is None and spec.instance_vectors is not None:
             instance = shown  # a vector that is kept must be that of one view
@@ -159,7 +162,7 @@ class ImageClassificationDataModule(SplitsDataModule):
     def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Adds the ``file`` of each image that has one."""
         split = self.splits_of("predict")[set_index]
-        files = self._files(self.load_split(split, "predict"), split)
+        files = self._files(self.load_split(split, "predict"), split, split)
         paths = [path for path, _ in _paths(files, self.image_column)]
         return [
             row if paths[row["index"]] is None else {"index": row["index"], "file": paths[row["index"]], **row}
@@ -174,7 +177,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         found = self._label_lookup(data, "train")
         return drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
 
-    def _files(self, data: Dataset, what: str) -> Dataset:
+    def _files(self, data: Dataset, split: str, what: str) -> Dataset:
         """Returns the columns that are read, images as files or their content."""
         from datasets import Image, Value
 
@@ -182,13 +185,18 @@ class ImageClassificationDataModule(SplitsDataModule):
         check_columns(data, [column], what, " with images")
         feature = data.features[column]
         is_content = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-        if not (isinstance(feature, Image) or is_content or (isinstance(feature, dict) and {*feature} == _STORED)):
+        columns = [name for name in (column, self.label_column) if name in data.column_names]
+        data = data.select_columns(columns)
+        is_name = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        if is_name and self.data_files is not None:
+            arguments = {"column": column, "folder": _folder_of(self.data_files[split], what)}
+            data = data.map(_placed, batched=True, fn_kwargs=arguments, desc=f"Finding files {what}")
+        elif not (isinstance(feature, Image) or is_content or (isinstance(feature, dict) and {*feature} == _STORED)):
             raise LoPAError(
                 f"{what}: column {column!r} must hold images, got {feature}; names of files go into the metadata.csv "
-                "of an image folder"
+                "of an image folder, or into a file of data_files"
             )
-        columns = [name for name in (column, self.label_column) if name in data.column_names]
-        files: Dataset = data.select_columns(columns).cast_column(column, Image(decode=False))
+        files: Dataset = data.cast_column(column, Image(decode=False))
         return files
 
     def _refused(self, what: str, split: str, error: RowError) -> LoPAError:
@@ -196,7 +204,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         stored = error.row[self.image_column] or {}
         if stored.get("path") is not None and stored.get("bytes") is None:
             return LoPAError(f"{what}: image {stored['path']!r} {error.fault}")
-        row = error.position(self._files(self.raw()[split], what))
+        row = error.position(self._files(self.raw()[split], split, what))
         return LoPAError(f"{what}: the image in {row_names([row])} {error.fault}")
 
     def classes(self, data: Dataset) -> Sequence[Any] | None:
@@ -211,6 +219,24 @@ def viewed(processing: ImageProcessing, view: View) -> ImageProcessing:
     if view == "crop_flip":
         return replace(processing, resize=256 * max(processing.size) // 224, crop=True)
     return processing
+
+
+def _folder_of(named: str | list[str], what: str) -> str:
+    """Returns the folder that files with names of images are in.
+
+    Raises:
+        LoPAError: If they are in several.
+    """
+    files = [named] if isinstance(named, str) else named
+    folders = {os.path.dirname(os.path.abspath(os.path.expanduser(file))) for file in files}
+    if len(folders) > 1:
+        raise LoPAError(f"{what}: files that name images must be in one folder, got {', '.join(files)}")
+    return folders.pop()
+
+
+def _placed(rows: Mapping[str, list[Any]], column: str, folder: str) -> dict[str, list[Any]]:
+    """Returns names of files from a folder on as their paths."""
+    return {column: [None if name is None else os.path.join(folder, name) for name in rows[column]]}
 
 
 def _paths(files: Dataset, column: str) -> Iterator[tuple[str | None, bool]]:

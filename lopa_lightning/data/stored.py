@@ -1,4 +1,4 @@
-"""Reads rows as they are stored: CSV, JSON lines, Parquet, compressed or not, or a data set on the hub."""
+"""Reads rows as they are stored: CSV, lists, JSON lines, Parquet, compressed or not, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lopa_lightning.data.types import DatasetDict
 from lopa_lightning.errors import LoPAError, one_line, one_of
 
 _CHUNK = 2**20  # characters
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_READERS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 _OPTIONS = {
     "csv": ("sep", "encoding", "quotechar", "escapechar", "skiprows", "names"),
@@ -162,10 +162,12 @@ def _reader_of(
         raise LoPAError(f"no such regular file: {', '.join(missing)}")
     endings = {_ending(file) or file for file in named}
     readers = {_READERS.get(ending, "") for ending in endings}
-    if len(readers) != 1 or "" in readers or {".csv", ".tsv"} <= endings:
+    if len(readers) != 1 or "" in readers or (readers == {"csv"} and len(endings) > 1):
         got = ", ".join(sorted(endings)) or "none"
         raise LoPAError(f"data_files must all be of one of {', '.join(_READERS)}; got {got}")
     reader = readers.pop()
+    if endings == {".txt"} and not {"sep", "names"} <= {*given}:
+        raise LoPAError("a .txt must be a table: say in reader how, such as {sep: ' ', names: [image, label]}")
     for name in given:
         one_of(f"an option in reader for {', '.join(sorted(endings))}", name, _OPTIONS[reader])
     options: dict[str, Any] = {}

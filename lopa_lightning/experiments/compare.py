@@ -33,6 +33,9 @@ class Comparison(Options):
         seeds: Seeds of the runs that are reported.
         rate_multipliers: Multipliers of all learning rates. Of several, each method's best on each task is chosen
             first, by runs that validate on a part of the training split.
+        selection_splits: Role (``train``, ``val``) to the split that serves it in runs that choose, in place of a part
+            drawn from the training split.
+        virtual_tokens: Number m of virtual tokens, by method and task, in place of the methods' own.
         output: Folder of the tables, the chart and the runs.
     """
 
@@ -41,12 +44,22 @@ class Comparison(Options):
     overlays: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     rate_multipliers: list[float] = field(default_factory=lambda: [1.0])
+    selection_splits: dict[str, str] | None = None
+    virtual_tokens: dict[str, dict[str, int]] = field(default_factory=dict)
     output: str = "runs/comparison"
 
 
 def check(comparison: Comparison) -> None:
     """Raises a LoPAError that names an option outside its limits."""
-    limits = {"selection_share": (0 < comparison.selection_share < 1, "above 0 and below 1")}
+    tasks, splits = {Path(task).stem for task in comparison.tasks}, comparison.selection_splits
+    limits = {
+        "selection_share": (0 < comparison.selection_share < 1, "above 0 and below 1"),
+        "selection_splits": (splits is None or {*splits} == {"train", "val"}, "a split for train and one for val"),
+        "virtual_tokens": (
+            all(tasks <= {*lengths} for lengths in comparison.virtual_tokens.values()),
+            f"for each method of every task ({', '.join(sorted(tasks))})",
+        ),
+    }
     for name in ("methods", "tasks", "seeds", "rate_multipliers"):
         values = [Path(value).stem if isinstance(value, str) else value for value in getattr(comparison, name)]
         limits[name] = (0 < len(values) == len(set(values)), "at least one, each of a name or value of its own")
@@ -73,8 +86,10 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
     for task in comparison.tasks:
         for method in comparison.methods:
             names = Path(task).stem, Path(method).stem
+            length = comparison.virtual_tokens.get(names[1], {}).get(names[0])
+            own = [] if length is None else [f"--model.prompt_encoder.num_virtual_tokens={length}"]
             try:
-                config = resolve([task, *comparison.overlays, method], [*options, *budget(comparison)])
+                config = resolve([task, *comparison.overlays, method], [*own, *options, *budget(comparison)])
                 for multiplier in comparison.rate_multipliers:
                     with_rates_times(config, multiplier)
                 configs[names] = config
@@ -130,7 +145,11 @@ class Comparing:
         config = with_rates_times(self.configs[tags["task"], tags["method"]], tags["multiplier"])
         config["seed_everything"] = tags["seed"]
         if tags["phase"] == "select":
-            config["data"]["init_args"]["validation_from_train"] = self.comparison.selection_share
+            data, splits = config["data"]["init_args"], self.comparison.selection_splits
+            if splits is None:
+                data["validation_from_train"] = self.comparison.selection_share
+            else:
+                data["splits"] = {**(data["splits"] or {}), **splits}
         return Run(folder, config, tags)
 
     def write_report(self) -> None:

@@ -258,7 +258,7 @@ def test_a_shipped_comparison_can_be_run(
     assert options == ["--a=1"]
     check(shipped)
     methods = {Path(method).stem for method in shipped.methods}
-    assert {"lopa", "prompt_tuning", "lora"} <= methods or {"lopa_vision", "vpt_shallow", "lora_vision"} <= methods
+    assert {"lopa", "prompt_tuning", "lora"} <= methods or {"lopa_vision", "vpt_shallow", "full"} <= methods
     for method in shipped.methods:
         if (layers := (*shipped.overlays, method)) not in resolved:  # on one task, and once
             resolve([shipped.tasks[0], *layers], budget(shipped))
