@@ -38,7 +38,8 @@ class ImageClassificationDataModule(SplitsDataModule):
     Each image is decoded, resized and cropped once, and kept in the data sets' cache.
 
     Args:
-        image_column: Column of images, or in ``data_files`` of their files, from the folder of the file that names them.
+        image_column: Column of images, or in ``data_files`` of their files' names, which start from the folder that the
+            file with the names is in.
         label_column: Column with the label.
         labels: Names of the classes, in the order of their indices, or a number of classes that are named 0, 1 and so
             on; by default those that the data itself names, such as the folders of an image folder.
@@ -185,8 +186,8 @@ class ImageClassificationDataModule(SplitsDataModule):
         check_columns(data, [column], what, " with images")
         feature = data.features[column]
         is_content = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-        columns = [name for name in (column, self.label_column) if name in data.column_names]
-        data = data.select_columns(columns)
+        columns = dict.fromkeys([column, self.label_column])
+        data = data.select_columns([name for name in columns if name in data.column_names])
         is_name = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
         if is_name and self.data_files is not None:
             arguments = {"column": column, "folder": _folder_of(self.data_files[split], what)}

@@ -253,7 +253,11 @@ def test_columns_that_hold_no_images_or_no_labels(text_spec: SpecOf) -> None:
         _ = ImageClassificationDataModule(**options).task
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"image_column": "image"}, "no column 'image' with images; there are picture, kind"),
-        ({"image_column": "kind"}, "column 'kind' must hold images, got Value.'string'.*; names of files go into the"),
+        ({"image_column": "kind"}, r"image '.*/a' cannot be read: No such file"),
+        (
+            {"image_column": "kind", "data_files": None, "path": "."},
+            "column 'kind' must hold images, got Value.'string'.*; names of files go into the metadata.csv",
+        ),
         ({"label_column": "image"}, "no column 'image' with labels; there are picture, kind"),
         ({"labels": ["a", "c"]}, "column 'kind' has labels 'b' beside the allowed 'a', 'c'"),
     ]
@@ -268,11 +272,39 @@ def test_columns_that_hold_no_images_or_no_labels(text_spec: SpecOf) -> None:
         text.setup("predict")
 
 
+def test_lists_of_files() -> None:
+    """Names go from the folder of their list on, classes by their number."""
+    write_images("all/images")
+    train, test = (files_of("all/images", split) for split in ("train", "test"))
+    labels = [LABELS.index(path.parent.name) for path in train]
+    for name, header, separator in (("list.txt", "", " "), ("list.csv", "image,label\n", ",")):
+        rows = [f"{path.relative_to('all')}{separator}{label}\n" for path, label in zip(train, labels)]
+        Path("all", name).write_text(header + "".join(rows))
+        Path("all", f"test_{name}").write_text(header + f"{test[0].absolute()}{separator}0\n")
+        reader = {} if header else {"sep": " ", "names": ["image", "label"]}
+        files: dict[str, Any] = {"train": f"all/{name}", "validation": [f"all/test_{name}"]}
+        data = prepared(data_files=files, reader=reader, labels=3)
+        assert data.task is not None
+        assert data.task.labels == ["0", "1", "2"]
+        batch = batches(data.train_dataloader())
+        assert batch["labels"].tolist() == labels
+        assert torch.equal(batch["pixels"], wanted(train))
+        assert torch.equal(batches(data.val_dataloader()[0])["pixels"], wanted(test[:1]))
+    Path("list.csv").write_text("image,label\nall/no.png,0\n")
+    with pytest.raises(LoPAError, match=r"train \(train\): image '/.*/all/no.png' cannot be read: No such file"):
+        prepared(data_files={**files, "train": "list.csv"}, labels=3)
+    with pytest.raises(LoPAError, match=r"files that name images must be in one folder, got all/list\.csv, list\.csv"):
+        prepared(data_files={**files, "train": ["all/list.csv", "list.csv"]}, labels=3)
+    with pytest.raises(LoPAError, match=r"a \.txt must be a table: say in reader how, such as .sep: ' ', names: "):
+        prepared(data_files={"train": "all/list.txt"}, reader={"sep": " "}, labels=3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"view": "random"}, "view must be one of model, resize, crop_flip, got 'random'"),
         ({"labels": []}, "labels must name the classes, got none"),
+        ({"labels": 1}, "labels must be at least 2, got 1"),
         ({"labels": ["a"]}, "labels must be at least two different names"),
         ({"labels": "ab"}, "labels must be a list, got 'ab'"),
         ({"label_values": [1, 2]}, "label_values needs labels, which they stand for"),

@@ -237,6 +237,8 @@ def test_every_wrong_config_is_refused_before_anything_runs(
         ({"rate_multipliers": [1.0, -1.0]}, "rate_multipliers must be positive"),
         ({"selection_share": 1.0}, "selection_share must be above 0 and below 1, got 1.0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"selection_splits": {"val": "dev"}}, "selection_splits must be a split for train and one for val, got "),
+        ({"virtual_tokens": {"a": {"c": 5}}}, "virtual_tokens must be for each method of every task .b., got "),
     ],
 )
 def test_comparisons_that_cannot_be_are_refused(changes: dict[str, Any], named: str) -> None:

@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[2]
 PLANS = {"vtab": "vtab1k", "fgvc": "fgvc"}
 TASKS = [path for kind in PLANS for path in sorted((ROOT / "configs" / kind).glob("*.yaml"))]
 TASKS = [path for path in TASKS if path.stem not in ("base", "vpt_shallow", "vpt_deep")]
-CLASSES = {  # of the benchmarks' papers
+CLASSES = {  # of the benchmarks' papers; of NABirds' 555 that have folders, five
     "cifar": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "svhn": 10,
     "sun397": 397, "patch_camelyon": 2, "eurosat": 10, "resisc45": 45, "diabetic_retinopathy": 5, "clevr_count": 8,
     "clevr_dist": 6, "dmlab": 6, "kitti": 4, "dsprites_loc": 16, "dsprites_ori": 16, "smallnorb_azi": 18,
-    "smallnorb_ele": 9, "cub": 200, "nabirds": 555, "oxford_flowers": 102, "stanford_dogs": 120, "stanford_cars": 196,
+    "smallnorb_ele": 9, "cub": 200, "nabirds": 5, "oxford_flowers": 102, "stanford_dogs": 120, "stanford_cars": 196,
 }  # fmt: skip
 IMAGES = {  # that are trained on
     "cub": 5994, "nabirds": 23929, "oxford_flowers": 1020, "stanford_dogs": 12000, "stanford_cars": 8144,
@@ -83,7 +83,7 @@ def write_nabirds(classes: int) -> None:
     for number, label in enumerate([*range(classes), 0, 1, classes - 1]):
         path = Path("nabirds", "images", f"{label:04d}", f"{number:04x}.jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(saved(image(number % 50)))
+        image(number).save(path)
         files.append(f"{number:04x}-5a {path.relative_to('nabirds/images')}")
         split.append(f"{number:04x}-5a {int(number < classes)}")
     Path("nabirds/images.txt").write_text("\n".join(files) + "\n")
@@ -128,7 +128,7 @@ def test_a_task_reads_its_splits_and_classes(task: Path) -> None:
     (batch,) = read.val_dataloader()[0]
     order = batch["index"].argsort()
     assert batch["labels"][order].tolist() == ([0, 1, classes - 1] if task.stem == "nabirds" else [classes - 1, 0, 1])
-    first = 4 if kind == "vtab" else classes % 50 if task.stem == "nabirds" else 0
+    first = 4 if kind == "vtab" else classes if task.stem == "nabirds" else 0
     assert abs(int(batch["pixels"][order][0].float().mean()) - 5 * first) <= 1
 
     epoch = -(-IMAGES.get(task.stem, 1000) // data["batch_size"])
@@ -145,10 +145,11 @@ def test_a_plan_has_every_task(kind: str) -> None:
     if kind == "vtab":  # as published: 0.56 million trained parameters on average beside the heads
         mean = statistics.mean(12 * 768 * m for m in plan.virtual_tokens["vpt_deep"].values())
         assert mean == pytest.approx(0.56e6, rel=0.01)
+        assert plan.virtual_tokens["lopa_vision_deep"] == plan.virtual_tokens["vpt_deep"]
 
 
 def test_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the plan, two tasks and methods are resolved and one of each is run, with few steps and in this process."""
+    """Of the plan, two tasks are resolved and one is run, with few steps and in this process."""
 
     def make(self: Runs, runs: Sequence[Run]) -> None:
         for run in runs:
@@ -160,7 +161,7 @@ def test_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [
         "--config=configs/compare/vtab1k.yaml",
         "--tasks=[configs/vtab/kitti.yaml, configs/vtab/svhn.yaml]",
-        "--methods=[configs/vtab/vpt_shallow.yaml, configs/methods/lopa_vision_deep.yaml]",
+        "--methods=[configs/vtab/vpt_shallow.yaml]",
         "--seeds=[42]",
         "--rate_multipliers=[1, 0.5]",
         "--max_steps=2",
@@ -174,9 +175,7 @@ def test_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     encoders = {names: config["model"]["init_args"]["prompt_encoder"] for names, config in configs.items()}
     assert {names: encoder["init_args"]["num_virtual_tokens"] for names, encoder in encoders.items()} == {
         ("kitti", "vpt_shallow"): 100,
-        ("kitti", "lopa_vision_deep"): 50,
         ("svhn", "vpt_shallow"): 200,
-        ("svhn", "lopa_vision_deep"): 50,
     }
 
     # Each split has another share of its most frequent class, which shows in the metrics.
