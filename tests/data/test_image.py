@@ -255,7 +255,7 @@ def test_columns_that_hold_no_images_or_no_labels(text_spec: SpecOf) -> None:
         ({"image_column": "image"}, "no column 'image' with images; there are picture, kind"),
         ({"image_column": "kind"}, r"image '.*/a' cannot be read: No such file"),
         (
-            {"image_column": "kind", "data_files": None, "path": "."},
+            {"image_column": "kind", "data_files": None, "path": os.getcwd()},
             "column 'kind' must hold images, got Value.'string'.*; names of files go into the metadata.csv",
         ),
         ({"label_column": "image"}, "no column 'image' with labels; there are picture, kind"),
