@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -56,10 +57,11 @@ class Task:
         eval_sets: Name suffixes of the evaluation sets; MNLI has two.
         verbalizer: Of a task on text.
         multi_label: Whether an example may have several labels, or none.
+        per_word: Whether each word of a text has a label.
 
     Raises:
         LoPAError: If there is one label only, labels repeat, there are more or fewer words than labels, or several
-            labels are to be answered by words.
+            labels, or one for each word, are to be answered by words or at once.
     """
 
     labels: list[str]
@@ -67,6 +69,7 @@ class Task:
     eval_sets: list[str] | None = None
     verbalizer: Verbalizer | None = None
     multi_label: bool = False
+    per_word: bool = False
 
     def __post_init__(self) -> None:
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
@@ -75,6 +78,8 @@ class Task:
             raise LoPAError(f"there must be one word for each label, got labels {self.labels} and words {self.words}")
         if self.multi_label and (self.words is not None or self.is_regression):
             raise LoPAError("multi_label needs labels, and no words: a word is one answer; use objective: head")
+        if self.per_word and (self.words is not None or self.is_regression or self.multi_label):
+            raise LoPAError("per_word needs labels, one for each word of a text, and neither words nor multi_label")
 
     @property
     def words(self) -> list[str] | None:
@@ -95,9 +100,21 @@ class Task:
     def official_metrics(self) -> list[str]:
         """Returns the metrics whose mean is the task's score."""
         default = ["pearson", "spearman"] if self.is_regression else ["f1"] if self.multi_label else ["accuracy"]
+        if self.per_word and is_bio(self.labels):
+            default = ["span_f1"]
         return self.metrics or default
 
     @property
     def suffixes(self) -> list[str]:
         """Returns the name suffixes of the evaluation sets; one empty suffix where none is given."""
         return self.eval_sets or [""]
+
+
+def is_bio(labels: Sequence[str]) -> bool:
+    """Returns whether labels mark spans of words: ``B-`` and ``I-`` with a type, ``O`` outside of spans.
+
+    Example:
+        >>> is_bio(["O", "B-PER", "I-PER"]), is_bio(["NOUN", "VERB", "O"])
+        (True, False)
+    """
+    return set(labels) != {"O"} and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)

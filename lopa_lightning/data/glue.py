@@ -12,6 +12,7 @@ from lopa_lightning.data.splits import Role
 from lopa_lightning.data.template import Template
 from lopa_lightning.data.text_classification import TextClassificationDataModule
 from lopa_lightning.errors import LoPAError, one_of
+from lopa_lightning.task import Task
 
 PairTemplate = Literal["mask_last", "mask_between"]
 
@@ -119,6 +120,8 @@ class GLUEDataModule(TextClassificationDataModule):
         LoPAError: If there is no such task or ``pair_template``, two templates are given, or another split.
     """
 
+    task: Task
+
     allow_empty_text = True  # a few of QQP's questions are
 
     def __init__(
@@ -154,6 +157,7 @@ class GLUEDataModule(TextClassificationDataModule):
             causal_template=causal_template or row.causal,
             metrics=row.metrics,
             multi_label=False,
+            per_word=False,
             **kwargs,
         )
         suffixes = [""] if self.validation_from_train else [suffix for suffix, _ in row.eval_splits]

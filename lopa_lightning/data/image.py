@@ -15,15 +15,17 @@ from lopa_lightning.data.columns import RowError, check_columns, row_names
 from lopa_lightning.data.image_rows import EncodeImages, ImageCollate
 from lopa_lightning.data.labels import (
     LabelLookup,
+    check_shots,
     class_lookup,
     column_of,
     drawn_per_label,
     label_names,
+    names_in_data,
     values_of_labels,
 )
 from lopa_lightning.data.splits import Role, SplitsDataModule
 from lopa_lightning.data.types import Dataset
-from lopa_lightning.errors import LoPAError, at_least, listed, one_of
+from lopa_lightning.errors import LoPAError, listed, one_of
 from lopa_lightning.task import Task
 
 View = Literal["model", "resize", "crop_flip"]
@@ -70,11 +72,7 @@ class ImageClassificationDataModule(SplitsDataModule):
     ) -> None:
         super().__init__(**kwargs)
         one_of("view", view, get_args(View))
-        at_least(1, shots_per_label=shots_per_label)
-        if shots_per_label is not None and self.max_train_examples is not None:
-            raise LoPAError("give max_train_examples or shots_per_label, not both")
-        if shots_per_label is not None and multi_label:
-            raise LoPAError("shots_per_label needs rows with one label each")
+        check_shots(shots_per_label, self.max_train_examples, one_each=not multi_label)
         self.multi_label = multi_label
         self.image_column, self.label_column, self.view = image_column, label_column, view
         self.shots_per_label = shots_per_label
@@ -93,24 +91,8 @@ class ImageClassificationDataModule(SplitsDataModule):
     @property
     def task(self) -> Task | None:  # type: ignore[override]
         """Labels and metrics; None to predict where nothing names the labels, and the model knows them."""
-        labels = self.labels or self._labels_of_data()
+        labels = self.labels or names_in_data(self, self.label_column, self.multi_label)
         return None if labels is None else Task(labels, metrics=self.metrics, multi_label=self.multi_label)
-
-    def _labels_of_data(self) -> list[str] | None:
-        from datasets import ClassLabel, List
-
-        column, splits = self.label_column, self.raw()
-        for split in splits.values():
-            feature = split.features.get(column)
-            feature = feature.feature if self.multi_label and isinstance(feature, List) else feature
-            if isinstance(feature, ClassLabel):
-                return list(feature.names)
-        if self.trainer is not None and self.trainer.state.fn == "predict":
-            return None
-        raise LoPAError(
-            f"labels must name the classes: nothing in the data names those of column {column!r}; there are columns "
-            f"{', '.join(next(iter(splits.values())).column_names)}"
-        )
 
     @property
     def varies(self) -> bool:  # type: ignore[override]

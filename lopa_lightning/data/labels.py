@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lopa_lightning.data.columns import ColumnError, check_columns, some
 from lopa_lightning.data.types import Dataset
-from lopa_lightning.errors import LoPAError, listed
+from lopa_lightning.errors import LoPAError, at_least, listed
+
+if TYPE_CHECKING:
+    from lopa_lightning.data.splits import SplitsDataModule
 
 LabelLookup = tuple[str, dict[Any, int | float]]
 """The label column, and what each value in it means: an index or a number."""
@@ -25,6 +28,54 @@ def label_names(argument: str, values: Sequence[Any]) -> list[str]:
         if not isinstance(value, (str, int, float)):
             raise LoPAError(f"{argument} must be names or numbers, got {value!r}")
     return [_spelled(value) for value in values]
+
+
+def names_in_data(data: SplitsDataModule, column: str, several: bool) -> list[str] | None:
+    """Returns the names that the data itself has for the classes in a column, such as the folders of an image folder.
+
+    Args:
+        data: The data module.
+        column: With the labels.
+        several: Whether a row has a list of labels.
+
+    Returns:
+        None to predict where nothing names them: the model knows them.
+
+    Raises:
+        LoPAError: If nothing names them.
+    """
+    from datasets import ClassLabel, List
+
+    splits = data.raw()
+    for split in splits.values():
+        feature = split.features.get(column)
+        feature = feature.feature if several and isinstance(feature, List) else feature
+        if isinstance(feature, ClassLabel):
+            return list(feature.names)
+    if data.trainer is not None and data.trainer.state.fn == "predict":
+        return None
+    raise LoPAError(
+        f"labels must name the classes: nothing in the data names those of column {column!r}; there are columns "
+        f"{', '.join(next(iter(splits.values())).column_names)}"
+    )
+
+
+def check_shots(shots_per_label: int | None, max_train_examples: int | None, one_each: bool) -> None:
+    """Refuses a number of examples of each label that cannot be, or not beside other options.
+
+    Args:
+        shots_per_label: The number; None for no such draw.
+        max_train_examples: Most examples in all.
+        one_each: Whether each row has one class.
+
+    Raises:
+        LoPAError: If it cannot be.
+    """
+    at_least(1, shots_per_label=shots_per_label)
+    if shots_per_label is not None and max_train_examples is not None:
+        raise LoPAError("give max_train_examples or shots_per_label, not both")
+    if shots_per_label is not None and not one_each:
+        raise LoPAError("shots_per_label needs rows with one label each")
 
 
 def values_of_labels(names: Sequence[str], values: Sequence[Any] | None) -> list[str]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lopa_lightning.data.labels import (
     LabelLookup,
+    check_shots,
     class_lookup,
     column_of,
     drawn_per_label,
     label_names,
     label_of,
+    names_in_data,
     number_lookup,
     values_of_labels,
 )
@@ -21,17 +25,18 @@ from lopa_lightning.data.task_rows import task_encoder
 from lopa_lightning.data.template import Template, plain_template
 from lopa_lightning.data.text import TextDataModule
 from lopa_lightning.data.types import Dataset
-from lopa_lightning.errors import LoPAError, at_least, listed
+from lopa_lightning.errors import LoPAError, listed
 from lopa_lightning.task import InstanceReads, Task, Verbalizer
 
 
 class TextClassificationDataModule(TextDataModule):
-    """Texts with a class or a number each.
+    """Texts with a class or a number each, or with a class for each word.
 
     Args:
         text_columns: Columns with the text; two are read as a pair.
         label_column: Column with the label.
-        labels: Names of the classes, in the order of their indices; ``[]`` for regression.
+        labels: Names of the classes, in the order of their indices; ``[]`` for regression. By default those that a data
+            set on the hub names itself.
         label_values: What stands in the label column for each label, where that is not its name.
         words: The verbalizer, one word for each label, for the objectives that answer with words.
         template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone.
@@ -39,14 +44,14 @@ class TextClassificationDataModule(TextDataModule):
         metrics: Official metrics, whose mean is the score.
         instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask.
         multi_label: Whether the label column has a list of labels, of any number.
+        per_word: Whether the text column has lists of words (or texts, parted at white space), and the label column
+            lists with a label for each word. A word is read at its first token.
         shots_per_label: Train on that many examples of each label, drawn at random.
         **kwargs: See :class:`~lopa_lightning.data.text.TextDataModule`.
 
     Raises:
         LoPAError: If arguments contradict each other.
     """
-
-    task: Task
 
     allow_empty_text = False
     """Whether rows may have an empty text."""
@@ -64,18 +69,18 @@ class TextClassificationDataModule(TextDataModule):
         shots_per_label: int | None = None,
         instance_reads: InstanceReads = "columns",
         multi_label: bool = False,
+        per_word: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if labels is None:
-            raise LoPAError("labels must name the classes, as they stand in the label column; [] for regression")
-        names = label_names("labels", labels)
-        if shots_per_label is not None and self.max_train_examples is not None:
-            raise LoPAError("give max_train_examples or shots_per_label, not both")
-        at_least(1, shots_per_label=shots_per_label)
-        if shots_per_label is not None and (not names or multi_label):
-            raise LoPAError("shots_per_label needs rows with one label each")
-        self.label_values = values_of_labels(names, label_values)
+        if labels is None and label_values is not None:
+            raise LoPAError("label_values needs labels, which they stand for")
+        if per_word and (template or causal_template or len(text_columns) != 1 or instance_reads != "columns"):
+            raise LoPAError("per_word reads the words of one text column, without template or instance_reads")
+        names = None if labels is None else label_names("labels", labels)
+        check_shots(shots_per_label, self.max_train_examples, names != [] and not multi_label and not per_word)
+        self.labels, self.multi_label, self.per_word = names, multi_label, per_word
+        self._label_values = None if names is None else values_of_labels(names, label_values)
         self.label_column = label_column
         pieces = None if template is None else tuple(listed("template", template))
         self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
@@ -93,9 +98,24 @@ class TextClassificationDataModule(TextDataModule):
             max_length=self.max_length,
             truncation_side=self.truncation_side,
         )
-        metrics = None if metrics is None else listed("metrics", metrics)
-        self.task = Task(labels=names, metrics=metrics, verbalizer=self.verbalizer, multi_label=multi_label)
+        self.metrics = None if metrics is None else listed("metrics", metrics)
         self.shots_per_label = shots_per_label
+        if names is not None:
+            _ = self.task  # refuses what labels cannot be
+
+    @functools.cached_property
+    def task(self) -> Task | None:  # type: ignore[override]
+        """Labels, metrics and words; None to predict where nothing names the labels, and the model knows them."""
+        several = self.multi_label or self.per_word
+        names = names_in_data(self, self.label_column, several) if self.labels is None else self.labels
+        if names is None:
+            return None
+        return Task(names, self.metrics, None, self.verbalizer, self.multi_label, self.per_word)
+
+    @property
+    def label_values(self) -> list[str]:
+        """What stands in the label column for each label."""
+        return self._label_values or ([] if self.task is None else self.task.labels)
 
     @property
     def input_columns(self) -> Sequence[str]:
@@ -105,7 +125,19 @@ class TextClassificationDataModule(TextDataModule):
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
         """Builds the encoder that tokenises texts by the template."""
         labels = None if role == "predict" else self.label_lookup(data, what)
-        return task_encoder(self.task, self.text_spec, labels, self.allow_empty_text)
+        task = self.task
+        if task is None:  # to predict
+            assert self.trainer is not None
+            module: Any = self.trainer.lightning_module
+            task = replace(module.required_task(), verbalizer=self.verbalizer)
+        return task_encoder(task, self.text_spec, labels, self.allow_empty_text)
+
+    def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
+        """Returns what is said of rows that were cut, or have words that cannot be read."""
+        unread = {"untokenised": "texts have words that are no token: those have no label"}
+        if self.per_word:
+            unread["truncated"] = f"texts were cut to {encoder.max_tokens} tokens: words beyond have no label"
+        return {**super().warnings_of(encoder), **unread}
 
     def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
         """Returns the label column, and the index or number of each value in it.
@@ -119,13 +151,14 @@ class TextClassificationDataModule(TextDataModule):
             ColumnError: If there is a label that must not be there.
         """
         column, may_miss = self.label_column, self.drop_empty
-        if not self.task.is_regression:
-            return class_lookup(data, column, self.label_values, what, self.task.multi_label, may_miss)
-        return number_lookup(data, column, what, may_miss)
+        if self.labels == []:
+            return number_lookup(data, column, what, may_miss)
+        return class_lookup(data, column, self.label_values, what, self.multi_label or self.per_word, may_miss)
 
     def classes(self, data: Dataset) -> Sequence[Any] | None:
         """Returns the values of the label column, where there is one class in each row."""
-        return None if self.task.is_regression or self.task.multi_label else column_of(data, self.label_column)
+        has_one = self.labels != [] and not self.multi_label and not self.per_word
+        return column_of(data, self.label_column) if has_one else None
 
     def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Adds the ``input`` of each row, with its ``id`` or ``idx``, and its ``gold`` label where it has one."""
@@ -139,7 +172,7 @@ class TextClassificationDataModule(TextDataModule):
 
     def _named_label(self, label: Any) -> Any:
         """Returns the name of a label, whatever stands for it in the column."""
-        names = dict(zip(self.label_values, self.task.labels))
+        names = dict(zip(self.label_values, self.labels or self.label_values))
         return [names.get(each, each) for each in label] if isinstance(label, list) else names.get(label, label)
 
     def training_subset(self, data: Dataset) -> Dataset:
@@ -147,4 +180,4 @@ class TextClassificationDataModule(TextDataModule):
         if self.shots_per_label is None:
             return super().training_subset(data)
         found = self.label_lookup(data, "train")
-        return drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
+        return drawn_per_label(data, found, self.labels or self.label_values, self.shots_per_label, self.subset_seed)

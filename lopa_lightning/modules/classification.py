@@ -15,15 +15,16 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch, Objective
 from lopa_lightning.backbones.text_spec import TextKind, TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
+from lopa_lightning.data.word_rows import words_of
 from lopa_lightning.errors import LoPAError, at_least, one_of
 from lopa_lightning.instances.encoder import Pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.predict import records, row_batches, row_encoder
-from lopa_lightning.modules.readouts import HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.modules.readouts import HeadReadout, LabelWordReadout, Readout, WordReadout
 from lopa_lightning.modules.start import answering
 from lopa_lightning.plain import built, plain
-from lopa_lightning.task import Task, Verbalizer
+from lopa_lightning.task import IGNORED, Task, Verbalizer
 
 LossOver = Literal["labels", "vocabulary"]
 
@@ -109,6 +110,8 @@ class ClassificationModule(LoPALightningModule):
             lines = ckpt.differences(self._reading(task), self._reading(data_task), between=("the model", "the data"))
             if lines:
                 raise LoPAError("the data's task is not the model's:\n  " + "\n  ".join(lines))
+        if task.per_word and (self.objective != "head" or self.head_pooling != "mean"):
+            raise LoPAError("a label for each word needs objective: head, and no head_pooling: each is read by itself")
         if self.objective == "head":
             return
         if task.is_regression:
@@ -132,47 +135,75 @@ class ClassificationModule(LoPALightningModule):
     def configure_readout(self, backbone: Backbone) -> Readout:
         """Builds what reads label words at the mask or at the end, or a trained head."""
         task = self.required_task()
+        if task.per_word:
+            return WordReadout(backbone.hidden_dim, task.num_outputs)
         if self.objective == "head":
             return HeadReadout(backbone.hidden_dim, task.num_outputs, self.head_pooling)
         mask_id = self._tokenizer().mask_token_id if self.objective == "masked_lm" else None
         return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Returns the cross entropy of the label, or on average of several labels; of a number the squared error."""
+        """Returns the cross entropy of the label, or on average of several labels; of a number the squared error.
+
+        Where each word has a label, it is the mean over the words.
+        """
         if self.required_task().is_regression:
             return F.mse_loss(outputs.squeeze(-1).float(), batch["labels"].float())
         if self.required_task().multi_label:
             return F.binary_cross_entropy_with_logits(outputs.float(), batch["labels"].float())
+        if self.required_task().per_word:
+            labels = batch["labels"].flatten()
+            total = F.cross_entropy(outputs.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
+            return total / (labels != IGNORED).sum().clamp(min=1)
         if self.loss_over == "vocabulary":
             return F.nll_loss(outputs, batch["labels"])
         return F.cross_entropy(outputs.float(), batch["labels"])
 
+    def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor | int:
+        """Returns the number of examples, or of words where each has a label."""
+        if self.required_task().per_word:
+            return (batch["labels"] != IGNORED).sum()
+        return super().loss_weight(outputs, batch)
+
     def configure_metrics(self) -> MetricCollection:
         """Builds the task's official metrics, and with classes accuracy and the majority class's share."""
         task = self.required_task()
-        return build_metrics(task.official_metrics, len(task.labels), task.multi_label)
+        word_labels = task.labels if task.per_word else []
+        return build_metrics(task.official_metrics, len(task.labels), task.multi_label, word_labels)
 
     def official_metrics(self) -> list[str]:
         """Returns the task's."""
         return self.required_task().official_metrics
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Returns class indices ``[B]``, 1 at each label of several ``[B, labels]``, or numbers ``[B]``."""
+        """Returns class indices ``[B]`` (of tokens ``[B, T]``), 1 at each of several ``[B, labels]``, or numbers."""
         task = self.required_task()
         if task.multi_label:
             return (outputs > 0).long()
         return outputs.squeeze(-1).float() if task.is_regression else outputs.argmax(-1)
 
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Returns the predictions of a batch, and where each word has a label, which tokens are words'."""
+        words = {name: batch[name] for name in ("words", "num_words") if name in batch}
+        return {**super().predict_step(batch, batch_idx, dataloader_idx), **words}
+
     def predict_outputs(self, outputs: Tensor) -> dict[str, Tensor]:
-        """Returns ``probabilities [B, labels]``, or ``value [B]``."""
+        """Returns ``probabilities [B, labels]`` (of tokens ``[B, T, labels]``), or ``value [B]``."""
         task = self.required_task()
         if task.is_regression:
             return {"value": outputs.squeeze(-1).float()}
         return {"probabilities": outputs.float().sigmoid() if task.multi_label else outputs.float().softmax(-1)}
 
     def prediction_rows(self, predicted: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """Returns records with ``index``, and ``label`` (or ``labels``) and ``probabilities`` by name, or ``value``."""
-        rows, task = super().prediction_rows(predicted), self.required_task()
+        """Returns records with ``index``, and ``label`` (or ``labels``) and ``probabilities`` by name, or ``value``.
+
+        Where each word has a label, these are ``labels`` and their ``probabilities`` in the words' order, None for
+        words that were cut, or are no token.
+        """
+        task = self.required_task()
+        if task.per_word:
+            return _word_records(predicted, task.labels)
+        rows = super().prediction_rows(predicted)
         for row in rows if task.labels else []:
             named = dict(zip(task.labels, row.pop("probabilities")))
             if task.multi_label:
@@ -186,13 +217,15 @@ class ClassificationModule(LoPALightningModule):
         """Predicts for texts, read by the task's template and cut as in training.
 
         Args:
-            texts: One row or a list of them. A row is a text; for a task on two texts, a tuple of both; or a mapping of
-                columns, whose other entries are not read.
+            texts: One row or a list of them. A row is a text; for a task on two texts, a tuple of both; where each word
+                has a label, a list of words, or a text, parted at white space; or a mapping of columns, whose other
+                entries are not read.
             batch_size: Rows at a time, of like lengths.
 
         Returns:
             A record for each row, in their order: ``label`` (or ``labels``) and ``probabilities`` by name, or
-            ``value``.
+            ``value``. Where each word has a label, ``words``, ``labels`` and ``probabilities``, None for words that
+            were cut, or are no token.
 
         Raises:
             LoPAError: If a row has not the task's texts, or nothing was trained or loaded.
@@ -200,8 +233,11 @@ class ClassificationModule(LoPALightningModule):
         at_least(1, batch_size=batch_size)
         encoder, rows = row_encoder(self, texts)
         with answering(self, "predict", {"right"}):
-            count = len(next(iter(rows.values())))
-            return records(self, row_batches(self, encoder, rows, batch_size), count, batch_size)
+            values = next(iter(rows.values()))
+            found = records(self, row_batches(self, encoder, rows, batch_size), len(values), batch_size)
+        if self.required_task().per_word:
+            return [{"words": words_of(value), **record} for value, record in zip(values, found)]
+        return found
 
     def task_identity(self) -> dict[str, Any]:
         """Returns objective, labels and what reads them."""
@@ -213,10 +249,22 @@ class ClassificationModule(LoPALightningModule):
         says = task.verbalizer or Verbalizer()
         instance = {"instance_reads": says.instance_reads} if says.instance_reads != "columns" else {}
         if self.objective == "head":
-            several = {"multi_label": True} if task.multi_label else {}
+            several = {name: True for name in ("multi_label", "per_word") if getattr(task, name)}
             return {"labels": task.labels, "head_pooling": self.head_pooling, **several, **instance}
         template = [says.causal_template] if self.objective == "causal_lm" and says.causal_template else says.template
         return {"labels": task.labels, "words": says.words, "template": template, **instance}
+
+
+def _word_records(predicted: dict[str, Tensor], names: list[str]) -> list[dict[str, Any]]:
+    """Returns a record for each row, with label and probability of each of its words."""
+    best = predicted["probabilities"].max(-1)
+    columns = predicted["index"], predicted["num_words"], predicted["words"], best.indices, best.values
+    rows = []
+    for index, count, words, labels, probabilities in zip(*(column.tolist() for column in columns)):
+        found = {word: (names[label], value) for word, label, value in zip(words, labels, probabilities) if word}
+        read = [found.get(number, (None, None)) for number in range(1, count + 1)]
+        rows.append({"index": index, "labels": [row[0] for row in read], "probabilities": [row[1] for row in read]})
+    return rows
 
 
 def _cut_as(task: Task, data_task: Task) -> Task:

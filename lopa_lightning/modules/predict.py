@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from lopa_lightning.backbones.image_spec import ImageProcessing
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.collate import Collate
 from lopa_lightning.data.pixels import ImageError, Pixels, processed, read_image
-from lopa_lightning.data.rows import EncodeRows, fault_of
+from lopa_lightning.data.rows import RowEncoder, fault_of
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
+from lopa_lightning.data.word_rows import fault_of_words, word_rows
 from lopa_lightning.errors import LoPAError, shown
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _AT_ONCE = 4096  # rows whose tokens are in memory
 _LONG = 8  # batches that a progress bar is shown for, on a terminal
 
 
-def row_encoder(module: ClassificationModule, texts: Any) -> tuple[EncodeRows, dict[str, list[Any]]]:
+def row_encoder(module: ClassificationModule, texts: Any) -> tuple[RowEncoder, dict[str, list[Any]]]:
     """Checks texts, and builds the encoder that training used; no weights are needed.
 
     Args:
@@ -45,21 +46,22 @@ def row_encoder(module: ClassificationModule, texts: Any) -> tuple[EncodeRows, d
     spec, task = module.input_spec, module.required_task()
     if not isinstance(spec, TextSpec):
         raise LoPAError("predict reads texts, and this module another kind of input; use a Trainer and its data module")
-    rows = rows_of(texts, task_template(task).columns)
-    check_rows(rows)
+    columns = task_template(task).columns
+    rows = rows_of(word_rows(texts, columns[0]) if task.per_word else texts, columns)
+    check_rows(rows, fault_of_words if task.per_word else fault_of)
     return task_encoder(task, spec), rows
 
 
-def check_rows(rows: dict[str, list[Any]]) -> None:
+def check_rows(rows: dict[str, list[Any]], fault_in: Callable[[Any], str | None] = fault_of) -> None:
     """Raises a LoPAError that names the first row without a text."""
     for column, texts in rows.items():
         for row, text in enumerate(texts):
-            if (fault := fault_of(text)) is not None:
+            if (fault := fault_in(text)) is not None:
                 raise LoPAError(f"column {column!r} {fault} in row {row} (counted from 0)")
 
 
 def row_batches(
-    module: ClassificationModule, encoder: EncodeRows, rows: dict[str, list[Any]], batch_size: int
+    module: ClassificationModule, encoder: RowEncoder, rows: dict[str, list[Any]], batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yields the batches of any number of rows; only some of their tokens are in memory at a time.
 
@@ -90,7 +92,7 @@ def records(
     with tqdm(total=count, unit=" rows", disable=None if count > _LONG * batch_size else True) as bar:
         for batch in made:
             with torch.inference_mode():
-                predicted = {"index": batch["index"], **module.predict_outputs(module(batch))}
+                predicted = module.predict_step(batch, 0)
             for record in module.prediction_rows(predicted):
                 found[record.pop("index")] = record
             bar.update(len(batch["index"]))
@@ -98,7 +100,7 @@ def records(
 
 
 def batches(
-    module: ClassificationModule, encoder: EncodeRows, rows: dict[str, list[Any]], first: int, batch_size: int
+    module: ClassificationModule, encoder: RowEncoder, rows: dict[str, list[Any]], first: int, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yields the batches of rows, the longest first, on the module's device.
 
@@ -114,10 +116,14 @@ def batches(
     count = len(next(iter(rows.values())))
     encoded = encoder(rows, list(range(first, first + count)))
     lengths = encoded.pop("length")
-    limits = {"truncated": encoder.max_tokens, "instance_truncated": spec.instance_max_tokens}
-    for name, limit in limits.items():
-        if cut := sum(encoded.pop(name, [])):
-            rank_zero_warn(f"{cut} of {count} texts were cut to {limit} tokens")
+    messages = {
+        "truncated": f"were cut to {encoder.max_tokens} tokens",
+        "instance_truncated": f"were cut to {spec.instance_max_tokens} tokens",
+        "untokenised": "have words that are no token: those have no label",
+    }
+    for name, message in messages.items():
+        if found := sum(encoded.pop(name, [])):
+            rank_zero_warn(f"{found} of {count} texts {message}")
     collate, order = Collate.of(spec), sorted(range(count), key=lambda row: -lengths[row])
     parts = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     for part in parts:

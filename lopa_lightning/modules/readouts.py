@@ -82,6 +82,14 @@ class HeadReadout(Readout):
         return pool(states.hidden, states.content_mask, cast(Pooling, self.pooling))
 
 
+class WordReadout(HeadReadout):
+    """Applies a trained linear layer to the hidden state of each of the input's own tokens."""
+
+    def pooled(self, states: States) -> Tensor:
+        """Returns the vectors that the layer reads, ``[B, T, h]``, so that outputs are ``[B, T, num_outputs]``."""
+        return states.aligned()
+
+
 class CompletionReadout(Readout):
     """Reads how well each labelled token was predicted. No other position's logits are computed."""
 

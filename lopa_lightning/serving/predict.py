@@ -19,6 +19,7 @@ from lopa_lightning.data.pixels import image_files
 from lopa_lightning.data.rows import check_texts
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.task_rows import task_template
+from lopa_lightning.data.word_rows import check_words
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable, write_whole
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
@@ -108,7 +109,8 @@ def _rows(module: LoPALightningModule, given: argparse.Namespace) -> Sequence[An
     if len(given.file) > 1:
         raise LoPAError(f"the model reads texts: give one --file with rows, got {len(given.file)}")
     reader = {name: value for name, value in _reading(given).items() if name != "drop_empty"}
-    return _of_file(given.file[0], columns, reader, given.drop_empty)
+    per_word = isinstance(module, ClassificationModule) and module.required_task().per_word
+    return _of_file(given.file[0], columns, reader, given.drop_empty, per_word)
 
 
 def _reading(given: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +132,9 @@ def _of_texts(texts: list[str], columns: list[str]) -> list[dict[str, Any]]:
     return [{columns[0]: text} for text in texts]
 
 
-def _of_file(file: str, columns: list[str], reader: dict[str, str], drop_empty: bool) -> list[dict[str, Any]]:
+def _of_file(
+    file: str, columns: list[str], reader: dict[str, str], drop_empty: bool, per_word: bool
+) -> list[dict[str, Any]]:
     """Returns the rows of a file, labels of a data set on the hub by their names.
 
     Raises:
@@ -148,7 +152,9 @@ def _of_file(file: str, columns: list[str], reader: dict[str, str], drop_empty: 
             rank_zero_warn(f"{file}: {len(rows) - len(kept)} of {len(rows)} rows were dropped: they have an empty cell")
         rows = kept
     try:
-        if columns != [CHATS]:
+        if per_word:
+            check_words(columns[0], [row[columns[0]] for row in rows])
+        elif columns != [CHATS]:
             check_texts({name: [row[name] for row in rows] for name in columns})
         elif bad := next((row for row in rows if fault_of_chat(row[CHATS])), None):
             raise RowError({CHATS: bad[CHATS]}, str(fault_of_chat(bad[CHATS])))

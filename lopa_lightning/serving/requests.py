@@ -24,6 +24,7 @@ from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.pretrained import meta_model
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
+from lopa_lightning.data.rows import EncodeRows
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
 from lopa_lightning.errors import LoPAError, listed, one_line, one_of, shown
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
@@ -152,7 +153,9 @@ class ServedPrompter:
             answer = self.spec.chat.answer_start if in_chat else None
             ids = label_word_ids(self.spec.tokenizer, self.task.words or [], answer)
             self.words = dict(zip(self.task.labels, ids))
-            self._tokenize = task_encoder(self.task, self.spec).to_backbone
+            encoder = task_encoder(self.task, self.spec)
+            assert isinstance(encoder, EncodeRows)  # a bundle that is served answers with words
+            self._tokenize = encoder.to_backbone
         trained_in = _sent_dtype(self.facts.dtype)  # it reads virtual tokens in it, too
         self.dtype, self.scale = trained_in if dtype is None else _sent_dtype(dtype), scale
         self._table = None if in_chat else EmbeddingTable(module.backbone_spec, model, trained_in)
