@@ -73,6 +73,10 @@ def small(config: Path, tiny: Tiny, mini_glue: str, head: bool = False) -> list[
         write_reviews(Path("train.csv"), 20)
         write_reviews(Path("test.csv"), 6)
         return [*arguments, '--data.label_values=["bad", "good"]']
+    if config.stem == "own_tokens":
+        for split in ("train", "test"):
+            write_whole(Path(f"{split}.jsonl"), '{"tokens": ["the", "film"], "ner_tags": ["O", "B-ORG"]}\n' * 20)
+        return arguments
     if config.stem == "banking77":
         rows = ["text,category", *(f"where is it,{label}" for label in settings["data"]["init_args"]["labels"])]
         for name in ("bank/train.csv", "bank/test.csv"):

@@ -48,16 +48,14 @@ def task_encoder(
     template, says = task_template(task), _says(task)
     causal = None if says.causal_template is None else Template((says.causal_template,))
     max_tokens = min((n for n in (spec.max_tokens, says.max_length) if n is not None), default=None)
-    chat = spec.chat if spec.chat.holds_prompt else None
     to_instance = None
     if spec.instance_tokenizer is not None:
         to_instance = instance_encoding(task, spec.instance_tokenizer, spec.instance_max_tokens)
     if task.per_word:
-        if chat is not None:
-            raise LoPAError(f"placement {chat.placement!r} is for answers in a chat, and here each word has a label")
         (column,) = template.columns
         return EncodeWords(spec.tokenizer, to_instance, column, labels, max_tokens, says.truncation_side)
     read = backbone_template(template, causal, spec)
+    chat = spec.chat if spec.chat.holds_prompt else None
     to_backbone = Tokenize(spec.tokenizer, read, max_tokens, says.truncation_side, chat)
     several = len(task.labels) if task.multi_label else 0
     return EncodeRows(to_backbone, to_instance, template.columns, labels, allow_empty, several)

@@ -5,7 +5,7 @@ from lopa_lightning.modules.causal_lm import CausalLMModule
 from lopa_lightning.modules.classification import ClassificationModule
 from lopa_lightning.modules.image_classification import ImageClassificationModule
 from lopa_lightning.modules.prompted_model import PromptedModel
-from lopa_lightning.modules.readouts import CompletionReadout, HeadReadout, LabelWordReadout, Readout
+from lopa_lightning.modules.readouts import CompletionReadout, HeadReadout, LabelWordReadout, Readout, WordReadout
 
 __all__ = [
     "CausalLMModule",
@@ -17,4 +17,5 @@ __all__ = [
     "LoPALightningModule",
     "PromptedModel",
     "Readout",
+    "WordReadout",
 ]
