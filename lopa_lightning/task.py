@@ -117,4 +117,4 @@ def is_bio(labels: Sequence[str]) -> bool:
         >>> is_bio(["O", "B-PER", "I-PER"]), is_bio(["NOUN", "VERB", "O"])
         (True, False)
     """
-    return set(labels) != {"O"} and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
+    return set(labels) != {"O"} and all(label == "O" or (label[:2] in ("B-", "I-") and label[2:]) for label in labels)

@@ -259,6 +259,8 @@ def test_it_learns_resumes_predicts_and_is_a_bundle(
     run: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lopa_lightning.serving.predict.best_device", lambda: "cpu")
+    main(["plan", *run, "--trainer.accelerator=cpu"])
+    assert "activations" in capsys.readouterr().out
     quick = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     main(["fit", *run, *quick, "--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=12"])
     assert "val/span_f1" in capsys.readouterr().out
@@ -330,6 +332,13 @@ def test_loss_outputs_and_probabilities_are_those_of_each_words_state(tiny: Tiny
     assert int(model.loss_weight(outputs, batch)) == len(losses)
 
 
+class UnlabelledDataModule(TextClassificationDataModule):
+    """Words alone, of which nothing says what labels there are."""
+
+    def load(self) -> DatasetDict:
+        return DatasetDict({"test": Dataset.from_dict({"tokens": [["great", "film"], ["was"]]})})
+
+
 class NamedDataModule(TextClassificationDataModule):
     """Labels are numbers, and the data set names them, as on the hub."""
 
@@ -353,6 +362,12 @@ def test_names_of_labels_are_taken_from_the_data_set(tiny: Tiny, tmp_path: Path)
     named = data.named(0, sorted(rows, key=lambda row: row["index"]))
     assert [row["gold"] for row in named[:2]] == [["B-ART", "I-ART"], ["O"]]
 
+    new = UnlabelledDataModule(**OPTIONS)
+    found = [row for batch in run.predict(model, new) for row in model.prediction_rows(batch)]
+    assert sorted(found, key=lambda row: row["index"])[0]["labels"] == named[0]["labels"]
+    with pytest.raises(LoPAError, match="labels must name the classes: nothing in the data names those of column"):
+        run.test(model, UnlabelledDataModule(**OPTIONS))
+
 
 # What the documents say
 
@@ -364,7 +379,9 @@ def test_several_labels_by_the_lines_of_the_readme(tiny: Tiny, capsys: pytest.Ca
     tags = [[tag for bit, tag in enumerate(words) if number >> bit & 1] for number in range(8)] * 3
     write("train.jsonl", [{"text": " ".join(["it", *(words[tag] for tag in row)]), "tags": row} for row in tags])
     model = [f"--model.backbone.name={tiny('bert_base')}", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
-    main(["fit", "--config", str(ROOT / "configs" / "own_csv.yaml"), "--config", "tags.yaml", *model])
+    config = ["--config", str(ROOT / "configs" / "own_csv.yaml"), "--config", "tags.yaml", *model]
+    main(["plan", *config])
+    main(["fit", *config])
     assert "val/exact_match" in capsys.readouterr().out
     module: Any = LoPALightningModule.load_from_checkpoint("runs/lopa/version_0/checkpoints/last.ckpt")
     assert set(module.predict("it was bad")[0]) == {"labels", "probabilities"}

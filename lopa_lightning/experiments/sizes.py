@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lopa_lightning.backbones.quantization import saved_bytes
 from lopa_lightning.backbones.transformer_layers import transformer_layers
 from lopa_lightning.data.instance_vectors import agrees_with
-from lopa_lightning.modules import LoPALightningModule
+from lopa_lightning.modules import ClassificationModule, LoPALightningModule
 from lopa_lightning.modules.optimizer_groups import with_rates
-from lopa_lightning.modules.readouts import CompletionReadout
+from lopa_lightning.modules.readouts import CompletionReadout, WordReadout
 from lopa_lightning.task import IGNORED
 
 _forward_flops: Any = sdpa_flop_count
@@ -238,6 +238,10 @@ def _batch(module: LoPALightningModule, net: Any, step: Step) -> dict[str, Tenso
         mask = read["attention_mask"]
         to_come = mask.flip(1).cumsum(1).flip(1)
         labels = torch.where((to_come <= step.completion_tokens) & (mask == 1), 0, IGNORED)
+    elif isinstance(module, ClassificationModule) and (task := module.required_task()).multi_label:
+        labels = torch.zeros(step.examples, len(task.labels), dtype=torch.long)
+    elif isinstance(net.readout, WordReadout):
+        labels = torch.zeros_like(read["input_ids"])
     batch = {"index": rows, "labels": labels, **read}
     vectors = module.builder.instance_vectors
     if vectors is not None and agrees_with(vectors, module.trainer):
