@@ -102,15 +102,8 @@ class EncodeWords:
     def key(self) -> list[Any]:
         """Returns all that the ids depend on."""
         instance = [] if self.to_instance is None else tokenize_key(self.to_instance)
-        return [
-            "words",
-            *tokenizer_key(self.tokenizer),
-            self.max_tokens,
-            self.side,
-            self.columns,
-            self.labels,
-            instance,
-        ]
+        own = ["words", self.max_tokens, self.side, self.columns, self.labels]
+        return [*own, *tokenizer_key(self.tokenizer), instance]
 
     def __call__(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encodes rows.
