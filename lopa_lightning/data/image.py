@@ -25,7 +25,7 @@ from lopa_lightning.data.labels import (
 )
 from lopa_lightning.data.splits import Role, SplitsDataModule
 from lopa_lightning.data.types import Dataset
-from lopa_lightning.errors import LoPAError, listed, one_of
+from lopa_lightning.errors import LoPAError, at_least, listed, one_of
 from lopa_lightning.task import Task
 
 View = Literal["model", "resize", "crop_flip"]

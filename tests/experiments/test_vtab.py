@@ -34,9 +34,6 @@ CLASSES = {  # of the benchmarks' papers; of NABirds' 555 that have folders, fiv
     "clevr_dist": 6, "dmlab": 6, "kitti": 4, "dsprites_loc": 16, "dsprites_ori": 16, "smallnorb_azi": 18,
     "smallnorb_ele": 9, "cub": 200, "nabirds": 5, "oxford_flowers": 102, "stanford_dogs": 120, "stanford_cars": 196,
 }  # fmt: skip
-IMAGES = {  # that are trained on
-    "cub": 5994, "nabirds": 23929, "oxford_flowers": 1020, "stanford_dogs": 12000, "stanford_cars": 8144,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -131,10 +128,8 @@ def test_a_task_reads_its_splits_and_classes(task: Path) -> None:
     first = 4 if kind == "vtab" else classes if task.stem == "nabirds" else 0
     assert abs(int(batch["pixels"][order][0].float().mean()) - 5 * first) <= 1
 
-    epoch = -(-IMAGES.get(task.stem, 1000) // data["batch_size"])
-    assert trainer["max_steps"] == trainer["val_check_interval"] == 100 * epoch
-    scheduler = config["model"]["init_args"]["lr_scheduler"]["init_args"]
-    assert scheduler == {"T_max": trainer["max_steps"] * (1 - config["model"]["init_args"]["warmup"])}
+    assert trainer["max_epochs"] == trainer["check_val_every_n_epoch"] == 100  # scored once, at the end
+    assert config["model"]["init_args"]["lr_scheduler"] == {"class_path": "lopa_lightning.CosineDecay"}
 
 
 @pytest.mark.parametrize("kind", PLANS)
@@ -149,7 +144,7 @@ def test_a_plan_has_every_task(kind: str) -> None:
 
 
 def test_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the plan, two tasks are resolved and one is run, with few steps and in this process."""
+    """Of the plan, two tasks are resolved and one is run, for few epochs and in this process."""
 
     def make(self: Runs, runs: Sequence[Run]) -> None:
         for run in runs:
@@ -164,10 +159,10 @@ def test_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
         "--methods=[configs/vtab/vpt_shallow.yaml]",
         "--seeds=[42]",
         "--rate_multipliers=[1, 0.5]",
-        "--max_steps=2",
+        "--max_epochs=2",
         "--",
         f"--model.backbone.name={save_vision(vision_model('vit'), Path('vit'))}",
-        *(f"--trainer.{option}" for option in ("val_check_interval=2", "accelerator=cpu", "logger=false")),
+        *(f"--trainer.{option}" for option in ("check_val_every_n_epoch=2", "accelerator=cpu", "logger=false")),
         "--monitor.enabled=false",
     ]
     comparison, options = parsed(Comparison, "lopa compare", arguments)
