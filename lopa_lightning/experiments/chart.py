@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 _PANEL = (4.6, 3.6)  # inches
 _MARKERS = "osD^vP*X<>"
+_FAR = 30  # points below the lowest score, at which the line of the most frequent label would flatten the rest
 
 
 def svg(table: pd.DataFrame) -> str:
@@ -37,7 +38,7 @@ def svg(table: pd.DataFrame) -> str:
             style: Any = {"linestyle": "", "capsize": 2.5, **_style(methods.index(str(method)))}
             panel.errorbar(runs.trained.mean(), score.mean(), yerr=spread, label=str(method), **style)
         if len(drawn):
-            if task.majority_score is not None:
+            if task.majority_score is not None and drawn.score.min() - task.majority_score < _FAR / 100:
                 panel.axhline(100 * task.majority_score, color="#999999", linestyle="--", label="most frequent label")
             panel.set_xscale("log")
 
