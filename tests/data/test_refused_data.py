@@ -315,8 +315,8 @@ def test_a_byte_order_mark_is_no_part_of_a_name(text_spec: SpecOf) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
-        ({"test": []}, "data_files must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got none"),
+        ({}, "data_files must all be of one of .csv, .tsv, .txt, .json, .jsonl, .parquet; got none"),
+        ({"test": []}, "data_files must all be of one of .csv, .tsv, .txt, .json, .jsonl, .parquet; got none"),
         ({"test": "folder"}, "no such regular file: folder"),
         ({"test": "a.parquet.gz"}, "got .gz"),
         ({"test": "~/nothing.csv"}, "no such regular file: ~/nothing.csv"),

@@ -129,7 +129,7 @@ def test_a_missing_file(spec: TextSpec, files: Any) -> None:
 def test_files_of_mixed_or_unknown_endings(spec: TextSpec, names: list[str], shown: str) -> None:
     for name in names:
         write(name, ROWS)
-    with refused(f"must all be of one of .csv, .tsv, .json, .jsonl, .parquet; got {shown}"):
+    with refused(f"must all be of one of .csv, .tsv, .txt, .json, .jsonl, .parquet; got {shown}"):
         prepared(spec, data_files={"train": names})
 
 
