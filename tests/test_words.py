@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lopa_lightning import ClassificationModule, LoPALightningModule, TextClassificationDataModule
 from lopa_lightning.cli import main
+from lopa_lightning.data.word_rows import word_rows
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.metrics.classification import SpanScore, build_metrics
 from lopa_lightning.serving.export import export_bundle
@@ -396,3 +397,8 @@ def test_lines_of_python_have_the_labels_of_the_parser() -> None:
             *[("a", "O"), (",", "O"), ("g", "B-CALL"), ("(", "O"), ("b", "O"), (")", "O"), (")", "O")],
         ]
     ]
+
+
+@pytest.mark.parametrize("row", [{"text": ["EU"]}, {"tokens": None}])
+def test_a_row_without_its_words_is_left_to_the_check_of_rows(row: dict[str, Any]) -> None:
+    assert word_rows(row, "tokens") is row

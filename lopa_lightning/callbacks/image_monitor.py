@@ -35,13 +35,15 @@ _ATTENDED = 3  # of them, with attention
 _LAYERS = 4  # whose attention is shown
 _TOKENS = 4  # virtual tokens that are shown one by one
 _MOST_CLASSES = 1000  # of a confusion matrix
+_ALWAYS = 20  # validations that are drawn; of those after them, each at which the run has grown by a tenth
 
 
 class ImageMonitor:
     """Draws a few images of the validation set with their answers, their attention, and the confusion matrix.
 
     The images are spread evenly over the first process's batches of the first set, and are the same ones at every
-    validation. They are read once more at its end, by the first process alone unless processes share the model.
+    validation. They are read once more at its end, by the first process alone unless processes share the model. Of a
+    long run the first 20 validations are drawn, and then each that is at a step a tenth above the last one drawn.
 
     A picture that cannot be drawn is warned of, once, and ends no run; a failed pass does where processes share the
     model, since the others would wait for it.
@@ -55,6 +57,7 @@ class ImageMonitor:
         self._rows: list[dict[str, Tensor]] = []
         self._counts: dict[str, NDArray[np.int64]] = {}
         self._has_attention = True
+        self._drawn, self._last_step, self._is_due = 0, 0, False
 
     def keep(self, trainer: Any, pl_module: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Keeps the images of a validation batch that are to be shown.
@@ -67,7 +70,9 @@ class ImageMonitor:
         """
         if batch_idx == 0:
             self._rows = []
-        if not isinstance(pl_module.net.backbone, VisionBackbone):
+            is_due = self._drawn < _ALWAYS or trainer.global_step >= 1.1 * self._last_step  # alike in all processes
+            self._is_due = is_due and isinstance(pl_module.net.backbone, VisionBackbone)
+        if not self._is_due:
             return
         if trainer.is_global_zero or is_sharded(pl_module.net):
             for row in shown_rows(batch_idx, trainer.num_val_batches[0], len(batch["index"])):
@@ -77,7 +82,7 @@ class ImageMonitor:
     def count(self, pl_module: Any) -> None:
         """Takes the confusion matrices before the module computes its metrics; every process must call it."""
         self._counts = {}
-        if not isinstance(pl_module.net.backbone, VisionBackbone):
+        if not self._is_due:
             return
         for name, scores in pl_module.scores.items():
             found = [m for m in (scores.metrics or {}).values() if isinstance(m, MulticlassConfusionMatrix)]
@@ -93,6 +98,9 @@ class ImageMonitor:
             pl_module: In eval mode.
             board: TensorBoard's writer.
         """
+        if not self._is_due:
+            return
+        self._drawn, self._last_step = self._drawn + 1, trainer.global_step
         try:
             answered = self._answered(trainer, pl_module)
         except Exception as error:
@@ -184,8 +192,7 @@ def _pictures(
     """Returns the pictures of images by name."""
     images = [image.permute(1, 2, 0).to(torch.uint8).cpu().numpy() for image in batch["pixels"]]
     rows = pl_module.prediction_rows({"index": batch["index"], **pl_module.predict_outputs(outputs)})
-    labels, task = batch["labels"].tolist(), getattr(pl_module, "task", None)
-    answers = [answer_of(task, row, label) if task is not None else ([], BLACK) for row, label in zip(rows, labels)]
+    answers = [answer_of(pl_module.task, row, label) for row, label in zip(rows, batch["labels"].tolist())]
     tiles = [Tile(image, *answer) for image, answer in zip(images, answers)]
     grid = [tiles[start : start + _COLUMNS] for start in range(0, len(tiles), _COLUMNS)]
     drawn = {"val/images": sheet(grid)}

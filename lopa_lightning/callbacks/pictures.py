@@ -111,8 +111,8 @@ def confusion_picture(counts: NDArray[np.int64], labels: Sequence[str]) -> Pixel
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     colours = np.rint(255 - shares[..., None] * (255 - _BLUE)).astype(np.uint8)
     font = ImageFont.load_default(_TEXT)
-    names = [f"{_cut(label, font, _SIDE)} {number}" for number, label in enumerate(labels)]
     has_names, has_counts = cell >= _LINE, cell >= _WRITTEN
+    names = [f"{_cut(label, font, _SIDE)} {number}" for number, label in enumerate(labels)] if has_names else []
     left = _GAP + int(max(map(font.getlength, names)) + _GAP if has_names else 0)
     top = _GAP + _LINE * (2 if has_names else 1)
     canvas = Image.new("RGB", (max(left + size * cell + _GAP, 2 * _SIDE), top + size * cell + _GAP), "white")
@@ -125,8 +125,8 @@ def confusion_picture(counts: NDArray[np.int64], labels: Sequence[str]) -> Pixel
         draw.text((left + row * cell + cell // 2, top - 2), str(row), fill=BLACK, font=font, anchor="mb")
         for column in range(size if has_counts else 0):
             colour = "white" if shares[row, column] > 0.5 else BLACK
-            place = (left + column * cell + cell // 2, middle)
-            draw.text(place, str(counts[row, column]), fill=colour, font=font, anchor="mm")
+            position = (left + column * cell + cell // 2, middle)
+            draw.text(position, str(counts[row, column]), fill=colour, font=font, anchor="mm")
     return np.asarray(canvas)
 
 

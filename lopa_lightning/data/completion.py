@@ -113,7 +113,7 @@ class CompletionDataModule(TextDataModule):
         return EncodeCompletions(self.layout(role), self.text_spec, self._max_tokens(), role, self.learn_end)
 
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
-        """Returns what is said of rows that were cut or left out."""
+        """Returns the warnings on rows that were cut or left out."""
         limit, what = encoder.max_tokens, "their completion alone"
         if self.text_spec.chat.holds_prompt:
             what = "their chat, which is not cut,"

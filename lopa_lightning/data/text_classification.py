@@ -44,7 +44,7 @@ class TextClassificationDataModule(TextDataModule):
         metrics: Official metrics, whose mean is the score.
         instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask.
         multi_label: Whether the label column has a list of labels, of any number.
-        per_word: Whether the text column has lists of words (or texts, parted at white space), and the label column
+        per_word: Whether the text column has lists of words (or texts, split at whitespace), and the label column
             lists with a label for each word. A word is read at its first token.
         shots_per_label: Train on that many examples of each label, drawn at random.
         **kwargs: See :class:`~lopa_lightning.data.text.TextDataModule`.
@@ -133,7 +133,7 @@ class TextClassificationDataModule(TextDataModule):
         return task_encoder(task, self.text_spec, labels, self.allow_empty_text)
 
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
-        """Returns what is said of rows that were cut, or have words that cannot be read."""
+        """Returns the warnings on rows that were cut, or have words that cannot be read."""
         unread = {"untokenised": "texts have words that are no token: those have no label"}
         if self.per_word:
             unread["truncated"] = f"texts were cut to {encoder.max_tokens} tokens: words beyond have no label"

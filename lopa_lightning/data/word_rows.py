@@ -54,8 +54,9 @@ def word_rows(rows: Any, column: str) -> Any:
         >>> word_rows([["EU", "rejects"], "a text"], "tokens")
         [{'tokens': ['EU', 'rejects']}, 'a text']
     """
-    if isinstance(rows, tuple) or (isinstance(rows, Mapping) and all(isinstance(each, str) for each in rows[column])):
-        rows = [rows]
+    words = rows.get(column) if isinstance(rows, Mapping) else rows if isinstance(rows, tuple) else None
+    if isinstance(words, (list, tuple, str)) and all(isinstance(each, str) for each in words):
+        rows = [rows]  # one row
     if isinstance(rows, (str, Mapping)):
         return rows
     return [{column: list(row)} if isinstance(row, (list, tuple)) else row for row in rows]

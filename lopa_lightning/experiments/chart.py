@@ -76,7 +76,7 @@ def curve(results: Sequence[Result]) -> tuple[pd.Series, pd.Series]:
     """
     seen = [dict(zip((entry["samples"] for entry in result.history), result.scores)) for result in results]
     scores = pd.DataFrame(seen).sort_index(axis=1)
-    return scores.mean(), scores.std().fillna(0)
+    return scores.mean(), scores.std()
 
 
 def _style(index: int) -> dict[str, Any]:

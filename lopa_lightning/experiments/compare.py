@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments import chart, report
@@ -82,6 +84,9 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
         LoPAError: Naming everything that cannot be run.
     """
     check(comparison)
+    methods = sorted(Path(method).stem for method in comparison.methods)
+    if others := sorted({*comparison.virtual_tokens} - {*methods}):
+        rank_zero_warn(f"virtual_tokens has no effect for {', '.join(others)}; compared are {', '.join(methods)}")
     configs, wrong = {}, []
     for task in comparison.tasks:
         for method in comparison.methods:
@@ -149,7 +154,7 @@ class Comparing:
             if splits is None:
                 data["validation_from_train"] = self.comparison.selection_share
             else:
-                data["splits"] = {**(data["splits"] or {}), **splits}
+                data |= {"splits": {**(data["splits"] or {}), **splits}, "validation_from_train": 0.0}
         return Run(folder, config, tags)
 
     def write_report(self) -> None:

@@ -218,7 +218,7 @@ class ClassificationModule(LoPALightningModule):
 
         Args:
             texts: One row or a list of them. A row is a text; for a task on two texts, a tuple of both; where each word
-                has a label, a list of words, or a text, parted at white space; or a mapping of columns, whose other
+                has a label, a list of words, or a text, split at whitespace; or a mapping of columns, whose other
                 entries are not read.
             batch_size: Rows at a time, of like lengths.
 

@@ -17,7 +17,7 @@ def with_rates(groups: Mapping[str, list[nn.Parameter]], rates: Mapping[str, flo
     Args:
         groups: Trained parameters by group.
         rates: Learning rates by group, over the optimizer's own. One for a group that is not trained
-            here has no effect, which is said.
+            here has no effect, which is warned of.
     """
     _warn_of_unused("learning_rates", rates, groups)
     return [
@@ -36,7 +36,7 @@ class OptimizerByGroup(Optimizer):
         groups: Parameter groups with a ``name``.
         default: The optimizer of a group; still wants parameters.
         others: The optimizers of groups that have another, by name. One for a group that is not trained here has no
-            effect, which is said.
+            effect, which is warned of.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class OptimizerByGroup(Optimizer):
         """
         part = self._others.get(param_group["name"], self._default)([param_group])
         super().add_param_group(part.param_groups[0])
+        self.state.update(part.state)
         part.state = self.state
         self._parts.append(part)
 
@@ -80,7 +81,9 @@ class OptimizerByGroup(Optimizer):
         """
         super().load_state_dict(state_dict)  # which replaces groups and state
         for part, group in zip(self._parts, self.param_groups):
-            part.__setstate__({"state": self.state, "param_groups": [group]})
+            own = {param: self.state[param] for param in group["params"] if param in self.state}
+            part.__setstate__({"state": own, "param_groups": [group]})
+            part.state = self.state
 
 
 def _warn_of_unused(option: str, given: Collection[str], trained: Collection[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import types
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from lopa_lightning import (
 from lopa_lightning.backbones.image_spec import load_processing
 from lopa_lightning.backbones.vision import VisionBackbone
 from lopa_lightning.callbacks import PromptMonitor, image_monitor
+from lopa_lightning.callbacks.advice import Advice
 from lopa_lightning.callbacks.attention import patch_attention
 from lopa_lightning.callbacks.image_monitor import answer_of, shown_rows
 from lopa_lightning.callbacks.pictures import BLACK, GREEN, RED, Tile, confusion_picture, highlighted, sheet
@@ -255,3 +258,17 @@ def test_a_model_without_attention_weights_is_named_once(
     assert said == ["ViTModel gives no attention weights, so that no picture shows them"]
     assert {"val/images", "val/confusion"} <= set(events.Tags()["images"])
     assert "prompt/looks_at" not in events.Tags()["images"]
+
+
+def test_of_a_long_run_not_every_validation_is_drawn() -> None:
+    monitor = image_monitor.ImageMonitor(Advice())
+    module = types.SimpleNamespace(net=types.SimpleNamespace(backbone=VisionBackbone.__new__(VisionBackbone)))
+    drawn = []
+    for step in range(1, 101):
+        run = types.SimpleNamespace(is_global_zero=True, num_val_batches=[9], global_step=step)
+        monitor.keep(run, module, {"index": torch.zeros(0)}, 0)
+        before = monitor._drawn
+        with contextlib.suppress(AttributeError):  # of what is drawn, nothing is there
+            monitor.draw(run, module, None)
+        drawn += [step] * (monitor._drawn - before)
+    assert drawn == [*range(1, 21), 22, 25, 28, 31, 35, 39, 43, 48, 53, 59, 65, 72, 80, 88, 97]

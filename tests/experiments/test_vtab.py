@@ -166,7 +166,8 @@ def test_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
         "--monitor.enabled=false",
     ]
     comparison, options = parsed(Comparison, "lopa compare", arguments)
-    configs = configs_of(comparison, options)
+    with pytest.warns(UserWarning, match="virtual_tokens has no effect for lopa_vision.*; compared are vpt_shallow"):
+        configs = configs_of(comparison, options)
     encoders = {names: config["model"]["init_args"]["prompt_encoder"] for names, config in configs.items()}
     assert {names: encoder["init_args"]["num_virtual_tokens"] for names, encoder in encoders.items()} == {
         ("kitti", "vpt_shallow"): 100,

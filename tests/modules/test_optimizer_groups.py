@@ -84,6 +84,27 @@ def test_its_steps_are_those_of_torchs_own_also_after_a_state_was_loaded(scaled:
     assert not torch.equal(one["shared_prompt"][0], VALUES["shared_prompt"])
 
 
+@pytest.mark.parametrize("name", ["Adagrad", "Adafactor", "RMSprop", "SGD", "NAdam"])
+def test_any_of_torchs_goes_on_from_a_saved_state(name: str) -> None:
+    def made(groups: dict[str, list[nn.Parameter]]) -> OptimizerByGroup:
+        default = functools.partial(getattr(torch.optim, name), lr=0.1)
+        return OptimizerByGroup(with_rates(groups, {}), default=default, others={"shared_prompt": MOMENTUM})
+
+    one, other = copies(), copies()
+    optimizer = made(one)
+    loss_of(one).backward()
+    optimizer.step()
+    again = made(other)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    values = {key: param.detach().clone() for key, (param,) in one.items()}
+    for groups, each in ((one, optimizer), (other, again)):
+        for key, (param,) in groups.items():
+            param.data.copy_(values[key])
+            param.grad = torch.ones_like(param)
+        each.step()
+    assert_same(one, other)
+
+
 def test_its_state_is_numbered_as_that_of_one_optimizer() -> None:
     groups = copies()
     optimizer = by_group(groups)
