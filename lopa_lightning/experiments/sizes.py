@@ -26,10 +26,17 @@ _forward_flops: Any = sdpa_flop_count
 _backward_flops: Any = sdpa_backward_flop_count
 _cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _with_all_heads(query: torch.Size, *others: torch.Size) -> tuple[torch.Size, ...]:
+    """Returns shapes ``[B, heads, T, d]`` with the query's heads: old torch counts no shared keys and values."""
+    return query, *(torch.Size((*each[:1], query[1], *each[2:])) for each in others)
+
+
 # torch counts the attention kernels of GPUs alone.
 ATTENTION_FLOPS: dict[Any, Any] = {
-    _cpu_attention: lambda *shapes, **_: _forward_flops(*shapes[:3]),
-    _cpu_attention_backward: lambda *shapes, **_: _backward_flops(*shapes[:4]),
+    _cpu_attention: lambda *shapes, **_: _forward_flops(*_with_all_heads(*shapes[:3])),
+    _cpu_attention_backward: lambda grad, *shapes, **_: _backward_flops(grad, *_with_all_heads(*shapes[:3])),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import functools
 import importlib
 import json
@@ -77,7 +78,7 @@ def run(roots: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
         assert len(printed) == 1 + len(record["rows"])
         assert record["benchmark"] == name
-        assert record["environment"]["torch"] == torch.__version__
+        assert record["environment"]["torch"] == importlib.metadata.version("torch")
         assert record["environment"]["threads"] == torch.get_num_threads()
         return record
 
