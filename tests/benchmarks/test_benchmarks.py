@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import functools
 import importlib
+import importlib.metadata
 import json
 import logging
 import statistics
