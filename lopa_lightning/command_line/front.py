@@ -35,7 +35,9 @@ def answer(given: Sequence[str]) -> None:
     elif command == "--version":
         said = f"lopa-lightning {__version__}"
     elif command == "configs":
-        said = "\n".join(f"{name:<42}{description}" for name, description in descriptions().items())
+        files = descriptions()
+        width = max(map(len, files), default=0) + 2
+        said = "\n".join(f"{name:<{width}}{description}" for name, description in files.items())
     elif command in COMMANDS and {"-h", "--help"} & set(rest[: rest.index("--")] if "--" in rest else rest):
         said = _page("task" if command in TASKS else command).replace("{command}", command)
         said += f"\n\n{_page(command)}" if command == "predict" else ""
