@@ -19,7 +19,7 @@ from lopa_lightning.task import IGNORED, Side
 
 
 def words_of(value: Any) -> list[str]:
-    """Returns the words of a row: a list as it is, a text parted at its white space."""
+    """Returns the words of a row: a list as it is, a text split at whitespace."""
     return value.split() if isinstance(value, str) else list(value)
 
 
