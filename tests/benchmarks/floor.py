@@ -3,7 +3,8 @@
 The floor has the batch's own tokens and as many virtual ones, without padding: a rectangle of as many rows of the mean
 length. No loss but a sum, no labels, no optimizer, no loader. ``padded`` is the same on the batch as it was padded;
 ``with_loss`` puts in the sum's place what nobody who learns completions can leave out: the vocabulary's logits at the
-labelled tokens, and their cross entropy. Floating-point operations, which no other program disturbs, are counted too.
+labelled tokens, and their cross entropy; ``padded_with_loss`` is both, so that what is left over it is ours alone.
+Floating-point operations, which no other program disturbs, are counted too.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _COLUMNS = {
     "goal": "goal",
     "over_padded": "ours / padded floor",
     "over_with_loss": "ours / floor with loss",
+    "over_padded_with_loss": "ours / padded floor with loss",
     "operations": "operations: ours / floor",
 }
 
@@ -74,7 +76,7 @@ def bare(module: LoPALightningModule, ids: Tensor, mask: Tensor | None, targets:
         module: With loaded weights.
         ids: ``[B, L]``, of virtual tokens any ids: what matters is their number.
         mask: ``[B, L]`` where there is padding.
-        targets: Tokens to foretell, at any places, by the model's head, ``[N]``; None for a sum.
+        targets: Tokens to predict, at any positions, by the model's head, ``[N]``; None for a sum.
     """
     assert module.net is not None
     body: Any = module.net.backbone.body
@@ -98,21 +100,22 @@ def floor_of(module: LoPALightningModule, batch: Batch, kind: str = "floor") -> 
     Args:
         module: With loaded weights.
         batch: One that it was trained on.
-        kind: ``floor``, ``padded`` or ``with_loss``.
+        kind: ``floor``, ``padded``, ``with_loss`` or ``padded_with_loss``.
     """
     assert module.net is not None
     m, text, mask, targets = module.net.prompt_encoder.num_virtual_tokens, batch["attention_mask"], None, None
     ids = rectangle(batch)
-    if kind == "padded":
+    if kind.startswith("padded"):
         ids, mask = batch["input_ids"], torch.cat([text.new_ones(len(text), m), text], dim=1)
-    elif kind == "with_loss":
+    if kind.endswith("with_loss"):
         targets = batch["labels"][batch["labels"] != IGNORED]
     return bare(module, torch.cat([ids[:, :1].expand(-1, m), ids], dim=1), mask, targets)
 
 
 def floors(module: LoPALightningModule, batches: list[Batch], number: int) -> dict[str, float]:
     """All floors of a batch, in turns."""
-    kinds = ["floor", "padded", *(["with_loss"] if isinstance(module, CausalLMModule) else [])]
+    with_loss = ["with_loss", "padded_with_loss"] if isinstance(module, CausalLMModule) else []
+    kinds = ["floor", "padded", *with_loss]
     return {kind: floor_of(module, batches[0], kind) for kind in kinds[:: -1 if number % 2 else 1]}
 
 
