@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 3
 _PANEL = (4.6, 3.6)  # inches
+_LEGEND = 1.7  # inches
 _MARKERS = "osD^vP*X<>"
 _FAR = 30  # points below the lowest score, at which the line of the most frequent label would flatten the rest
 
@@ -68,15 +69,18 @@ def curves_svg(table: pd.DataFrame, results: Sequence[Result | None]) -> str:
 def curve(results: Sequence[Result]) -> tuple[pd.Series, pd.Series]:
     """Returns the mean and the sample standard deviation of ``val/score`` over runs, by training examples seen.
 
+    Runs are averaged by step, and so are the examples: an epoch's one small batch comes early in some and late in others.
+
     Example:
-        >>> runs = [Result("done", history=[{"samples": 16, "metrics": {"val/score": s}}]) for s in (0.5, 0.75)]
-        >>> mean, spread = curve(runs)
-        >>> mean.to_dict(), round(float(spread[16]), 3)
-        ({16: 0.625}, 0.177)
+        >>> history = lambda samples, score: [{"step": 2, "samples": samples, "metrics": {"val/score": score}}]
+        >>> mean, spread = curve([Result("done", history=history(32, 0.5)), Result("done", history=history(20, 0.75))])
+        >>> mean.to_dict(), round(float(spread[26]), 3)
+        ({26.0: 0.625}, 0.177)
     """
-    seen = [dict(zip((entry["samples"] for entry in result.history), result.scores)) for result in results]
-    scores = pd.DataFrame(seen).sort_index(axis=1)
-    return scores.mean(), scores.std()
+    by_step = [{entry["step"]: entry["samples"] for entry in result.history} for result in results]
+    samples = pd.DataFrame(by_step).sort_index(axis=1).mean()
+    scores = pd.DataFrame([dict(zip(steps, result.scores)) for steps, result in zip(by_step, results)])[samples.index]
+    return scores.mean().set_axis(samples), scores.std().set_axis(samples)
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -94,14 +98,15 @@ def _figure(table: pd.DataFrame, below: str, draw: Callable[[Axes, TaskTable], N
     lines = math.ceil(len(tasks) / columns)
     # Text stays text, and the same results give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lopa", "font.size": 9}):
-        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines), layout="constrained")
+        figure = Figure(figsize=(_PANEL[0] * columns + _LEGEND, _PANEL[1] * lines), layout="constrained")
         panels = list(figure.subplots(lines, columns, squeeze=False).flat)
         for panel, (name, task) in zip(panels, tasks.items()):
             panel.set(title=name, xlabel=below, ylabel="score (points)" if task.in_points else "score")
             draw(panel, task)
-            if panel.has_data():
-                panel.margins(0.15)
-                panel.legend(fontsize=7.5)
+            panel.margins(0.15)
+        drawn = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels())}
+        if drawn:
+            figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=7.5)
         for panel in panels[len(tasks) :]:
             panel.set_visible(False)
         out = io.StringIO()
