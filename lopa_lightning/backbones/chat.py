@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.tokens import running_ids
 from lopa_lightning.backbones.transformers_internals import template_tree
-from lopa_lightning.errors import LoPAError, one_line, shown
+from lopa_lightning.errors import LoPAError, listed, one_line, shown
 
 PLACEHOLDER = "<prompt_embeds>"
 """Stands for the soft prompt in a rendered chat. vLLM's own, which it takes in no text."""
@@ -248,6 +248,24 @@ def listed_prompts(texts: Any) -> list[str | Chat]:
                 f"prompt {place} is {shown(prompt)}"
             )
     return list(texts)
+
+
+def with_instances(texts: Any, instance_texts: str | Sequence[str] | None) -> tuple[list[str | Chat], list[str]]:
+    """Returns prompts as a list, and what the instance encoder reads of each.
+
+    Args:
+        texts: See :func:`listed_prompts`.
+        instance_texts: One for each prompt; None for the texts, of a chat its last message.
+
+    Raises:
+        LoPAError: See :func:`listed_prompts`; or if there is not one for each.
+    """
+    prompts = listed_prompts(texts)
+    given = [instance_texts] if isinstance(instance_texts, str) else instance_texts
+    instances = [question(each) for each in prompts] if given is None else listed("instance_texts", given)
+    if len(instances) != len(prompts):
+        raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
+    return prompts, instances
 
 
 def question(prompt: str | Chat) -> str:

@@ -168,8 +168,7 @@ def generate(
     if cache is not None:
         options[str(cache_input(backbone.body))] = cache
     if config.do_sample and beams == 1:
-        rows = [(seed, index) for seed in seeds for index in range(num_samples)]
-        options |= _drawn(config, rows, embeddings.device)
+        options |= _drawn(config, seeds, num_samples, embeddings.device)
     if stop:
         options["stopping_criteria"] = StoppingCriteriaList([_StopAt(tokenizer, stop)])
     ids = backbone.model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)  # type: ignore[operator]
@@ -202,13 +201,14 @@ def _read_once(
     return embeddings[:, -1:].repeat_interleave(repeats, 0).expand(-1, width, -1), mask, cache
 
 
-def _drawn(config: GenerationConfig, seeds: Sequence[Any], device: torch.device) -> dict[str, Any]:
+def _drawn(config: GenerationConfig, seeds: Sequence[Any], num_samples: int, device: torch.device) -> dict[str, Any]:
     """Returns what ``generate`` is given so that its greedy search finds the one token that was drawn."""
     processors = LogitsProcessorList()
     for name, (make, unused) in _OF_SAMPLING.items():
         if (value := getattr(config, name)) not in (None, unused):
             processors.append(make(value, device=device) if name == "eta_cutoff" else make(value))
-    processors.append(_Draw(seeds, int(config.max_new_tokens), device))
+    rows = [(seed, index) for seed in seeds for index in range(num_samples)]
+    processors.append(_Draw(rows, int(config.max_new_tokens), device))
     config = copy.copy(config)
     cast(Any, config).update(do_sample=False, **dict.fromkeys(_OF_SAMPLING))
     return {"generation_config": config, "logits_processor": processors}

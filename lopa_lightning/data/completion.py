@@ -15,8 +15,8 @@ from lopa_lightning.data.completion_rows import (
     unanswered,
 )
 from lopa_lightning.data.rows import RowEncoder
-from lopa_lightning.data.splits import Role, with_inputs
-from lopa_lightning.data.text import TextDataModule
+from lopa_lightning.data.splits import Role
+from lopa_lightning.data.text import TextDataModule, with_inputs
 from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError
 
@@ -137,8 +137,6 @@ class CompletionDataModule(TextDataModule):
         """Returns the rows that serve a role."""
         (split,) = self.splits_of(role)
         return self.load_split(split, role)
-
-    # Scoring what was generated
 
     def answer(self, completion: str) -> str:
         """Returns the part of a completion that is compared: here all but the white space around it."""

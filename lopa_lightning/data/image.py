@@ -17,8 +17,6 @@ from lopa_lightning.data.labels import (
     LabelLookup,
     check_shots,
     class_lookup,
-    column_of,
-    drawn_per_label,
     label_names,
     names_in_data,
     values_of_labels,
@@ -73,18 +71,17 @@ class ImageClassificationDataModule(SplitsDataModule):
         super().__init__(**kwargs)
         one_of("view", view, get_args(View))
         check_shots(shots_per_label, self.max_train_examples, one_each=not multi_label)
-        self.multi_label = multi_label
+        self.multi_label, self.class_column = multi_label, None if multi_label else label_column
         self.image_column, self.label_column, self.view = image_column, label_column, view
         self.shots_per_label = shots_per_label
-        if labels is None and label_values is not None:
-            raise LoPAError("label_values needs labels, which they stand for")
         if isinstance(labels, int):
             at_least(2, labels=labels)
             labels = range(labels)
-        if labels is not None and not (labels := label_names("labels", labels)):
+        self.labels = None if labels is None else label_names("labels", labels)
+        if self.labels == []:
             raise LoPAError("labels must name the classes, got none")
-        self.labels, self.metrics = labels, None if metrics is None else listed("metrics", metrics)
-        self.label_values = None if labels is None else values_of_labels(labels, label_values)
+        self.metrics = None if metrics is None else listed("metrics", metrics)
+        self.label_values = values_of_labels(self.labels, label_values)
         if labels is not None:
             _ = self.task  # refuses what labels cannot be
 
@@ -128,7 +125,7 @@ class ImageClassificationDataModule(SplitsDataModule):
             self.image_column,
             replace(shown, crop=False) if drawn else shown,
             instance,
-            None if role == "predict" else self._label_lookup(data, what),
+            None if role == "predict" else self.label_lookup(data, what),
             _versions(files, self.image_column, what),
             len(self.task.labels) if self.multi_label and self.task is not None else 0,
         )
@@ -137,7 +134,8 @@ class ImageClassificationDataModule(SplitsDataModule):
         except RowError as error:
             raise self._refused(what, split, error) from None
 
-    def _label_lookup(self, data: Dataset, what: str) -> LabelLookup:
+    def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
+        """Returns the label column, and the index of each value in it."""
         assert self.task is not None
         names = self.label_values or self.task.labels
         return class_lookup(data, self.label_column, names, what, self.multi_label)
@@ -151,14 +149,6 @@ class ImageClassificationDataModule(SplitsDataModule):
             row if paths[row["index"]] is None else {"index": row["index"], "file": paths[row["index"]], **row}
             for row in rows
         ]
-
-    def training_subset(self, data: Dataset) -> Dataset:
-        """Draws the examples to train on, so many of each label or in all."""
-        if self.shots_per_label is None:
-            return super().training_subset(data)
-        assert self.task is not None
-        found = self._label_lookup(data, "train")
-        return drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
 
     def _files(self, data: Dataset, split: str, what: str) -> Dataset:
         """Returns the columns that are read, images as files or their content."""
@@ -189,10 +179,6 @@ class ImageClassificationDataModule(SplitsDataModule):
             return LoPAError(f"{what}: image {stored['path']!r} {error.fault}")
         row = error.position(self._files(self.raw()[split], split, what))
         return LoPAError(f"{what}: the image in {row_names([row])} {error.fault}")
-
-    def classes(self, data: Dataset) -> Sequence[Any] | None:
-        """Returns the values of the label column, where there is one class in each row."""
-        return None if self.multi_label else column_of(data, self.label_column)
 
 
 def viewed(processing: ImageProcessing, view: View) -> ImageProcessing:

@@ -78,14 +78,16 @@ def check_shots(shots_per_label: int | None, max_train_examples: int | None, one
         raise LoPAError("shots_per_label needs rows with one label each")
 
 
-def values_of_labels(names: Sequence[str], values: Sequence[Any] | None) -> list[str]:
-    """Returns what stands in the label column for each label: by default its name.
+def values_of_labels(names: Sequence[str] | None, values: Sequence[Any] | None) -> list[str] | None:
+    """Returns what stands in the label column for each label: by default its name; None where no names are given.
 
     Raises:
         LoPAError: If there is not one value for each label.
     """
     if values is None:
-        return list(names)
+        return None if names is None else list(names)
+    if names is None:
+        raise LoPAError("label_values needs labels, which they stand for")
     spelled = label_names("label_values", values)
     if len(spelled) != len(names) or len(set(spelled)) < len(spelled):
         raise LoPAError(f"there must be one label value for each label, got {list(values)} for {list(names)}")
@@ -151,11 +153,6 @@ def class_lookup(
         )
     none = {None: -1} if may_miss else {}
     return column, {**none, **{value: index[name] for value, name in names.items()}}
-
-
-def column_of(data: Dataset, column: str) -> list[Any] | None:
-    """Returns the values of a column; None where there is no such column."""
-    return data.select_columns([column])[column][:] if column in data.column_names else None
 
 
 def encoded_labels(values: Sequence[Any], lookup: dict[Any, int | float], several: int) -> list[Any]:

@@ -20,6 +20,7 @@ from lopa_lightning.data.collate import Rows
 from lopa_lightning.data.columns import ColumnError, RowError
 from lopa_lightning.data.holdout import held_out, warn_of_duplicates
 from lopa_lightning.data.instance_vectors import StoredVectors, agrees_with, reads_all, stored_vectors
+from lopa_lightning.data.labels import LabelLookup, drawn_per_label
 from lopa_lightning.data.limits import check_batch_limits
 from lopa_lightning.data.loader import ResumableLoader
 from lopa_lightning.data.sampler import LengthGroupedSampler
@@ -73,6 +74,12 @@ class SplitsDataModule(LightningDataModule, ABC):
     padding_side: Side = "right"
     """Where inputs of unlike lengths are padded."""
 
+    shots_per_label: int | None = None
+    """Train on that many examples of each label."""
+
+    class_column: str | None = None
+    """Column with the one class of each row, from all of which validation rows are drawn; None where there is none."""
+
     varies = False
     """Whether training examples look different in each epoch, so that batches are made by epoch."""
 
@@ -119,8 +126,6 @@ class SplitsDataModule(LightningDataModule, ABC):
         self.datasets: dict[Role, list[Dataset]] = {}
         self.vectors: dict[str, StoredVectors] = {}
 
-    # For a kind of input to define
-
     @abstractmethod
     def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
         """Encodes the rows of a split, for batches to be made of.
@@ -143,8 +148,6 @@ class SplitsDataModule(LightningDataModule, ABC):
     @abstractmethod
     def collate(self) -> Callable[[Any], dict[str, Tensor]]:
         """Returns the function that makes a batch of encoded rows."""
-
-    # For a data set to define
 
     def load(self) -> DatasetDict:
         """Reads all splits, as they are stored.
@@ -202,22 +205,29 @@ class SplitsDataModule(LightningDataModule, ABC):
         return rows
 
     def training_subset(self, data: Dataset) -> Dataset:
-        """Draws the examples to train on."""
+        """Draws the examples to train on, so many of each label or in all."""
+        if self.shots_per_label is not None:
+            assert self.task is not None
+            found = self.label_lookup(data, "train")
+            return drawn_per_label(data, found, self.task.labels, self.shots_per_label, self.subset_seed)
         if self.max_train_examples is None:
             return data
         random = np.random.default_rng(self.subset_seed)
         chosen: Dataset = data.select(np.sort(random.permutation(len(data))[: self.max_train_examples]))
         return chosen
 
-    def classes(self, data: Dataset) -> Sequence[Any] | None:
-        """Returns each row's class, where validation rows are to be drawn from every class; None where there is none.
+    def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
+        """Returns the label column, and the index or number of each value in it.
 
         Args:
-            data: The rows.
-        """
-        return None
+            data: The split.
+            what: Its name, for messages.
 
-    # Rows
+        Raises:
+            LoPAError: If there is no such column.
+            ColumnError: If there is a label that must not be there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no label column")
 
     def raw(self) -> DatasetDict:
         """Returns all splits as they are stored, read once."""
@@ -241,7 +251,9 @@ class SplitsDataModule(LightningDataModule, ABC):
     def _part(self, data: Dataset, split: str, role: Role, validation_share: float) -> Dataset:
         if len(data) < 2:
             raise LoPAError(f"{split}: {len(data)} example is too few to cut a validation split from")
-        training, validation = held_out(len(data), validation_share, self.subset_seed, self.classes(data))
+        column = self.class_column
+        classes = None if column not in data.column_names else data.select_columns([column])[column][:]
+        training, validation = held_out(len(data), validation_share, self.subset_seed, classes)
         part: Dataset = data.select(training if role == "train" else validation)
         return part
 
@@ -261,8 +273,6 @@ class SplitsDataModule(LightningDataModule, ABC):
             LoPAError: Always.
         """
         raise LoPAError(f"a checkpoint holds no data; build {cls.__name__} from its own arguments")
-
-    # Preparing
 
     def connect(self, input_spec: InputSpec) -> None:
         """Says how inputs are encoded, where no Trainer brings a module.
@@ -330,8 +340,6 @@ class SplitsDataModule(LightningDataModule, ABC):
         if vectors := stored_vectors(cache, data, f"the {role} set", device, self.collate(), make):
             self.vectors[data._fingerprint] = vectors
 
-    # Loading
-
     def train_dataloader(self) -> Loader:
         """Returns a loader of shuffled batches of like lengths."""
         return self._loader(self.datasets["train"][0], "train")
@@ -389,17 +397,3 @@ class SplitsDataModule(LightningDataModule, ABC):
             persistent_workers=workers > 0,
             pin_memory=on_gpu,
         )
-
-
-def with_inputs(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], gold: list[Any]) -> list[dict[str, Any]]:
-    """Returns predictions beside the ``input`` that each is of, and its ``gold`` answer where any row has one.
-
-    Args:
-        rows: Predictions.
-        inputs: What each was made of.
-        gold: The right answers, or None where one is not known; empty where there are none.
-    """
-    answers = [{"gold": each} for each in gold] if any(each is not None for each in gold) else [{} for _ in rows]
-    return [
-        {"index": row["index"], "input": given, **answer, **row} for row, given, answer in zip(rows, inputs, answers)
-    ]

@@ -123,3 +123,17 @@ class TextDataModule(SplitsDataModule):
             "truncated": f"texts were cut to {encoder.max_tokens} tokens",
             "instance_truncated": instance,
         }
+
+
+def with_inputs(rows: list[dict[str, Any]], inputs: list[dict[str, Any]], gold: list[Any]) -> list[dict[str, Any]]:
+    """Returns predictions beside the ``input`` that each is of, and its ``gold`` answer where any row has one.
+
+    Args:
+        rows: Predictions.
+        inputs: What each was made of.
+        gold: The right answers, or None where one is not known; empty where there are none.
+    """
+    answers = [{"gold": each} for each in gold] if any(each is not None for each in gold) else [{} for _ in rows]
+    return [
+        {"index": row["index"], "input": given, **answer, **row} for row, given, answer in zip(rows, inputs, answers)
+    ]

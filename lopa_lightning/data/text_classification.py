@@ -11,8 +11,6 @@ from lopa_lightning.data.labels import (
     LabelLookup,
     check_shots,
     class_lookup,
-    column_of,
-    drawn_per_label,
     label_names,
     label_of,
     names_in_data,
@@ -20,10 +18,10 @@ from lopa_lightning.data.labels import (
     values_of_labels,
 )
 from lopa_lightning.data.rows import RowEncoder
-from lopa_lightning.data.splits import Role, with_inputs
+from lopa_lightning.data.splits import Role
 from lopa_lightning.data.task_rows import task_encoder
 from lopa_lightning.data.template import Template, plain_template
-from lopa_lightning.data.text import TextDataModule
+from lopa_lightning.data.text import TextDataModule, with_inputs
 from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, listed
 from lopa_lightning.task import InstanceReads, Task, Verbalizer
@@ -73,15 +71,14 @@ class TextClassificationDataModule(TextDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if labels is None and label_values is not None:
-            raise LoPAError("label_values needs labels, which they stand for")
         if per_word and (template or causal_template or len(text_columns) != 1 or instance_reads != "columns"):
             raise LoPAError("per_word reads the words of one text column, without template or instance_reads")
         names = None if labels is None else label_names("labels", labels)
-        check_shots(shots_per_label, self.max_train_examples, names != [] and not multi_label and not per_word)
+        has_classes = names != [] and not multi_label and not per_word
+        check_shots(shots_per_label, self.max_train_examples, has_classes)
+        self.label_column, self.class_column = label_column, label_column if has_classes else None
         self.labels, self.multi_label, self.per_word = names, multi_label, per_word
-        self._label_values = None if names is None else values_of_labels(names, label_values)
-        self.label_column = label_column
+        self._label_values = values_of_labels(names, label_values)
         pieces = None if template is None else tuple(listed("template", template))
         self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
         if label_column in self.template.columns:
@@ -140,25 +137,11 @@ class TextClassificationDataModule(TextDataModule):
         return {**super().warnings_of(encoder), **unread}
 
     def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
-        """Returns the label column, and the index or number of each value in it.
-
-        Args:
-            data: The split.
-            what: Its name, for messages.
-
-        Raises:
-            LoPAError: If there is no such column.
-            ColumnError: If there is a label that must not be there.
-        """
+        """Returns the label column, and the index or number of each value in it."""
         column, may_miss = self.label_column, self.drop_empty
         if self.labels == []:
             return number_lookup(data, column, what, may_miss)
         return class_lookup(data, column, self.label_values, what, self.multi_label or self.per_word, may_miss)
-
-    def classes(self, data: Dataset) -> Sequence[Any] | None:
-        """Returns the values of the label column, where there is one class in each row."""
-        has_one = self.labels != [] and not self.multi_label and not self.per_word
-        return column_of(data, self.label_column) if has_one else None
 
     def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Adds the ``input`` of each row, with its ``id`` or ``idx``, and its ``gold`` label where it has one."""
@@ -174,10 +157,3 @@ class TextClassificationDataModule(TextDataModule):
         """Returns the name of a label, whatever stands for it in the column."""
         names = dict(zip(self.label_values, self.labels or self.label_values))
         return [names.get(each, each) for each in label] if isinstance(label, list) else names.get(label, label)
-
-    def training_subset(self, data: Dataset) -> Dataset:
-        """Draws the examples to train on, so many of each label or in all."""
-        if self.shots_per_label is None:
-            return super().training_subset(data)
-        found = self.label_lookup(data, "train")
-        return drawn_per_label(data, found, self.labels or self.label_values, self.shots_per_label, self.subset_seed)

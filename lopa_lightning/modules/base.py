@@ -108,19 +108,13 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         given = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
         self._hparams = AttributeDict({**plain(given), "_class_path": class_name(type(self))})
         self._hparams_initial = copy.deepcopy(self._hparams)
-        self.backbone_spec = backbone
-        self.make_prompt_encoder = prompt_encoder
-        self.instance_spec = instance_encoder
-        self.placement = placement
-        self.adapter = adapter
-        self.train_backbone = train_backbone
-        self.frozen_dropout = frozen_dropout
-        self.group_optimizers = optimizers or {}
+        self.backbone_spec, self.instance_spec, self.make_prompt_encoder = backbone, instance_encoder, prompt_encoder
+        self.placement, self.frozen_dropout = placement, frozen_dropout
+        self.adapter, self.train_backbone = adapter, train_backbone
+        self.learning_rates, self.group_optimizers = learning_rates or {}, optimizers or {}
         by_group = functools.partial(OptimizerByGroup, default=optimizer, others=self.group_optimizers)
         self.make_optimizer: OptimizerCallable = by_group if optimizers else optimizer
-        self.make_lr_scheduler = lr_scheduler
-        self.warmup = warmup
-        self.learning_rates = learning_rates or {}
+        self.make_lr_scheduler, self.warmup = lr_scheduler, warmup
         self.loss_guard = LossGuard(nonfinite_loss)
         self.window = Window()
         self.net: PromptedModel | None = None
@@ -144,6 +138,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             self.placement,
             self.adapter,
             self.train_backbone,
+            self.frozen_dropout,
         )
 
     @property
@@ -179,7 +174,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         if self.net is not None:
             return
         mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
-        parts = self.builder.load(self.frozen_dropout, mesh)
+        parts = self.builder.load(mesh)
         self._identity = {**self.known_identity(), **parts.identity}
         self.net = self._assembled(parts)
         for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
@@ -191,7 +186,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
     def meta_net(self) -> PromptedModel:
         """Builds the model on the ``meta`` device: no weight is read. It is not kept."""
         with torch.device("meta"):
-            return self._assembled(self.builder.unloaded(self.frozen_dropout))
+            return self._assembled(self.builder.unloaded())
 
     @functools.cached_property
     def shapes(self) -> PromptedModel:

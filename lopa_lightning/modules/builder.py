@@ -65,6 +65,7 @@ class Builder:
         placement: Where virtual tokens go.
         adapter: PEFT config of an adapter in the backbone; None for none.
         train_backbone: Which weights of the backbone are trained.
+        dropout: Whether the backbone's own dropout is active in training.
     """
 
     kind: InputKind
@@ -73,6 +74,7 @@ class Builder:
     placement: str = "before"
     adapter: Mapping[str, Any] | None = None
     train_backbone: TrainedWeights = False
+    dropout: bool = False
 
     @property
     def backbone(self) -> PretrainedSpec:
@@ -106,7 +108,7 @@ class Builder:
         Raises:
             LoPAError: If the parts do not go together, or what is trained would not fit into memory.
         """
-        parts = self.unloaded(False, checked_shapes)
+        parts = self.unloaded(checked_shapes)
         # All of what is frozen has room somewhere, or it could not have been saved.
         adapted = [parts.instance_encoder] if self.encoder_spec.adapter is not None and parts.instance_encoder else []
         frozen = [*adapted, *([] if self.train_backbone else [parts.backbone])]
@@ -141,11 +143,10 @@ class Builder:
             raise LoPAError("adapters go with quantization by bitsandbytes, not by torchao")
         quantization_config(how)  # refuses what is not installed
 
-    def load(self, dropout: bool, mesh: DeviceMesh | None = None) -> Parts:
+    def load(self, mesh: DeviceMesh | None = None) -> Parts:
         """Reads the weights and builds all parts.
 
         Args:
-            dropout: Whether the backbone's own dropout is active in training.
             mesh: The processes that weights are to be sharded over; None for whole ones.
 
         Raises:
@@ -157,7 +158,7 @@ class Builder:
         direct = mesh if self.adapter is None and self.placement != "every_layer" else None
         model = load_model(self.backbone, self.kind.family, direct)
         identity["backbone"] |= ckpt.fingerprint(model)
-        backbone = self._backbone(model, dropout, self.backbone.compile)
+        backbone = self._backbone(model, self.backbone.compile)
         prompt_encoder = self._prompt_encoder(backbone)
         prompt_encoder.initialize(backbone.vocabulary())
         if not prompt_encoder.uses_instance:
@@ -172,16 +173,15 @@ class Builder:
         identity["instance_encoder"] |= facts
         return Parts(backbone, prompt_encoder, encoder, identity)
 
-    def unloaded(self, dropout: bool, make: Callable[[PretrainedSpec, Family], PreTrainedModel] = meta_model) -> Parts:
+    def unloaded(self, make: Callable[[PretrainedSpec, Family], PreTrainedModel] = meta_model) -> Parts:
         """Builds all parts on the ``meta`` device: no weight is read.
 
         Args:
-            dropout: Whether the backbone's own dropout is active in training.
             make: Builds the backbone's model.
         """
         self.kind.check()
         with torch.device("meta"):
-            backbone = self._backbone(make(self.backbone, self.kind.family), dropout, compiled=False)
+            backbone = self._backbone(make(self.backbone, self.kind.family), compiled=False)
             prompt_encoder, spec = self._prompt_encoder(backbone), self.encoder_spec
             if not prompt_encoder.uses_instance:
                 return Parts(backbone, prompt_encoder, None, {})
@@ -233,12 +233,12 @@ class Builder:
         facts = ckpt.fingerprint(model)  # before an adapter comes in, so that they are the plain encoder's
         return InstanceEncoder(model, spec, self.kind), facts
 
-    def _backbone(self, model: PreTrainedModel, dropout: bool, compiled: bool) -> Backbone:
+    def _backbone(self, model: PreTrainedModel, compiled: bool) -> Backbone:
         if self.adapter is not None:
             adapt(model, self.adapter)
         return self.kind.backbone(
             model,
-            dropout=dropout,
+            dropout=self.dropout,
             placement=self.placement,
             trained=self.train_backbone,
             gradient_checkpointing=self.backbone.gradient_checkpointing,

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
-from lopa_lightning.backbones.chat import Chat, listed_prompts, question
+from lopa_lightning.backbones.chat import Chat, with_instances
 from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
 from lopa_lightning.backbones.sharding import check_equal, is_sharded
 from lopa_lightning.backbones.text import TextBackbone
@@ -148,11 +148,7 @@ class CausalLMModule(LoPALightningModule):
                 instance text for each text, processes that share a backbone have not as many texts each, nothing was
                 trained or loaded, or the backbone cannot generate from embeddings.
         """
-        prompts = listed_prompts(texts)
-        instance_texts = [instance_texts] if isinstance(instance_texts, str) else instance_texts
-        instances = [*map(question, prompts)] if instance_texts is None else listed("instance_texts", instance_texts)
-        if len(instances) != len(prompts):
-            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
+        prompts, instances = with_instances(texts, instance_texts)
         check_generates(self.builder.skeleton.backbone.model)
         completions: list[list[str]] = []
         with answering(self, "generate", self.padding_sides()):

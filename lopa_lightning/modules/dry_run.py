@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,14 +69,13 @@ def dry_run(
         name: [nn.Parameter(torch.zeros([*range(2, 2 + p.ndim)], dtype=p.dtype)) for p in parameters]
         for name, parameters in groups.items()
     }
-    count = 0
+    losses: list[float] = []
 
     def closure() -> float:
-        nonlocal count
-        count += 1
-        for parameter in (each for group in small.values() for each in group):
+        for parameter in itertools.chain(*small.values()):
             parameter.grad = parameter.detach() - 1
-        return 1.0 / count
+        losses.append(1.0 / (1 + len(losses)))
+        return losses[-1]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says them
@@ -88,7 +88,7 @@ def dry_run(
             then = scheduler.then if isinstance(scheduler, WarmUp) else scheduler
             if then is not None:
                 then.step(1.0) if isinstance(then, ReduceLROnPlateau) else then.step()
-    return DryRun(small, optimizer, settings, scheduler, count)
+    return DryRun(small, optimizer, settings, scheduler, len(losses))
 
 
 def dry_run_of(module: Any) -> DryRun:

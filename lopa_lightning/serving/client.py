@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.serving.bundle import Bundle
-from lopa_lightning.serving.labels import labelling
+from lopa_lightning.serving.labels import Labelling
 from lopa_lightning.serving.prompter import LoPAPrompter
 from lopa_lightning.serving.requests import ServedPrompter, ServedRequest, check_options
 from lopa_lightning.serving.retries import wait_before_retry
@@ -48,8 +48,11 @@ class _Client:
         # The package wants a key, and would take that of OpenAI from the environment.
         self.openai = kind(base_url=url, api_key=api_key or "none", max_retries=0, **options)
 
-    def _requests(self, method: str, prompts: Any, instance_texts: Any = None) -> list[ServedRequest]:
+    def _requests(
+        self, method: str, prompts: Any, instance_texts: Any = None, options: Mapping[str, Any] | None = None
+    ) -> list[ServedRequest]:
         """Makes the requests of a method, if it is the one that goes with the bundle; ``map`` goes with two."""
+        check_options(options or {}, ("stream",) if method == "map" else ())
         placement = self.served.facts.placement
         right, why = "chat" if placement in CHAT_PLACEMENTS else "complete", f"text, with placement {placement!r}"
         if self.served.task is not None:
@@ -60,6 +63,15 @@ class _Client:
         if method in ("chat", "complete") and len(found) != 1:
             raise LoPAError(f"{method} takes one text or one chat, got {len(found)}; use map for several")
         return found
+
+    def _call(self, request: ServedRequest, options: Mapping[str, Any]) -> Callable[[], Any]:
+        """What sends a request by the client of the ``openai`` package."""
+        if request.path == "completions":
+            body = {**(options.get("extra_body") or {}), **request.body}
+            given = {**options, "model": self.model, "prompt": None, "extra_body": body}
+            return functools.partial(self.openai.completions.create, **given)
+        given = {**options, "model": self.model, "messages": request.messages}
+        return functools.partial(self.openai.chat.completions.create, **given)
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
         """Seconds until a request is sent again; None where it is not.
@@ -158,8 +170,7 @@ class LoPAClient(_Client):
             PromptDroppedError: See :meth:`chat`.
             openai.OpenAIError: See :meth:`chat`.
         """
-        check_options(options, ("stream",))
-        requests = self._requests("map", prompts, instance_texts)
+        requests = self._requests("map", prompts, instance_texts, options)
         return self._each(lambda request: self._answer(request, options), requests)
 
     def classify(self, texts: Any) -> list[dict[str, Any]]:
@@ -185,8 +196,7 @@ class LoPAClient(_Client):
     def _asked(
         self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
     ) -> Any:
-        check_options(options)
-        (request,) = self._requests(method, prompt, instance_text)
+        (request,) = self._requests(method, prompt, instance_text, options)
         self._find_model()
         if stream:
             shows, streamed = stream_options(options)
@@ -196,26 +206,17 @@ class LoPAClient(_Client):
     def _each(self, answer: Callable[[ServedRequest], Any], requests: Sequence[ServedRequest]) -> list[Any]:
         self._find_model()
         with ThreadPoolExecutor(self.max_inflight) as pool:
-            tasks = [pool.submit(answer, request) for request in requests]
-            try:
-                return [task.result() for task in tasks]
-            finally:
-                pool.shutdown(cancel_futures=True)
+            return list(pool.map(answer, requests))  # which cancels the others after an error
 
     def _find_model(self) -> None:
         if self.model is None:
             self.model = chosen_model(self._retried(self.openai.models.list).data, self.served.backbone)
 
     def _label(self, request: ServedRequest) -> dict[str, Any]:
-        steps = labelling(self.served.words, request.path)
-        options = next(steps)
-        while True:
-            answer = self._answer(request, options)
-            try:
-                options = steps.send(answer)
-            except StopIteration as done:
-                record: dict[str, Any] = done.value
-                return record
+        labelling = Labelling(self.served.words, request.path)
+        for options in labelling:
+            labelling.add(self._answer(request, options))
+        return labelling.record()
 
     def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
         answer = self._send(request, options)
@@ -223,7 +224,7 @@ class LoPAClient(_Client):
         return answer
 
     def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
-        return self._retried(_call(self.openai, request, self.model, options))
+        return self._retried(self._call(request, options))
 
     def _retried(self, send: Callable[[], Any]) -> Any:
         attempt = 0
@@ -255,8 +256,7 @@ class AsyncLoPAClient(_Client):
 
     async def map(self, prompts: Any, *, instance_texts: Sequence[str] | None = None, **options: Any) -> list[Any]:
         """See :meth:`LoPAClient.map`."""
-        check_options(options, ("stream",))
-        requests = await asyncio.to_thread(self._requests, "map", prompts, instance_texts)
+        requests = await asyncio.to_thread(self._requests, "map", prompts, instance_texts, options)
         return await self._each(lambda request: self._answer(request, options), requests)
 
     async def classify(self, texts: Any) -> list[dict[str, Any]]:
@@ -270,8 +270,7 @@ class AsyncLoPAClient(_Client):
     async def _asked(
         self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
     ) -> Any:
-        check_options(options)
-        (request,) = await asyncio.to_thread(self._requests, method, prompt, instance_text)
+        (request,) = await asyncio.to_thread(self._requests, method, prompt, instance_text, options)
         await self._find_model()
         if stream:
             shows, streamed = stream_options(options)
@@ -300,15 +299,10 @@ class AsyncLoPAClient(_Client):
             self.model = chosen_model((await self._retried(self.openai.models.list)).data, self.served.backbone)
 
     async def _label(self, request: ServedRequest) -> dict[str, Any]:
-        steps = labelling(self.served.words, request.path)
-        options = next(steps)
-        while True:
-            answer = await self._answer(request, options)
-            try:
-                options = steps.send(answer)
-            except StopIteration as done:
-                record: dict[str, Any] = done.value
-                return record
+        labelling = Labelling(self.served.words, request.path)
+        for options in labelling:
+            labelling.add(await self._answer(request, options))
+        return labelling.record()
 
     async def _answer(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
         answer = await self._send(request, options)
@@ -316,7 +310,7 @@ class AsyncLoPAClient(_Client):
         return answer
 
     async def _send(self, request: ServedRequest, options: Mapping[str, Any]) -> Any:
-        return await self._retried(_call(self.openai, request, self.model, options))
+        return await self._retried(self._call(request, options))
 
     async def _retried(self, send: Callable[[], Awaitable[Any]]) -> Any:
         attempt = 0
@@ -328,14 +322,6 @@ class AsyncLoPAClient(_Client):
                     raise
             await asyncio.sleep(seconds)
             attempt += 1
-
-
-def _call(openai: Any, request: ServedRequest, model: str | None, options: Mapping[str, Any]) -> Callable[[], Any]:
-    """What sends a request by a client of the ``openai`` package."""
-    if request.path == "completions":
-        body = {**(options.get("extra_body") or {}), **request.body}
-        return functools.partial(openai.completions.create, **{**options, "extra_body": body}, model=model, prompt=None)
-    return functools.partial(openai.chat.completions.create, **options, model=model, messages=request.messages)
 
 
 def chosen_model(cards: Sequence[Any], backbone: str) -> str:

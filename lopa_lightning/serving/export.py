@@ -105,12 +105,7 @@ def export_bundle(
         raise LoPAError("--text goes with a model of texts, and this one reads images")
     tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
     bundle = Bundle(_config(module, names or {}, metrics_in(saved)), tensors, "", [])
-    prompts, images, unserved = None, None, None
-    if isinstance(module, ImageClassificationModule):
-        images = example_images()
-        rows = _image_rows(module, images)
-    else:
-        rows = _rows(module, texts)
+    rows, prompts, unserved = _rows(module, texts), None, None
     try:
         bundle.check_prompts()
         prompts = torch.cat([each for _, each in rows])
@@ -119,20 +114,26 @@ def export_bundle(
         unserved = str(error)
         acts = "module.predict" if reads_images else "module.predict and generate"
         rank_zero_warn(f"the bundle is for {acts}, not for a server: {error}")
-    specs = {"backbone": module.backbone_spec}
-    if module.builder.skeleton.prompt_encoder.uses_instance:
-        encoder = module.instance_spec
-        specs["instance_encoder"] = module.backbone_spec if encoder.is_backbone else encoder.pretrained()
-    models, given = {}, dict(names or {})
-    for key, spec in specs.items():
-        name = given.get("backbone" if spec is module.backbone_spec else key, spec.name)
+    models = {}
+    for key, spec in _sources(module).items():
+        name = (names or {}).get(key, spec.name)
         models[key] = name, license_of(spec)
-        is_new = key == "backbone" or spec is not module.backbone_spec
-        if is_new and name == spec.name and Path(spec.location()).is_dir() and not name.startswith("package:"):
+        if name == spec.name and Path(spec.location()).is_dir() and not name.startswith("package:"):
             rank_zero_warn(f"the bundle names a folder of this machine: {name}; --{key} gives its hub id")
+    if module._net().prompt_encoder.uses_instance:
+        models.setdefault("instance_encoder", models["backbone"])
     about = unserved, prompts is not None, reads_images
     card = model_card(bundle.config, models, *about, run_facts(Path(checkpoint)), license)
+    images = example_images() if reads_images else None
     return dataclasses.replace(bundle, card=card, rows=[row for row, _ in rows], prompts=prompts, images=images)
+
+
+def _sources(module: CausalLMModule | ClassificationModule) -> dict[str, PretrainedSpec]:
+    """Returns the frozen models: the backbone, and the instance encoder where it is another one."""
+    sources = {"backbone": module.backbone_spec}
+    if module._net().prompt_encoder.uses_instance and not module.instance_spec.is_backbone:
+        sources["instance_encoder"] = module.instance_spec.pretrained()
+    return sources
 
 
 def _config(
@@ -143,10 +144,7 @@ def _config(
     arguments, identity = without_defaults(type(module), module.hparams), copy.deepcopy(module._identity)
     arguments = {key: copy.deepcopy(value) for key, value in arguments.items() if key not in _OF_TRAINING}
     made_by = arguments.pop("_class_path")
-    sources = {"backbone": module.backbone_spec}
-    if net.prompt_encoder.uses_instance and not module.instance_spec.is_backbone:
-        sources["instance_encoder"] = module.instance_spec.pretrained()
-    for key, source in sources.items():
+    for key, source in _sources(module).items():
         if not isinstance(arguments.get(key), dict) or not isinstance(identity.get(key), dict):
             continue
         if key in names:
@@ -190,8 +188,17 @@ def _commit(source: PretrainedSpec) -> str | None:
 def _rows(
     module: CausalLMModule | ClassificationModule, texts: Sequence[Any] | None
 ) -> list[tuple[dict[str, Any], Tensor]]:
-    """Rows with the module's answers, and their soft prompts ``[1, m, d]``; one at a time: nothing is padded."""
+    """Rows with the module's answers, and their soft prompts ``[1, m, d]``; one at a time: nothing is padded.
+
+    Of images they have the number.
+    """
     net, found = module._net(), []
+    if isinstance(module, ImageClassificationModule):
+        for number, image in enumerate(example_images().numpy()):
+            (batch,) = module.image_batches([image], 1)
+            (record,) = module.predict(image)
+            found.append(({"input": {"image": number}, **record}, net.soft_prompt(batch)[0].cpu()))
+        return found
     if isinstance(module, CausalLMModule):
         for text in texts or _TEXTS:
             batch, likeliest = _first_tokens(module, text)
@@ -205,17 +212,6 @@ def _rows(
         (batch,) = batches(module, encoder, row, 0, 1)
         (record,) = module.predict(dict(zip(columns, values)))
         found.append(({"input": dict(zip(columns, values)), **record}, net.soft_prompt(batch)[0].cpu()))
-    return found
-
-
-@torch.no_grad()
-def _image_rows(module: ImageClassificationModule, images: Tensor) -> list[tuple[dict[str, Any], Tensor]]:
-    """Rows that name an image by its number, with the module's answers, and their soft prompts ``[1, m, d]``."""
-    net, found = module._net(), []
-    for number, image in enumerate(images.numpy()):
-        (batch,) = module.image_batches([image], 1)
-        (record,) = module.predict(image)
-        found.append(({"input": {"image": number}, **record}, net.soft_prompt(batch)[0].cpu()))
     return found
 
 

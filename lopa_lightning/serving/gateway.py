@@ -42,8 +42,8 @@ from lopa_lightning.serving.gateway_calls import (
     text_of,
     while_connected,
 )
-from lopa_lightning.serving.labels import labelling
-from lopa_lightning.serving.requests import ServedPrompter, ServedRequest, check_options
+from lopa_lightning.serving.labels import Labelling
+from lopa_lightning.serving.requests import PromptDroppedError, ServedPrompter, ServedRequest, check_options
 from lopa_lightning.serving.retries import BUSY, busy_wait
 from lopa_lightning.serving.streams import Usage, stream_options
 
@@ -243,18 +243,17 @@ class Gateway:
         self, call: Call, served: ServedPrompter, made: ServedRequest, model: Mapping[str, str], body: Mapping[str, Any]
     ) -> Response:
         """A label as the answer of a chat, with all labels' probabilities beside it."""
-        steps = labelling(served.words, made.path)
-        options = next(steps)
-        while True:
-            extra = options.pop("extra_body")
-            answer, headers = await self._answer(call, made, {**options, **extra, **model})
-            try:
-                options = steps.send(answer)
-            except StopIteration as done:
-                record = done.value
-                break
-            except LoPAError as error:
-                raise GatewayError(502, str(error)) from error
+        labelling = Labelling(served.words, made.path)
+        try:
+            for options in labelling:
+                extra = options.pop("extra_body")
+                answer, headers = await self._answer(call, made, {**options, **extra, **model})
+                labelling.add(answer)
+            record = labelling.record()
+        except PromptDroppedError:
+            raise
+        except LoPAError as error:
+            raise GatewayError(502, str(error)) from error
         common = {key: answer.get(key) for key in ("id", "created")} | {"model": call.model}
         common["probabilities"] = record["probabilities"]
         choice, message = {"index": 0, "finish_reason": "stop"}, {"role": "assistant", "content": record["label"]}

@@ -19,14 +19,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lopa_lightning.backbones.chat import Chat, listed_prompts, question
+from lopa_lightning.backbones.chat import Chat, with_instances
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.pretrained import meta_model
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.data.rows import EncodeRows
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
-from lopa_lightning.errors import LoPAError, listed, one_line, one_of, shown
+from lopa_lightning.errors import LoPAError, one_line, one_of, shown
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, LoPALightningModule
 from lopa_lightning.modules.predict import check_rows
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
@@ -177,11 +177,7 @@ class ServedPrompter:
             if instance_texts is not None:
                 raise LoPAError("the instance encoder of a classifier reads the rows; instance_texts is for chats")
             return self._of_rows(inputs)
-        prompts = listed_prompts(inputs)
-        read = [instance_texts] if isinstance(instance_texts, str) else instance_texts
-        instances = [question(each) for each in prompts] if read is None else listed("instance_texts", read)
-        if len(instances) != len(prompts):
-            raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
+        prompts, instances = with_instances(inputs, instance_texts)
         return self._requests(prompts, {"text": instances})
 
     def _of_rows(self, texts: Any) -> list[ServedRequest]:

@@ -21,7 +21,7 @@ from lopa_lightning import AsyncLoPAClient, Bundle, LoPAClient, ServedPrompter, 
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.predict import row_encoder
 from lopa_lightning.serving.export import export_bundle
-from lopa_lightning.serving.labels import MOST_WORDS, labelling
+from lopa_lightning.serving.labels import MOST_WORDS, Labelling
 from lopa_lightning.serving.requests import PromptDroppedError, encoded_tensor
 from tests.serving import upstream as upstream_file
 from tests.serving.helpers import checkpoint
@@ -243,18 +243,15 @@ def test_many_labels_take_several_requests_and_must_be_comparable() -> None:
     words = {str(label): 100 + label for label in range(MOST_WORDS + 2)}
 
     def labelled(shift: float) -> dict[str, Any]:
-        steps = labelling(words)
-        options, sizes = next(steps), []
-        while True:
+        labelling, sizes = Labelling(words), []
+        for options in labelling:
             group = options["extra_body"]["logprob_token_ids"]
             sizes.append(len(group))
             top = [_named(word, -float(word - 100) - shift) for word in group]
             first = _Fake(content=[_Fake(top_logprobs=top, **vars(top[0]))])
-            try:
-                options = steps.send(_Fake(choices=[_Fake(logprobs=first)]))
-            except StopIteration as done:
-                assert sizes == [MOST_WORDS, 2]
-                return dict(done.value)
+            labelling.add(_Fake(choices=[_Fake(logprobs=first)]))
+        assert sizes == [MOST_WORDS, 2]
+        return labelling.record()
 
     record = labelled(1.0)
     wanted = torch.tensor([-float(label) for label in range(len(words))]).softmax(0)
