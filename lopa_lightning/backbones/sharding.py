@@ -1,8 +1,9 @@
 """Models split over processes by FSDP2: each layer a group of its own, all that lies around the layers one more.
 
 Weights are read straight to shards: each process reads its rows of each layer, and none ever holds the whole model.
-transformers' own sharded loading (``DistributedConfig(fsdp_size=...)``) does not serve: version 5.0 has none, and 5.24
-makes of BERT one group, whose embeddings cannot be used before its ``forward``, where soft prompts meet them.
+transformers' own sharded loading (``DistributedConfig(fsdp_size=...)``) does not serve: 5.22 cannot be told what the
+groups are, and 5.24 makes the whole model one more, whose embeddings and head cannot be used outside of its ``forward``,
+where soft prompts meet them. torch's ``HuggingFaceStorageReader`` takes any file of a folder, also that of other weights.
 """
 
 from __future__ import annotations

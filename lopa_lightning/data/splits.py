@@ -217,11 +217,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         return chosen
 
     def label_lookup(self, data: Dataset, what: str) -> LabelLookup:
-        """Returns the label column, and the index or number of each value in it.
-
-        Args:
-            data: The split.
-            what: Its name, for messages.
+        """Returns the label column of a split, and the index or number of each value in it.
 
         Raises:
             LoPAError: If there is no such column.
@@ -243,17 +239,18 @@ class SplitsDataModule(LightningDataModule, ABC):
         if role not in ("train", "val"):
             return data
         if self.validation_from_train:
-            return self._part(self.training_subset(data), split, role, self.validation_from_train)
+            return self._part(self.training_subset(data), split, role)
         if self.splits_of("val") == [self.splits["train"]]:
-            data = self._part(data, split, role, self.validation_fraction)
+            data = self._part(data, split, role)
         return self.training_subset(data) if role == "train" else data
 
-    def _part(self, data: Dataset, split: str, role: Role, validation_share: float) -> Dataset:
+    def _part(self, data: Dataset, split: str, role: Role) -> Dataset:
         if len(data) < 2:
             raise LoPAError(f"{split}: {len(data)} example is too few to cut a validation split from")
         column = self.class_column
         classes = None if column not in data.column_names else data.select_columns([column])[column][:]
-        training, validation = held_out(len(data), validation_share, self.subset_seed, classes)
+        share = self.validation_from_train or self.validation_fraction
+        training, validation = held_out(len(data), share, self.subset_seed, classes)
         part: Dataset = data.select(training if role == "train" else validation)
         return part
 
