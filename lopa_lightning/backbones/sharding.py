@@ -2,8 +2,9 @@
 
 Weights are read straight to shards: each process reads its rows of each layer, and none ever holds the whole model.
 transformers' own sharded loading (``DistributedConfig(fsdp_size=...)``) does not serve: 5.22 cannot be told what the
-groups are, and 5.24 makes the whole model one more, whose embeddings and head cannot be used outside of its ``forward``,
-where soft prompts meet them. torch's ``HuggingFaceStorageReader`` takes any file of a folder, also that of other weights.
+groups are, and 5.24 makes the whole model one more, whose embeddings and head cannot be used outside of its
+``forward``, where soft prompts meet them. torch's ``HuggingFaceStorageReader`` takes a tensor from any file of a
+folder, also from one of other weights.
 """
 
 from __future__ import annotations
