@@ -150,7 +150,7 @@ class TextKind(InputKind):
         if encoder is None:
             return spec
         if encoder.is_backbone:
-            tokenizer, longest = self.tokenizer, _least(limit, encoder.max_length)
+            tokenizer, longest = self.tokenizer, least(limit, encoder.max_length)
         else:
             tokenizer, longest = instance_reading(encoder)
         return dataclasses.replace(
@@ -184,7 +184,7 @@ class TextKind(InputKind):
         """Warns if a text's vector depends on the texts that it is padded with."""
         model = encoder.loaded()
         weight = cast(Tensor, model.get_input_embeddings().weight)
-        room = min((n for n in (max_positions(model), encoder.spec.max_length) if n is not None), default=None)
+        room = least(max_positions(model), encoder.spec.max_length)
 
         def vector(ids: Tensor, mask: Tensor) -> Tensor:
             return encoder.vectors({"instance_input_ids": ids, "instance_attention_mask": mask})[0]
@@ -203,10 +203,11 @@ def instance_reading(encoder: InstanceEncoderSpec) -> tuple[PreTrainedTokenizerB
     model = TextBackbone(checked_shapes(encoder.pretrained(), "encoder"))
     tokenizer = load_tokenizer(encoder.pretrained())
     check_token_ids(tokenizer, len(model.embedding_weight), encoder.name)
-    return tokenizer, _least(model.max_positions, encoder.max_length)
+    return tokenizer, least(model.max_positions, encoder.max_length)
 
 
-def _least(*limits: int | None) -> int | None:
+def least(*limits: int | None) -> int | None:
+    """Returns the lowest of the limits that there are; None where there is none."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 

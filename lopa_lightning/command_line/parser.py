@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -34,6 +35,22 @@ _PLACES = {
 
 class UsageError(SystemExit):
     """Says in one line what is wrong with a command line, or with what a configuration file says."""
+
+
+class Options(argparse.ArgumentParser):
+    """Reads a command line, and raises what is wrong as a :class:`UsageError`, in one line.
+
+    Args:
+        command: Of ``lopa``.
+        description: What it does.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(f"lopa {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error."""
+        raise UsageError(f"{message} ({self.prog} --help)")
 
 
 class Parser(ArgumentParser):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError, shown
 
@@ -102,6 +104,27 @@ def check_columns(data: Dataset, names: Sequence[str], what: str, kind: str = ""
             advice = f"; of a file whose columns are parted otherwise, set reader: {{sep: {_MARKS[mark]}}}"
         named = f"{missing[0]!r}{kind}" if kind else ", ".join(missing)
         raise LoPAError(f"{what}: no column {named}; there are {', '.join(there)}{advice}")
+
+
+def whole_rows(data: Dataset, columns: Sequence[str], what: str) -> list[int] | None:
+    """Returns the rows without an empty cell, and says how many have one; None where all are whole.
+
+    Args:
+        data: The rows.
+        columns: In which a cell must not be empty.
+        what: Name of the split, for messages.
+
+    Raises:
+        LoPAError: If there is no such column, or no whole row.
+    """
+    check_columns(data, columns, what)
+    cells = zip(*(data[name][:] for name in columns))
+    kept = [row for row, values in enumerate(cells) if not any(map(is_empty, values))]
+    if dropped := len(data) - len(kept):
+        rank_zero_warn(f"{what}: {dropped} of {len(data)} rows were dropped: they have an empty cell")
+    if not kept:
+        raise LoPAError(f"{what}: each of the {len(data)} rows has an empty cell")
+    return kept if dropped else None
 
 
 def some(values: Sequence[Any]) -> str:

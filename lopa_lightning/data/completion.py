@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lopa_lightning.backbones.text_spec import least
 from lopa_lightning.data.completion_rows import (
     CHATS,
     Columns,
@@ -110,7 +111,8 @@ class CompletionDataModule(TextDataModule):
 
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
         """Builds what makes ids and labels of prompt and completion."""
-        return EncodeCompletions(self.layout(role), self.text_spec, self._max_tokens(), role, self.learn_end)
+        limit = least(self.text_spec.max_tokens, self.max_length)
+        return EncodeCompletions(self.layout(role), self.text_spec, limit, role, self.learn_end)
 
     def warnings_of(self, encoder: RowEncoder) -> dict[str, str]:
         """Returns the warnings on rows that were cut or left out."""

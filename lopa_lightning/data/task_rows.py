@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lopa_lightning.backbones.text_spec import TextSpec
+from lopa_lightning.backbones.text_spec import TextSpec, least
 from lopa_lightning.data.labels import LabelLookup
 from lopa_lightning.data.rows import EncodeRows
 from lopa_lightning.data.template import Template, Tokenize, backbone_template, plain_template
@@ -47,7 +47,7 @@ def task_encoder(
     """
     template, says = task_template(task), _says(task)
     causal = None if says.causal_template is None else Template((says.causal_template,))
-    max_tokens = min((n for n in (spec.max_tokens, says.max_length) if n is not None), default=None)
+    max_tokens = least(spec.max_tokens, says.max_length)
     to_instance = None
     if spec.instance_tokenizer is not None:
         to_instance = instance_encoding(task, spec.instance_tokenizer, spec.instance_max_tokens)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.cache import encoded_rows
 from lopa_lightning.data.collate import Collate
-from lopa_lightning.data.columns import check_columns, is_empty
+from lopa_lightning.data.columns import whole_rows
 from lopa_lightning.data.rows import RowEncoder
 from lopa_lightning.data.splits import Role, SplitsDataModule
 from lopa_lightning.data.types import Dataset
@@ -78,14 +78,12 @@ class TextDataModule(SplitsDataModule):
             LoPAError: If the rows are not what they must be.
         """
 
-    def _max_tokens(self) -> int | None:
-        return min((n for n in (self.text_spec.max_tokens, self.max_length) if n is not None), default=None)
-
     def encode(self, data: Dataset, split: str, role: Role) -> Dataset:
         """Tokenises the rows of a split, from the cache where that was done before."""
         what = f"{role} ({split})"
         encoder = self.row_encoder(data, what, role)
-        tokenised = encoded_rows(data, encoder, what, "Tokenising", self._whole_rows(data, encoder, what))
+        kept = whole_rows(data, encoder.needed, what) if self.drop_empty else None
+        tokenised = encoded_rows(data, encoder, what, "Tokenising", kept)
         for column, message in self.warnings_of(encoder).items():
             if column in tokenised.column_names:
                 if count := int(np.sum(tokenised.with_format("numpy")[column][:])):
@@ -94,19 +92,6 @@ class TextDataModule(SplitsDataModule):
                     tokenised = self._without_left_out(tokenised, what)
                 tokenised = tokenised.remove_columns(column)
         return tokenised
-
-    def _whole_rows(self, data: Dataset, encoder: RowEncoder, what: str) -> list[int] | None:
-        """Returns the rows that have no empty cell, where others are to be dropped; None for all."""
-        if not self.drop_empty:
-            return None
-        check_columns(data, encoder.needed, what)
-        cells = zip(*(data[name][:] for name in encoder.needed))
-        kept = [row for row, values in enumerate(cells) if not any(map(is_empty, values))]
-        if dropped := len(data) - len(kept):
-            rank_zero_warn(f"{what}: {dropped} of {len(data)} rows were dropped: they have an empty cell")
-        if not kept:
-            raise LoPAError(f"{what}: each of the {len(data)} rows has an empty cell")
-        return kept if dropped else None
 
     @staticmethod
     def _without_left_out(data: Dataset, what: str) -> Dataset:

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from lopa_lightning.backbones.text_spec import TextSpec
-from lopa_lightning.command_line.parser import UsageError
+from lopa_lightning.command_line.parser import Options
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Sizes, Step, sizes
 
@@ -19,12 +19,6 @@ _OPTIONS = {
     "instance_tokens": "that the instance encoder reads (default: as many)",
     "completion_tokens": "of a text, its completion's (default: half of them)",
 }
-
-
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises the error in one line."""
-        raise UsageError(message)
 
 
 def places(found: Sizes, devices: Sequence[int]) -> list[dict[str, Any]]:
@@ -77,7 +71,7 @@ def own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     description = "What a run will take: parameters, checkpoint, memory of each device, operations of a step. "
     description += "All other options are those of lopa fit. No weight is read."
-    parser = _Options(prog="lopa plan", description=description, allow_abbrev=False)
+    parser = Options("plan", description)
     parser.add_argument("--devices", type=_count, nargs="+", default=[8], help="of ddp and fsdp (default: 8)")
     for name, meaning in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=_count, help=meaning)
@@ -108,13 +102,15 @@ def _step(options: argparse.Namespace, module: Any, data: Any) -> Step:
     if not isinstance(spec, TextSpec):
         tokens = int(module.builder.skeleton.backbone.count_tokens(module.builder.kind.blank_batch(1, 1)))
         return Step(data.batch_size, tokens, tokens, tokens)
-    tokens = _least(spec.max_tokens, options.tokens or data.max_length or _TOKENS)
+    tokens = options.tokens or data.max_length or _TOKENS
+    tokens = min(tokens, spec.max_tokens or tokens)
+    instance_tokens = options.instance_tokens or tokens
     by_tokens = data.batch_tokens and max(1, data.batch_tokens // (tokens + spec.virtual_tokens))
     return Step(
         examples=by_tokens or data.batch_size,
         tokens=tokens,
-        instance_tokens=_least(spec.instance_max_tokens, options.instance_tokens or tokens),
-        completion_tokens=_least(options.completion_tokens or max(1, tokens // 2), tokens),
+        instance_tokens=min(instance_tokens, spec.instance_max_tokens or instance_tokens),
+        completion_tokens=min(options.completion_tokens or max(1, tokens // 2), tokens),
     )
 
 
@@ -123,11 +119,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
-
-
-def _least(*limits: int | None) -> int:
-    """Returns the lowest of the limits that there are."""
-    return min(limit for limit in limits if limit is not None)
 
 
 def _shown(count: float) -> str:

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from lopa_lightning.command_line.parser import Options
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule, LoPALightningModule
-from lopa_lightning.serving.command import Options, best_device
+from lopa_lightning.serving.device import best_device
 from lopa_lightning.signals import stoppable
 
 _AGAIN = "/new"

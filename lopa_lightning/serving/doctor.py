@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lopa_lightning.backbones.pretrained import load_config
+from lopa_lightning.command_line.parser import Options
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.serving.bundle import Bundle
 from lopa_lightning.serving.client import LoPAClient, chosen_model
-from lopa_lightning.serving.command import Options
 from lopa_lightning.serving.labels import word_logprobs, word_options
 from lopa_lightning.serving.requests import MOST_BYTES, ServedPrompter, ServedRequest
 from lopa_lightning.signals import stoppable

@@ -20,6 +20,7 @@ from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
+from lopa_lightning.command_line.parser import Options
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_new
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
@@ -27,7 +28,6 @@ from lopa_lightning.modules.predict import batches, row_encoder
 from lopa_lightning.plain import without_defaults
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
 from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
-from lopa_lightning.serving.command import Options
 from lopa_lightning.serving.peft_export import write_peft
 from lopa_lightning.signals import stoppable
 

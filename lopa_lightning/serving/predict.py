@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
-from lopa_lightning.command_line.parser import UsageError
-from lopa_lightning.data.columns import ColumnError, RowError, check_columns, is_empty
+from lopa_lightning.command_line.parser import Options, UsageError
+from lopa_lightning.data.columns import ColumnError, RowError, check_columns, whole_rows
 from lopa_lightning.data.completion_rows import CHATS, fault_of_chat, unanswered
 from lopa_lightning.data.labels import named_class
 from lopa_lightning.data.pixels import image_files
@@ -23,7 +21,7 @@ from lopa_lightning.data.word_rows import check_words
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable, write_whole
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
-from lopa_lightning.serving.command import Options, best_device
+from lopa_lightning.serving.device import best_device
 from lopa_lightning.signals import stoppable
 
 _PROMPT = "prompt"  # column of what is to be completed
@@ -144,13 +142,9 @@ def _of_file(
     if columns == [_PROMPT] and _PROMPT not in data.column_names and CHATS in data.column_names:
         columns = [CHATS]
     check_columns(data, columns, file)
-    features = data.features
-    rows = [{name: named_class(features[name], value) for name, value in row.items()} for row in data]
-    if drop_empty:
-        kept = [row for row in rows if not any(is_empty(row[name]) for name in columns)]
-        if len(kept) < len(rows):
-            rank_zero_warn(f"{file}: {len(rows) - len(kept)} of {len(rows)} rows were dropped: they have an empty cell")
-        rows = kept
+    kept, features = whole_rows(data, columns, file) if drop_empty else None, data.features
+    read = data if kept is None else data.select(kept)
+    rows = [{name: named_class(features[name], value) for name, value in row.items()} for row in read]
     try:
         if per_word:
             check_words(columns[0], [row[columns[0]] for row in rows])

@@ -10,11 +10,11 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lopa_lightning.command_line.parser import UsageError
+from lopa_lightning.command_line.parser import Options, UsageError
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.serving.batching import KeepingPrompter, KeptVectors
 from lopa_lightning.serving.bundle import Bundle
-from lopa_lightning.serving.command import Options, best_device
+from lopa_lightning.serving.device import best_device
 from lopa_lightning.serving.requests import MOST_BYTES, ServedPrompter
 from lopa_lightning.signals import Stopped, stoppable
 
