@@ -32,12 +32,7 @@ from lopa_lightning.task import Side, Task
 Role = Literal["train", "val", "test", "predict"]
 Loader = DataLoader[dict[str, Any]]
 
-ROLES: dict[str, list[Role]] = {
-    "fit": ["train", "val"],
-    "validate": ["val"],
-    "test": ["test"],
-    "predict": ["predict"],
-}
+ROLES: dict[str, list[Role]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 
 class SplitsDataModule(LightningDataModule, ABC):

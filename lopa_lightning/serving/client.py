@@ -43,10 +43,9 @@ class _Client:
         kind = getattr(_openai(), self._kind)
         self.served = bundle if isinstance(bundle, ServedPrompter) else ServedPrompter(bundle)
         self.model, self.max_retries, self.max_inflight = model, max_retries, max_inflight
-        url = base_url.rstrip("/")
-        url = url if url.endswith("/v1") else f"{url}/v1"
+        url = base_url.rstrip("/").removesuffix("/v1")
         # The package wants a key, and would take that of OpenAI from the environment.
-        self.openai = kind(base_url=url, api_key=api_key or "none", max_retries=0, **options)
+        self.openai = kind(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0, **options)
 
     def _requests(
         self, method: str, prompts: Any, instance_texts: Any = None, options: Mapping[str, Any] | None = None
