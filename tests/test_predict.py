@@ -190,6 +190,10 @@ def test_the_command_reads_a_table_as_it_is_told(
     with pytest.warns(UserWarning, match="1 of 3 rows were dropped: they have an empty cell"):
         main([*predict, "--encoding", "latin-1", "--sep", ";", "--drop_empty"])
     assert [row["input"] for row in lines(capsys)] == [{"id": 1, "text": "caf\u00e9"}, {"id": 3, "text": "terrible"}]
+    (tmp_path / "new.csv").write_text("id;text\n2;\n")
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match="1 of 1 rows were dropped"):
+        main([*predict, "--sep", ";", "--drop_empty"])
+    assert "new.csv: each of the 1 rows has an empty cell" in capsys.readouterr().err
 
 
 def test_the_command_completes(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
