@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,23 @@ def shown(value: Any, write: Any = repr) -> str:
     """
     line = " ".join(write(value).split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 60]} ... {line[-55:]}"
+
+
+def imported(package: str, extra: str, needed: str) -> Any:
+    """Imports a package that is not installed with this one.
+
+    Args:
+        package: Its name.
+        extra: The extra of this package that brings it.
+        needed: What it is needed for, as the message begins.
+
+    Raises:
+        LoPAError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise LoPAError(f'{needed}: pip install "lopa-lightning[{extra}]"') from None
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> None:

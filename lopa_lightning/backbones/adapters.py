@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lopa_lightning.backbones.transformer_layers import transformer_layers
-from lopa_lightning.errors import LoPAError, one_line
+from lopa_lightning.errors import LoPAError, imported, one_line
 
 TrainedWeights = bool | Literal["bias"] | int
 
@@ -25,10 +25,7 @@ def adapt(model: PreTrainedModel, config: Mapping[str, Any], name: str = "adapte
     Raises:
         LoPAError: If PEFT is not installed, or does not know such an adapter for this model.
     """
-    try:
-        import peft
-    except ImportError:
-        raise LoPAError('adapters come from PEFT: pip install "lopa-lightning[peft]"') from None
+    peft = imported("peft", "peft", "adapters come from PEFT")
     kind = str(config.get("peft_type", "")).upper()
     tuners = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
     # AdaLoRA moves its ranks by a call after each step of its own training loop; without that it is a bad LoRA.

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from lopa_lightning.callbacks.run_record import Result
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, imported
 from lopa_lightning.experiments.report import csv_text, markdown_table, record
 from lopa_lightning.experiments.resolve import Config, resolve
 from lopa_lightning.experiments.runs import Options, Run, Runs, budget, check_limits, folder_of_runs, parsed
@@ -87,16 +87,7 @@ def distribution(name: str, choice: Any) -> Any:
 
 
 def _optuna() -> Any:
-    """Returns Optuna, which is imported when a sweep begins.
-
-    Raises:
-        LoPAError: If it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError:
-        raise LoPAError('sweeps run on Optuna: pip install "lopa-lightning[sweep]"') from None
-    return optuna
+    return imported("optuna", "sweep", "sweeps run on Optuna")
 
 
 class Sweeping:

@@ -16,6 +16,7 @@ from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
 from lopa_lightning.backbones.chat import Chat, with_instances
 from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
+from lopa_lightning.backbones.pretrained import in_eval_mode
 from lopa_lightning.backbones.sharding import check_equal, is_sharded
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
@@ -26,7 +27,7 @@ from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.readouts import CompletionReadout, Readout
-from lopa_lightning.modules.start import answering, in_eval_mode
+from lopa_lightning.modules.start import answering
 from lopa_lightning.task import IGNORED, Side
 
 _ENCODER_INPUTS = ("instance", "instance_input_ids", "instance_attention_mask", "instance_token_type_ids")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from lopa_lightning import checkpoint as ckpt
+from lopa_lightning.backbones.pretrained import in_eval_mode
 from lopa_lightning.backbones.sharding import gathered
 from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
@@ -155,17 +155,6 @@ def answering(module: LoPALightningModule, what: str, sides: set[Side]) -> Itera
     check_states(module, sides)
     with in_eval_mode(module):
         yield
-
-
-@contextlib.contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Keeps a module in eval mode in its block."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def check_states(module: LoPALightningModule, sides: set[Side]) -> None:

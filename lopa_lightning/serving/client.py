@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
-from lopa_lightning.errors import LoPAError, at_least
+from lopa_lightning.errors import LoPAError, at_least, imported
 from lopa_lightning.serving.bundle import Bundle
 from lopa_lightning.serving.labels import Labelling
 from lopa_lightning.serving.prompter import LoPAPrompter
@@ -341,10 +341,5 @@ def chosen_model(cards: Sequence[Any], backbone: str) -> str:
     return str((named or bases)[0].id)
 
 
-@functools.cache
 def _openai() -> Any:
-    try:
-        import openai
-    except ImportError:
-        raise LoPAError('this needs the openai package: pip install "lopa-lightning[serve]"') from None
-    return openai
+    return imported("openai", "serve", "this needs the openai package")

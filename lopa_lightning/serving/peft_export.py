@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lopa_lightning.bundle_file import write_tensors
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, imported
 from lopa_lightning.files import new_folder
 from lopa_lightning.modules import LoPALightningModule
 
@@ -27,10 +27,7 @@ def write_peft(module: LoPALightningModule, out: Path, backbone: str | None = No
     Raises:
         LoPAError: If PEFT is not installed, or has no such method.
     """
-    try:
-        import peft
-    except ImportError:
-        raise LoPAError('this needs PEFT: pip install "lopa-lightning[peft]"') from None
+    peft = imported("peft", "peft", "this needs PEFT")
     net, name = module._net(), backbone or module.backbone_spec.name
     prompt, kind = net.prompt_encoder, str((module.adapter or {}).get("peft_type", "")).upper()
     if module.objective == "head":
