@@ -69,7 +69,7 @@ def curves_svg(table: pd.DataFrame, results: Sequence[Result | None]) -> str:
 def curve(results: Sequence[Result]) -> tuple[pd.Series, pd.Series]:
     """Returns the mean and the sample standard deviation of ``val/score`` over runs, by training examples seen.
 
-    Runs are averaged by step, and so are the examples: an epoch's one small batch comes early in some and late in others.
+    Runs are averaged by step, and so are the examples: an epoch's one small batch comes early in some, late in others.
 
     Example:
         >>> history = lambda samples, score: [{"step": 2, "samples": samples, "metrics": {"val/score": score}}]
