@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.processes import runs_in_forks
 from tests.refusals import refused  # noqa: F401 - a fixture
 
 # How long an example takes says how busy the machine is. Examples are always the same where nobody would look into it.
@@ -46,6 +47,13 @@ def _seeded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test draws the same numbers alone and among others; ``seed_everything`` of an earlier one leaves nothing."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def in_forks() -> Iterator[None]:
+    """The runs of a command are forks of this process; tests/experiments/test_runs.py has them as a user has."""
+    with runs_in_forks():
+        yield
 
 
 @pytest.fixture

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -106,3 +109,14 @@ def on_two(function: Callable[..., object], *arguments: Any, folder: Path, cache
 def logs(folder: Path) -> str:
     """The end of what both processes have said."""
     return "\n".join((folder / f"log{rank}.txt").read_text()[-3000:] for rank in range(WORLD))
+
+
+@contextmanager
+def runs_in_forks() -> Iterator[None]:
+    """Within it, the runs of a command are forks of this process, and not of a server that imports it all first."""
+    get_context = multiprocessing.get_context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            multiprocessing, "get_context", lambda kind=None: get_context("fork" if kind == "forkserver" else kind)
+        )
+        yield

@@ -48,8 +48,21 @@ def fitted(model: Any, folder: Path, epochs: int = 1, **kwargs: Any) -> Path:
     return folder / "last.ckpt"
 
 
-def test_it_holds_exactly_the_trained_tensors(tiny: Tiny, tmp_path: Path) -> None:
-    saved = torch.load(fitted(module(tiny("bert")), tmp_path), weights_only=True)
+@pytest.fixture(scope="module")
+def once(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return fitted(module(tiny("bert")), tmp_path_factory.mktemp("fitted"))
+
+
+@pytest.fixture
+def path(once: Path, tmp_path: Path) -> Path:
+    """A checkpoint of the plain module, of a run on :func:`reviews` in the same folder; a test may change it."""
+    reviews(tmp_path)
+    return Path(shutil.copy(once, tmp_path / "last.ckpt"))
+
+
+def test_it_holds_exactly_the_trained_tensors(path: Path) -> None:
+    saved = torch.load(path, weights_only=True)
     assert set(saved["state_dict"]) == {f"net.prompt_encoder.{key}" for key in PROMPT_KEYS}
     moments = saved["optimizer_states"][0]["state"]
     assert sum(state["exp_avg"].numel() for state in moments.values()) == sum(
@@ -153,17 +166,15 @@ def _other_backbone(tiny: Tiny, folder: Path) -> dict[str, Any]:
     ],
 )
 def test_what_it_does_not_fit_is_refused_with_what_differs(
-    tiny: Tiny, tmp_path: Path, change: Any, message: str
+    tiny: Tiny, tmp_path: Path, path: Path, change: Any, message: str
 ) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
     options = change(tiny, tmp_path) if callable(change) else dict(change)
     other = module(options.pop("model", tiny("bert")), **options)
     with pytest.raises(LoPAError, match=message):
         trainer(tmp_path).validate(other, reviews(tmp_path), ckpt_path=path, verbose=False)
 
 
-def test_what_shapes_training_alone_may_differ(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_what_shapes_training_alone_may_differ(tiny: Tiny, tmp_path: Path, path: Path) -> None:
     other = module(tiny("bert"), prompt_encoder=functools.partial(LoPATiny, dropout=0.5, init="normal"), warmup=2)
     trainer(tmp_path).validate(other, reviews(tmp_path), ckpt_path=path, verbose=False)
     assert torch.equal(
@@ -173,8 +184,7 @@ def test_what_shapes_training_alone_may_differ(tiny: Tiny, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "foreign"])
-def test_loading_is_strict(tiny: Tiny, tmp_path: Path, damage: str) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_loading_is_strict(path: Path, damage: str) -> None:
     saved = torch.load(path, weights_only=True)
     key = "net.prompt_encoder.row_head.1.bias"
     if damage == "missing":
@@ -203,8 +213,7 @@ class Payload:
         return exec, ("import tests.test_checkpoint as t; t.Payload.ran = True",)
 
 
-def test_no_pickled_code_runs_from_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_no_pickled_code_runs_from_a_checkpoint(tiny: Tiny, tmp_path: Path, path: Path) -> None:
     torch.save({**torch.load(path, weights_only=True), "payload": Payload()}, path)
     for weights_only in (None, False):
         with pytest.raises(LoPAError, match=r"cannot be read as a checkpoint: it holds '__builtin__.exec'"):
@@ -251,8 +260,7 @@ def test_a_subclass_with_arguments_of_its_own_is_rebuilt_with_its_task(tiny: Tin
     assert again.net.prompt_encoder.num_virtual_tokens == 2
 
 
-def test_a_backbone_that_has_moved_is_named_anew(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_a_backbone_that_has_moved_is_named_anew(tiny: Tiny, tmp_path: Path, path: Path) -> None:
     moved = shutil.copytree(tiny("bert"), tmp_path / "moved")
     again = LoPALightningModule.load_from_checkpoint(path, backbone=PretrainedSpec(str(moved)))
     assert again.hparams["backbone"]["name"] == str(moved)
@@ -260,8 +268,7 @@ def test_a_backbone_that_has_moved_is_named_anew(tiny: Tiny, tmp_path: Path) -> 
         LoPALightningModule.load_from_checkpoint(path, backbnoe=PretrainedSpec(str(moved)))
 
 
-def test_a_config_may_say_more_or_less_than_it_did(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_a_config_may_say_more_or_less_than_it_did(tiny: Tiny, tmp_path: Path, path: Path) -> None:
     moved = shutil.copytree(tiny("bert"), tmp_path / "moved")
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "a_new_setting": 1, "id2label": {"0": "no", "1": "yes"}}))
@@ -271,15 +278,15 @@ def test_a_config_may_say_more_or_less_than_it_did(tiny: Tiny, tmp_path: Path) -
         trainer(tmp_path).validate(module(str(moved)), reviews(tmp_path), ckpt_path=path, verbose=False)
 
 
-def test_another_template_is_refused_where_words_are_read(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_another_template_is_refused_where_words_are_read(tiny: Tiny, tmp_path: Path, path: Path) -> None:
     other = reviews(tmp_path, template=("{text} {mask}",))
     with pytest.raises(LoPAError, match="template: the checkpoint has"):
         trainer(tmp_path).validate(module(tiny("bert")), other, ckpt_path=path, verbose=False)
 
 
-def test_going_on_with_other_rates_warns_and_with_another_optimizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_going_on_with_other_rates_warns_and_with_another_optimizer_is_refused(
+    tiny: Tiny, tmp_path: Path, path: Path
+) -> None:
     faster = module(tiny("bert"), optimizer=functools.partial(torch.optim.AdamW, lr=0.5))
     with pytest.warns(
         UserWarning,
@@ -291,8 +298,7 @@ def test_going_on_with_other_rates_warns_and_with_another_optimizer_is_refused(t
         trainer(tmp_path, 2).fit(other, reviews(tmp_path), ckpt_path=path)
 
 
-def test_an_optimizer_is_the_same_under_its_other_path(tiny: Tiny, tmp_path: Path) -> None:
-    path = fitted(module(tiny("bert")), tmp_path)
+def test_an_optimizer_is_the_same_under_its_other_path(tiny: Tiny, tmp_path: Path, path: Path) -> None:
     saved = torch.load(path, weights_only=True)
     saved["hyper_parameters"]["optimizer"]["class_path"] = "torch.optim.AdamW"  # as a config writes it
     torch.save(saved, path)

@@ -27,6 +27,8 @@ Ranks = tuple[Path, list[dict[str, Any]]]
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.distributed
+
 
 def _half_right(backbone: str) -> list[dict[str, str]]:
     """Rows of which 0, 2 and 4 (and every second one after) have the completion that the backbone writes."""
@@ -68,6 +70,7 @@ def arguments(overlay: str, backbone: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow  # the test below gives forks the environment that it gives processes of its own
 def test_torchrun_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     reviews(tmp_path, rows=21)
@@ -79,10 +82,11 @@ def test_torchrun_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path, monkeyp
     check_run(tmp_path, log.read_text())
 
 
-def test_the_command_line_ends_well_under_fsdp(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_the_command_line_ends_well(overlay: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     reviews(tmp_path, rows=21)
-    assert on_two(main, arguments("fsdp", tiny("bert_base")), folder=tmp_path) == [0, 0], logs(tmp_path)
+    assert on_two(main, arguments(overlay, tiny("bert_base")), folder=tmp_path) == [0, 0], logs(tmp_path)
     check_run(tmp_path, "".join((tmp_path / f"log{rank}.txt").read_text() for rank in (0, 1)))
 
 

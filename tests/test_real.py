@@ -1,4 +1,7 @@
-"""The whole way with real weights and real data."""
+"""The whole way with real weights and real data.
+
+By default one run of an encoder from the command line, and one step of a decoder beside transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ def test_the_quickstart_beats_the_majority_class_by_far(
     assert float(shown["val/accuracy"]) > 2 * float(shown["val/majority_share"])
 
 
+@pytest.mark.slow  # as the run above, from Python and on GLUE
 def test_minilm_learns_sentiment_from_a_few_real_reviews(tmp_path: Path, real_data: Find) -> None:
     seed_everything(0)
     data = GLUEDataModule("sst2", real_data("nyu-mll/glue"), shots_per_label=48, batch_size=16, max_length=32)
@@ -115,6 +119,7 @@ def test_smollm2_reads_the_words_that_transformers_reads(tmp_path: Path, real_da
         torch.testing.assert_close(got[row], logits, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow  # as tests/backbones/test_generation.py shows of tiny models
 def test_smollm2_writes_with_its_soft_prompt_what_plain_generate_writes(real_model: Find) -> None:
     folder = real_model("HuggingFaceTB/SmolLM2-135M-Instruct")
     module = CausalLMModule(

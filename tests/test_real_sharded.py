@@ -14,7 +14,8 @@ from tests.real_sharded_run import ROWS, fit, fit_on_two
 
 Find = Callable[[str], str]
 
-pytestmark = pytest.mark.real
+# tests/test_sharded.py shows the same of tiny models, where memory cannot be told from an interpreter's own.
+pytestmark = [pytest.mark.real, pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_smollm2_is_never_whole_and_learns_as_on_one_process(real_model: Find, tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def write_all(folder: Path) -> None:
         write_reviews(folder / f"{split}.csv", ROWS)
 
 
+@pytest.mark.distributed
 def test_two_processes_go_on_where_one_was_killed(tiny: Tiny, tmp_path: Path) -> None:
     step = random.SystemRandom().randint(2, STEPS // 2 - 1)
     write_all(tmp_path)

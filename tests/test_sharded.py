@@ -25,6 +25,8 @@ from tests.tiny_images import LAYERS, save_vision, vision_model
 Tiny = Callable[[str], str]
 Ranks = tuple[Path, list[dict[str, Any]]]
 
+pytestmark = pytest.mark.distributed
+
 KINDS = {
     "decoder": ["", "backbone.model.model.layers.0", "backbone.model.model.layers.1"],
     "encoder": [

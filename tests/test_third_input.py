@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
@@ -90,6 +91,7 @@ class NumbersDataModule(SplitsDataModule):
         return lambda table: {name: torch.tensor(table[name].to_pylist()) for name in table.column_names}
 
 
+@pytest.mark.usefixtures("in_forks")
 def test_it_trains_saves_resumes_predicts_and_is_compared(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("task.yaml").write_text(TASK.format(here=__name__, backbone=tiny("bert_base")))

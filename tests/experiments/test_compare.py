@@ -27,6 +27,8 @@ Configs = dict[str, str]
 
 ROOT = Path(__file__).parent.parent.parent
 
+pytestmark = pytest.mark.usefixtures("in_forks")
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +55,7 @@ def table_row(output: Path, method: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, configs: Configs) -> Path:
+def compared(tmp_path_factory: pytest.TempPathFactory, configs: Configs, in_forks: None) -> Path:
     """A comparison of which some runs failed: one was killed, the others cannot be."""
     folder = tmp_path_factory.mktemp("compared")
     killed = {"class_path": "tests.experiments.killer.KilledOnce", "init_args": {"marker": str(folder / "killed")}}

@@ -149,7 +149,9 @@ def test_a_step_at_its_peak() -> None:
     assert tracked.now == 0  # a parameter's gradient does not count
 
 
+# The tiny models above show the same arithmetic, and exactly.
 @pytest.mark.real
+@pytest.mark.slow
 def test_a_real_step_takes_what_it_says(real_data: Tiny, real_model: Tiny) -> None:
     """Of both models: MiniLM reads what SmolLM2 is given."""
     real_data("nyu-mll/glue")

@@ -27,6 +27,8 @@ RANK = "model.init_args.prompt_encoder.init_args.rank"
 LR = "model.init_args.optimizer.init_args.lr"
 SEED = "seed_everything"
 
+pytestmark = pytest.mark.usefixtures("in_forks")
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +49,7 @@ def rows(output: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory, configs: Configs) -> Path:
+def grid(tmp_path_factory: pytest.TempPathFactory, configs: Configs, in_forks: None) -> Path:
     folder = tmp_path_factory.mktemp("grid")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -91,7 +91,8 @@ class Upstream(ThreadingHTTPServer):
 
 @contextmanager
 def running(upstream: Upstream) -> Iterator[Upstream]:
-    thread = threading.Thread(target=upstream.serve_forever, daemon=True)
+    # Looks for its end every 10 ms: by default it would be every 500.
+    thread = threading.Thread(target=upstream.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield upstream
