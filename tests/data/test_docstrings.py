@@ -24,9 +24,14 @@ from tests.data.helpers import texts_of
 
 
 @functools.cache
+def rows(*libraries: str) -> Any:
+    return DocstringDataModule(libraries or LIBRARIES).raw()
+
+
+@functools.cache
 def splits(*libraries: str) -> dict[str, dict[str, str]]:
     """Split to text to library."""
-    raw = DocstringDataModule(libraries or LIBRARIES).raw()
+    raw = rows(*libraries)
     return {split: {row["text"]: row["library"] for row in raw[split]} for split in raw}
 
 
@@ -63,7 +68,7 @@ def standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_no_text_is_there_twice() -> None:
-    raw = DocstringDataModule().raw()
+    raw = rows()
     texts = [text for split in raw for text in raw[split]["text"]]
     assert len(texts) > 1000
     assert len(set(texts)) == len(texts)
