@@ -1,5 +1,11 @@
+"""What all tests share.
+
+It is read by the process that only hands tests to others, too, so what takes seconds to import is imported in fixtures.
+"""
+
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -8,10 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-from tests.processes import runs_in_forks
 from tests.refusals import refused  # noqa: F401 - a fixture
 
 # How long an example takes says how busy the machine is. Examples are always the same where nobody would look into it.
@@ -25,13 +29,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread here and in the processes that tests start: several would wait for each other, and round differently.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
-torch.set_num_threads(1)
 # A shell that starts tests in the background lets them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Absolute: tests go into folders of their own.
 REAL_DATA = Path(os.environ.get("LOPA_REAL_DATA", "../shared/hub/datasets")).resolve()
 REAL_MODELS = Path(os.environ.get("LOPA_REAL_MODELS", "~/.cache/lopa-real-models")).expanduser().resolve()
+
+
+def pytest_configure() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays. To look through its millions of objects each time takes a fifth of a second."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Whatever torch was imported with before."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +67,8 @@ def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test draws the same numbers alone and among others; ``seed_everything`` of an earlier one leaves nothing."""
+    import torch
+
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     torch.manual_seed(0)
 
@@ -52,6 +76,8 @@ def _seeded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def in_forks() -> Iterator[None]:
     """The runs of a command are forks of this process; tests/experiments/test_runs.py has them as a user has."""
+    from tests.processes import runs_in_forks
+
     with runs_in_forks():
         yield
 
