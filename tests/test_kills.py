@@ -109,7 +109,14 @@ def test_every_signal_is_sent_at_every_place() -> None:
     assert set(sent) == {(where, number) for where, *_ in KILLS for number in SIGNALS}
 
 
-@pytest.mark.parametrize("name", RUNS)
+# A run for each place of a second kill, of unlike schedules, steps and checkpoints. What the others add is resumed in
+# tests/modules/test_schedule.py and test_window.py and in tests/test_resume.py.
+BY_DEFAULT = ("share of the YAMLs", "plateau", "accumulated", "cosine, and an optimizer by group")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in RUNS]
+)
 def test_it_ends_like_one_that_was_not_killed(tiny: Tiny, tmp_path: Path, name: str) -> None:
     modules, data, options = RUNS[name]
     backbone = tiny("bert_base")

@@ -107,7 +107,9 @@ def data(name: str, folder: Path) -> LightningDataModule:
     """Returns the data of a checkpoint, the same rows in every split."""
     file = folder / f"{name}.jsonl"
     rows = [{"text": f"{text} .", "label": label, "completion": f" it is {label}"} for text, label in TEXTS.items()]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not file.is_file() or file.read_text() != text:  # else what ``datasets`` made of it would be made again
+        file.write_text(text)
     files = {split: str(file) for split in ("train", "validation", "test")}
     options: dict[str, Any] = {"data_files": files, "batch_size": len(rows), "num_workers": 0}
     if name == "causal_lm":

@@ -32,6 +32,13 @@ COMPLETIONS = [
 ]
 
 
+def write_once(path: Path, text: str) -> str:
+    """Writes a file, unless it holds that already: what ``datasets`` has made of it is then found again."""
+    if not path.is_file() or path.read_text() != text:
+        write_whole(path, text)
+    return str(path)
+
+
 def write_reviews(path: Path, rows: int) -> str:
     """Writes a CSV in which a word of the text decides the label."""
     lines = ["text,label"]
@@ -39,8 +46,7 @@ def write_reviews(path: Path, rows: int) -> str:
         label = ("good", "bad")[i % 2]
         word = WORDS[label][i % 3]
         lines.append(f"the film {'was ' * (i % 5)}{word} and the cast {'the ' * (i % 3)}half,{label}")
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
+    return write_once(path, "\n".join(lines) + "\n")
 
 
 def reviews(folder: Path, rows: int = 20, **kwargs: Any) -> TextClassificationDataModule:
@@ -84,8 +90,7 @@ def completions(folder: Path, rows: list[dict[str, Any]] = COMPLETIONS, **kwargs
     folder.mkdir(exist_ok=True)
     files: Any = {}
     for split in ("train", "validation", "test"):
-        files[split] = str(folder / f"{split}.jsonl")
-        write_whole(Path(files[split]), "".join(json.dumps(row) + "\n" for row in rows))
+        files[split] = write_once(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return CompletionDataModule(data_files=files, **{"batch_size": 4, **kwargs})
 
 

@@ -223,7 +223,8 @@ OF_IMAGES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "vision" in p
 OF_BOTH = ["bias_only", "partial", "full", "head_only", "idpg", "lopa", "lopa_deep", "p_tuning_mlp", "prompt_tuning"]
 
 
-@pytest.mark.parametrize("method", [*OF_IMAGES, *OF_BOTH])
+# tests/test_methods.py runs the overlays of texts, and above are their methods on images.
+@pytest.mark.parametrize("method", [*OF_IMAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in OF_BOTH)])
 def test_the_configs_of_methods_run_on_images(
     method: str, folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
