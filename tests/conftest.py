@@ -45,6 +45,7 @@ def pytest_collection_finish() -> None:
     """What has been imported stays. To look through its millions of objects each time takes a fifth of a second."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # of what tests make, a part would be looked through for every 700 objects
     gc.enable()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
@@ -237,10 +238,14 @@ MISSPELT: list[tuple[str, str]] = [
 
 @pytest.fixture(scope="module")
 def arguments(tiny: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A task that is right, of tiny models and data."""
-    data = write_mini_glue(tmp_path_factory.mktemp("glue"))
-    options = [f"--model.backbone.name={tiny('roberta')}", f"--data.path={data}", "--data.max_length=40"]
-    return ["--config", str(RTE), *options, "--trainer.accelerator=cpu"]
+    """A task that is right, of tiny models and data; in one file, since each option more takes a time to read."""
+    folder = tmp_path_factory.mktemp("glue")
+    settings = yaml.safe_load(RTE.read_text())
+    settings["model"]["init_args"]["backbone"]["name"] = tiny("roberta")
+    settings["data"]["init_args"] |= {"path": write_mini_glue(folder), "max_length": 40}
+    settings["trainer"]["accelerator"] = "cpu"
+    (folder / "right.yaml").write_text(yaml.safe_dump(settings))
+    return ["--config", str(folder / "right.yaml")]
 
 
 @pytest.fixture(scope="module")

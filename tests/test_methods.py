@@ -12,6 +12,7 @@ import yaml
 from lopa_lightning import ClassificationModule, GLUEDataModule
 from lopa_lightning.cli import LoPACLI
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.experiments.resolve import resolve
 from tests.mini_glue import write_mini_glue
 
 Tiny = Callable[[str], str]
@@ -148,7 +149,25 @@ def check_round_trip(method: Path, *arguments: str) -> None:
     assert len(moved) >= len(trained) / 2  # not zeros read from nowhere
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+# Each differs from one that is run in an argument, whose tensors are those that a faster test names: of prompts
+# tests/prompts/test_contract.py, of IA³ tests/backbones/test_adapters.py, of a backbone in part
+# tests/modules/test_image_classification.py; "lopa_trained_encoder" is "lopa_paper_nlu" without its initial values.
+VARIANTS = {"lopa_add", "lopa_concat", "lopa_max", "idpg_phm", "p_tuning_lstm", "ia3", "bias_only", "partial"}
+VARIANTS |= {"lopa_trained_encoder"}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_a_variants_overlay_is_taken(variant: str) -> None:
+    overlay = yaml.safe_load((ROOT / "configs" / "methods" / f"{variant}.yaml").read_text())["model"]["init_args"]
+    resolved = resolve([str(RTE), str(ROOT / "configs" / "methods" / f"{variant}.yaml")])["model"]["init_args"]
+    assert overlay.keys() <= resolved.keys()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in VARIANTS else []) for path in METHODS],
+    ids=lambda path: path.stem,
+)
 def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tiny, mini_glue: str) -> None:
     check_round_trip(
         method, f"--model.backbone.name={tiny('roberta')}", f"--data.path={mini_glue}", "--data.max_length=40"

@@ -29,9 +29,8 @@ from tests.modules.helpers import causal, completions, trainer
 Tiny = Callable[[str], str]
 
 
-def losses_by_hand(model: CausalLMModule, row: dict[str, str], folder: str) -> tuple[Tensor, Tensor]:
+def losses_by_hand(model: CausalLMModule, row: dict[str, str], plain: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Loss and likeliest token of every completion token, by transformers alone on one text."""
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
     answer = torch.tensor([[*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]])
     with torch.no_grad():
@@ -53,7 +52,11 @@ def test_every_completion_token_counts_once_and_nothing_else(
     run.fit(model, data)
     (logged,) = run.validate(model, data, verbose=False)
     model.eval()
-    found = [losses_by_hand(model, row, tiny(kind)) for row in ROWS]
+    plain, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny(kind)).eval(),
+        AutoTokenizer.from_pretrained(tiny(kind)),
+    )
+    found = [losses_by_hand(model, row, plain, tokenizer) for row in ROWS]
     losses, hits = (torch.cat(parts) for parts in zip(*found))
     assert len(losses) > 60
     assert logged["val/loss"] == pytest.approx(float(losses.mean()), abs=1e-5)

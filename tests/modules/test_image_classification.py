@@ -214,7 +214,7 @@ model:
     prompt_encoder: {{class_path: lopa_lightning.LoPA, init_args: {{num_virtual_tokens: 3, rank: 2, hidden_dim: 8}}}}
     optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01}}}}
 data: {{class_path: {here}.ShadesDataModule, init_args: {{batch_size: 8}}}}
-trainer: {{max_epochs: 6, accelerator: cpu, devices: 1, enable_progress_bar: false, log_every_n_steps: 2}}
+trainer: {{max_epochs: 4, accelerator: cpu, devices: 1, enable_progress_bar: false, log_every_n_steps: 2}}
 """
 
 
@@ -246,7 +246,7 @@ def test_it_is_planned_trained_resumed_and_predicts(
     trained = LAYERS * M * WIDTH + 2 * (WIDTH + 1) * 8 + 9 * (M + WIDTH) * 2 + HEAD
     assert (planned["trained"], planned["tokens"], planned["examples"]) == (trained, 9, 8)
     assert f"{trained:,} parameters beside" in said
-    main(["fit", *config, "--trainer.max_epochs", "3"])
+    main(["fit", *config, "--trainer.max_epochs", "2"])
     main(["fit", *config, "--ckpt_path", "runs/lopa/version_1/checkpoints/last.ckpt"])
     whole, resumed = (
         LoPALightningModule.load_from_checkpoint(Path(f"runs/lopa/version_{number}/checkpoints/last.ckpt"))
