@@ -193,18 +193,20 @@ def fit(
     }
 
 
-def fit_all(folder: Path, models: dict[str, str]) -> None:
+def fit_all(folder: Path, models: dict[str, str], asked_for: set[str]) -> None:
+    """Fits what is asked for: kinds of :func:`made`, and ``stock`` for Lightning's own strategy."""
     results: dict[str, Any] = {}
     for kind in ("decoder", "encoder", "adapted", "lora", "image"):
-        for how in ("ddp", "fsdp"):
+        for how in ("ddp", "fsdp") if kind in asked_for else ():
             results[f"{kind}-{how}"] = fit(kind, how, models, folder)
-    for start, name, epochs, how in (
+    runs = [
         ("single.ckpt", "ddp", 2, "ddp"),
         ("ddp-2/head-ddp/last.ckpt", "ddp", 3, "ddp"),
         ("ddp-2/head-ddp/last.ckpt", "all", 3, "fsdp"),
-        ("single.ckpt", "stock", 2, "stock"),
-        ("stock-2/head-stock/last.ckpt", "stock", 3, "stock"),
-    ):
+    ]
+    if "stock" in asked_for:
+        runs += [("single.ckpt", "stock", 2, "stock"), ("stock-2/head-stock/last.ckpt", "stock", 3, "stock")]
+    for start, name, epochs, how in runs:
         (run := folder / f"{name}-{epochs}").mkdir(exist_ok=True)
         results[f"{name}-{epochs}"] = fit("head", how, models, run, epochs, ckpt_path=folder / start)
     (folder / "accumulated").mkdir(exist_ok=True)

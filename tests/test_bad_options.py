@@ -133,14 +133,12 @@ REFUSED_WITH_DATA: list[tuple[list[str], str]] = [
     (["trainer.val_check_interval=4"], "trainer.val_check_interval must be at most the 3 batches of an epoch, got 4"),
     (["trainer.val_check_interval=3", "trainer.limit_train_batches=0.7"], "at most the 2 batches of an epoch, got 3"),
     (["trainer.limit_train_batches=1e-9"], "trainer.limit_train_batches must leave a batch of the 3 there are"),
-    (["trainer.limit_val_batches=1e-9"], "trainer.limit_val_batches must leave a batch of the 2 there are, got 1e-09"),
     (["trainer.overfit_batches=1e-9"], "trainer.overfit_batches must leave a batch of the 3 there are, got 1e-09"),
     (
         ["model.optimizer=torch.optim.SparseAdam"],
         "optimizer: RuntimeError: SparseAdam does not support dense gradients",
     ),
     (["model.optimizer=torch.optim.LBFGS"], "optimizer: LBFGS doesn't support per-parameter options"),
-    (["model.optimizer=torch.optim.Muon"], "optimizer: Muon only supports 2D parameters"),
     (
         [
             *("model.optimizer=torch.optim.LBFGS", "trainer.accumulate_grad_batches=2", "model.objective=masked_lm"),
@@ -148,7 +146,6 @@ REFUSED_WITH_DATA: list[tuple[list[str], str]] = [
         ],
         "trainer.accumulate_grad_batches must be 1 with an optimizer that computes the loss of a step several times",
     ),
-    ([f"model.{ONE_CYCLE}"], "lr_scheduler: total_steps must be at least the 6 steps of the run, got 3"),
     ([f"model.{ONE_CYCLE}", "trainer.max_steps=4"], "at least the 4 steps of the run, got 3"),
     ([f"model.{ONE_CYCLE}", "model.warmup=1"], "at least the 5 steps of the run after warmup 1, got 3"),
 ]
@@ -404,7 +401,7 @@ def test_names_that_lightning_resolves_are_files_like_others(name: str, argument
 
 
 # Through the whole command line a part of them: it takes a third of a second, and the table is the same.
-@pytest.mark.parametrize("option", ["trainer.max_epochs", "trainer.val_check_interval", *list(OUT_OF_RANGE)[-6:]])
+@pytest.mark.parametrize("option", ["trainer.max_epochs", "trainer.val_check_interval", *list(OUT_OF_RANGE)[-2:]])
 def test_the_command_line_refuses_a_number_out_of_range(option: str, arguments: list[str], refused: Refused) -> None:
     said = refused("fit", *arguments, f"--{option}={OUT_OF_RANGE[option][0]}")
     assert f"error: {option} must be " in said
@@ -429,7 +426,7 @@ def test_what_lightning_refuses(option: str, value: str, arguments: list[str], r
     assert option.removeprefix("trainer.max_").removeprefix("trainer.") in said or "duration" in said
 
 
-@pytest.mark.parametrize("strategy", ["junk", "dpp", "fsdp", "deepspeed", "ddp_spawn", "ddp_notebook"])
+@pytest.mark.parametrize("strategy", ["junk", "fsdp", "deepspeed", "ddp_spawn"])
 def test_a_strategy_that_cannot_serve(strategy: str, arguments: list[str], refused: Refused) -> None:
     said = refused("fit", *arguments, f"--trainer.strategy={strategy}")
     assert "strategy" in said

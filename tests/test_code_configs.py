@@ -59,8 +59,15 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return arguments
 
 
-# Without the overlay, the others are those of ``trained``.
-@pytest.mark.parametrize(("config", "overlay"), [("cruxeval_input", False), *((config, True) for config in CODE)])
+# Without the overlay, the others are those of ``trained``; it has no option of a data set.
+@pytest.mark.parametrize(
+    ("config", "overlay"),
+    [
+        ("cruxeval_input", False),
+        ("mbpp", True),
+        *(pytest.param(config, True, marks=pytest.mark.slow) for config in CODE[1:]),
+    ],
+)
 def test_a_shipped_code_config_fits(config: str, overlay: bool, tiny: Tiny) -> None:
     main(["fit", *small(config, tiny, overlay), "--trainer.fast_dev_run=true"])
 

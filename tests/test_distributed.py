@@ -70,7 +70,7 @@ def arguments(overlay: str, backbone: str) -> list[str]:
     ]
 
 
-@pytest.mark.slow  # the test below gives forks the environment that it gives processes of its own
+@pytest.mark.slow  # to the two forks of the other tests ``on_two`` gives the environment that it gives processes
 def test_torchrun_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     reviews(tmp_path, rows=21)
@@ -82,7 +82,8 @@ def test_torchrun_ends_well_on_two_processes(tiny: Tiny, tmp_path: Path, monkeyp
     check_run(tmp_path, log.read_text())
 
 
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+# Above, DDP is that of Trainers in Python.
+@pytest.mark.parametrize("overlay", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_the_command_line_ends_well(overlay: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     reviews(tmp_path, rows=21)

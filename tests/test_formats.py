@@ -20,19 +20,32 @@ FOLDERS = [f"format_{number}" for number in range(1, FORMAT + 1)]
 EVERY = [(folder, name) for folder in sorted(HERE.glob("format_*")) for name in NAMES]
 
 
+# Once it is migrated, a checkpoint of an older format goes the way of those of the present one.
+RESUMED = [(folder, name) for folder, name in EVERY if folder.name == FOLDERS[-1] or name in ("lopa", "causal_lm")]
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE)  # which backbones are named from
+
+
 @pytest.mark.parametrize(("folder", "name"), EVERY, ids=[f"{folder.name}-{name}" for folder, name in EVERY])
-def test_a_checkpoint_loads_validates_and_resumes(
-    folder: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(HERE)  # which its backbone is named from
+def test_a_checkpoint_loads_and_validates(folder: Path, name: str, tmp_path: Path) -> None:
+    expected = json.loads((folder / "expected.json").read_text())[name]
+    loaded = LoPALightningModule.load_from_checkpoint(folder / f"{name}.ckpt")
+    assert loss(loaded, name, tmp_path) == pytest.approx(expected["saved"], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [pytest.param(*each, marks=[] if each in RESUMED else [pytest.mark.slow]) for each in EVERY],
+    ids=[f"{folder.name}-{name}" for folder, name in EVERY],
+)
+def test_a_checkpoint_resumes(folder: Path, name: str, tmp_path: Path) -> None:
     path = folder / f"{name}.ckpt"
     expected = json.loads((folder / "expected.json").read_text())[name]
-
-    loaded = LoPALightningModule.load_from_checkpoint(path)
-    assert loss(loaded, name, tmp_path) == pytest.approx(expected["saved"], abs=2e-5)
     if name == "lopa":  # of the others, going on takes the same way
         assert loss(module(name), name, tmp_path, path) == pytest.approx(expected["saved"], abs=2e-5)
-
     resumed = module(name)
     run = trainer(tmp_path, 6)
     run.fit(resumed, data(name, tmp_path), ckpt_path=path)
@@ -44,7 +57,7 @@ def test_a_checkpoint_loads_validates_and_resumes(
     again = LoPALightningModule.load_from_checkpoint(tmp_path / "last.ckpt")
     for key, value in again.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    assert again.hparams == {**loaded.hparams}
+    assert again.hparams == {**LoPALightningModule.load_from_checkpoint(path).hparams}
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8"])

@@ -110,8 +110,8 @@ def test_every_signal_is_sent_at_every_place() -> None:
 
 
 # A run for each place of a second kill, of unlike schedules, steps and checkpoints. What the others add is resumed in
-# tests/modules/test_schedule.py and test_window.py and in tests/test_resume.py.
-BY_DEFAULT = ("share of the YAMLs", "plateau", "accumulated", "cosine, and an optimizer by group")
+# tests/modules/test_schedule.py, test_window.py and test_optimizer_groups.py and in tests/test_resume.py.
+BY_DEFAULT = ("share of the YAMLs", "plateau", "accumulated")
 
 
 @pytest.mark.parametrize(

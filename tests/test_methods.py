@@ -153,7 +153,7 @@ def check_round_trip(method: Path, *arguments: str) -> None:
 # tests/prompts/test_contract.py, of IA³ tests/backbones/test_adapters.py, of a backbone in part
 # tests/modules/test_image_classification.py; "lopa_trained_encoder" is "lopa_paper_nlu" without its initial values.
 VARIANTS = {"lopa_add", "lopa_concat", "lopa_max", "idpg_phm", "p_tuning_lstm", "ia3", "bias_only", "partial"}
-VARIANTS |= {"lopa_trained_encoder"}
+VARIANTS |= {"lopa_trained_encoder", "lopa_instance_only"}
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

@@ -133,11 +133,15 @@ def test_every_option_is_the_released_recipes(name: str) -> None:
     assert found == recipe
 
 
-def tiny_nlu(task: str, tiny: Tiny, *more: str) -> list[str]:
-    Path("glue").mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def mini_glue(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_mini_glue(tmp_path_factory.mktemp("glue"))
+
+
+def tiny_nlu(task: str, tiny: Tiny, mini_glue: str, *more: str) -> list[str]:
     return [
         *arguments([f"glue_{task}", NLU]),
-        *(f"--model.backbone.name={tiny('roberta')}", f"--data.path={write_mini_glue(Path('glue'))}"),
+        *(f"--model.backbone.name={tiny('roberta')}", f"--data.path={mini_glue}"),
         *("--data.batch_size=4", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
         *("--trainer.logger=false", *more),
     ]
@@ -154,11 +158,8 @@ def tiny_nlu(task: str, tiny: Tiny, *more: str) -> list[str]:
         ("rte", "{sentence1} ? <mask> , {sentence2}"),
     ],
 )
-def test_backbone_and_encoder_read_one_templated_text(task: str, text: str, tiny: Tiny) -> None:
-    Path("glue").mkdir()
-    data = GLUEDataModule(
-        task, path=write_mini_glue(Path("glue")), pair_template="mask_between", instance_reads="template"
-    )
+def test_backbone_and_encoder_read_one_templated_text(task: str, text: str, tiny: Tiny, mini_glue: str) -> None:
+    data = GLUEDataModule(task, path=mini_glue, pair_template="mask_between", instance_reads="template")
     data.connect(nlu_module(tiny).input_spec)
     data.setup("validate")
     tokenizer = AutoTokenizer.from_pretrained(tiny("roberta"))
@@ -176,9 +177,9 @@ def nlu_module(tiny: Tiny, **options: Any) -> ClassificationModule:
     )
 
 
-def test_the_nlu_recipe_computes_what_the_released_code_does(tiny: Tiny) -> None:
+def test_the_nlu_recipe_computes_what_the_released_code_does(tiny: Tiny, mini_glue: str) -> None:
     """A fit on tiny models, and the loss once more by hand, from transformers' own logits of the whole vocabulary."""
-    cli = LoPACLI(args=["fit", *tiny_nlu("rte", tiny, "--trainer.max_epochs=1")])
+    cli = LoPACLI(args=["fit", *tiny_nlu("rte", tiny, mini_glue, "--trainer.max_epochs=1")])
     model, data = cli.model, cli.datamodule
     net = model.net
     assert all(part.training for part in (*net.backbone.modules(), *net.instance_encoder.modules()))
@@ -259,14 +260,13 @@ def test_wrong_choices_are_listed(make: Callable[[], Any], message: str) -> None
         make()
 
 
-def test_an_encoder_without_a_mask_cannot_read_the_template(tiny: Tiny) -> None:
+def test_an_encoder_without_a_mask_cannot_read_the_template(tiny: Tiny, mini_glue: str) -> None:
     from lopa_lightning import InstanceEncoderSpec, PretrainedSpec
 
     module = ClassificationModule(
         backbone=PretrainedSpec(tiny("roberta")), instance_encoder=InstanceEncoderSpec(tiny("llama"))
     )
-    Path("glue").mkdir()
-    data = GLUEDataModule("rte", path=write_mini_glue(Path("glue")), instance_reads="template")
+    data = GLUEDataModule("rte", path=mini_glue, instance_reads="template")
     data.connect(module.input_spec)
     with pytest.raises(LoPAError, match="needs an instance encoder whose tokenizer has a mask token"):
         data.setup("validate")

@@ -50,8 +50,9 @@ def test_the_quickstart_beats_the_majority_class_by_far(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Without kept vectors those of all the validation set are not made, of which a part is read.
-    shorter = ["--data.max_length=32", "--model.instance_encoder={max_length: 32, cache: false}"]
-    fewer = ["--trainer.max_epochs=1", "--data.max_train_examples=256", "--trainer.limit_val_batches=4", *shorter]
+    shorter = ["--data.max_length=24", "--model.instance_encoder={max_length: 24, cache: false}"]
+    fewer = ["--trainer.max_epochs=1", "--data.max_train_examples=224", "--trainer.limit_val_batches=3", *shorter]
+    fewer.append("--trainer.num_sanity_val_steps=0")
     main(["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *fewer])
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  val/"))
     assert float(shown["val/accuracy"]) > 2 * float(shown["val/majority_share"])

@@ -40,7 +40,12 @@ KINDS = {
     "lora": ["", "backbone.model.transformer.h.0", "backbone.model.transformer.h.1"],
     "image": ["", *(f"backbone.model.layers.{layer}" for layer in range(LAYERS))],
 }
-each_kind = pytest.mark.parametrize("kind", KINDS)
+# By default an encoder and a decoder. Adapters and images on two processes are in tests/test_distributed.py, too, where
+# each process holds all of a model.
+BY_DEFAULT = ("decoder", "encoder")
+each_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in BY_DEFAULT else [pytest.mark.slow]) for kind in KINDS]
+)
 
 
 def models(tiny: Tiny, folder: Path | None = None) -> dict[str, str]:
@@ -49,7 +54,10 @@ def models(tiny: Tiny, folder: Path | None = None) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Ranks:
+    tests = [test for test in request.session.items if isinstance(test, pytest.Function) and test.path == request.path]
+    asked_for = {str(value) for test in tests if hasattr(test, "callspec") for value in test.callspec.params.values()}
+    asked_for |= {"image"} if any("images" in test.name for test in tests) else set()
     folder = tmp_path_factory.mktemp("fsdp")
     seed_everything(3)
     trainer(folder, 1).fit(made("head", models(tiny)), reviews(folder, rows=ROWS))
@@ -59,7 +67,7 @@ def ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     torch.save(saved, folder / "lacking.ckpt")
     completions(folder / "completions")  # written once, before two processes would write it
     write_images(str(folder / "images"), each=8)
-    assert on_two(fit_all, folder, models(tiny, folder), folder=folder) == [0, 0], logs(folder)
+    assert on_two(fit_all, folder, models(tiny, folder), asked_for, folder=folder) == [0, 0], logs(folder)
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -126,7 +134,7 @@ def test_a_frozen_part_in_bfloat16_stays_so(ranks: Ranks, kind: str) -> None:
     assert ranks[1][0][f"{kind}-fsdp"]["dtypes"] == expected
 
 
-@pytest.mark.parametrize(("before", "how"), [("ddp", "all"), ("stock", "stock")])
+@pytest.mark.parametrize(("before", "how"), [("ddp", "all"), pytest.param("stock", "stock", marks=pytest.mark.slow)])
 def test_a_run_goes_on_under_any_strategy(ranks: Ranks, before: str, how: str) -> None:
     folder, results = ranks
     for result in results:
@@ -160,6 +168,7 @@ def test_one_process_goes_on_from_fsdp_and_predicts_the_same(ranks: Ranks, tiny:
     assert farthest(*states) < 1e-6
 
 
+@pytest.mark.slow
 def test_images_are_learned_as_by_one_process_which_loads_the_checkpoint(
     ranks: Ranks, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -175,6 +184,7 @@ def test_images_are_learned_as_by_one_process_which_loads_the_checkpoint(
     assert results[0]["image-fsdp"]["validated"] == pytest.approx(validated, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_the_first_process_shows_images_of_its_own_and_the_confusion_of_all(ranks: Ranks, how: str) -> None:
     folder = ranks[0]

@@ -146,7 +146,6 @@ def test_there_is_one_module_to_run() -> None:
     [
         ("fit", "setup", signal.SIGINT),
         ("fit", "validation_step", signal.SIGTERM),
-        ("validate", "validation_step", signal.SIGINT),
         ("test", "test_step", signal.SIGTERM),
         ("predict", "predict_step", signal.SIGINT),
     ],

@@ -34,6 +34,9 @@ from tests.tiny_images import save_vision, vision_model
 
 Run = Callable[..., dict[str, Any]]
 
+# Benchmarks of what others run: cases, floor and peers, whose turns, tables and files are those of all.
+MORE = pytest.mark.slow
+
 KINDS = ("minilm_sst2", "smollm2_mbpp")  # an encoder and a decoder; what is measured of the other cases is the same
 
 
@@ -157,6 +160,7 @@ def test_peers(run: Run) -> None:
                 check_ratio(row[f"floor_over_{name}"], values, seconds["floor"])
 
 
+@MORE
 def test_memory(run: Run) -> None:
     (row,) = run("memory", run=in_this_process)["rows"]
     above = row["above"]
@@ -166,6 +170,7 @@ def test_memory(run: Run) -> None:
         check_summary(row[name], values)
 
 
+@MORE
 def test_scaling(run: Run) -> None:
     rows = run("scaling", "--axes", "tokens", "rows", run=in_this_process)["rows"]
     by_axis = {axis: [row for row in rows if row["axis"] == axis] for axis in ("tokens", "rows")}
@@ -220,6 +225,7 @@ def test_cache(run: Run) -> None:
         check_summary(row[name], seconds[name])
 
 
+@MORE
 def test_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))  # the real one: minutes
     rows = run("options", "--cases", "minilm_rte")["rows"]
@@ -241,6 +247,7 @@ def test_startup(run: Run) -> None:
         check_summary(row["seconds_each"], row["seconds"])
 
 
+@MORE
 def test_time_to_accuracy(run: Run) -> None:
     rows = {row["side"]: row for row in run("time_to_accuracy")["rows"]}
     assert list(rows) == ["ours, prompt tuning", "ours, LoPA", "(a) PEFT prompt tuning", "(b) PEFT LoRA r=8"]

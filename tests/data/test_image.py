@@ -365,7 +365,7 @@ def fit(backbone: str, folder: Path, data: Any, resume: Any = None, callbacks: A
     return module
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])  # 0: tests/test_resume.py, of texts
 def test_a_run_resumed_within_an_epoch_sees_the_same_views(tiny: Tiny, tmp_path: Path, workers: int) -> None:
     folder, keep = write_images("images"), Keep(5, tmp_path / "mid.ckpt")
 

@@ -88,6 +88,7 @@ def test_metrics_and_loss_are_those_of_the_predictions(tiny: Tiny, tmp_path: Pat
     assert logged["val/majority_share"] == pytest.approx(11 / 21)
 
 
+@pytest.mark.slow  # so do the next two, of several labels and of numbers
 def test_it_learns_what_a_word_decides(tiny: Tiny, tmp_path: Path) -> None:
     seed_everything(1)
     model = module(tiny("llama"), objective="head", learning_rates={"head": 0.1})

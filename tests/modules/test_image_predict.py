@@ -80,7 +80,10 @@ def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
         assert row["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep", "lopa_vision_deep"])
+# Shallow virtual tokens are shown as deep ones are.
+@pytest.mark.parametrize(
+    "method", [pytest.param("vpt_shallow", marks=pytest.mark.slow), "vpt_deep", "lopa_vision_deep"]
+)
 def test_a_run_is_shown_in_tensorboard(method: str, trained: Path) -> None:
     run = trained.parents[1] if method == "vpt_deep" else fit(method)
     tags = EventAccumulator(str(run)).Reload().Tags()

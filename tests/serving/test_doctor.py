@@ -56,7 +56,7 @@ def found(url: str, source: ServedPrompter, **options: Any) -> list[Finding]:
 CHECKS = ["server", "version", "model", "flag", "layout", "prompts", "parity", "size"]
 
 
-@pytest.mark.parametrize("kind", ["completion", "words", "chat system", "chat user", "chat words"])
+@pytest.mark.parametrize("kind", ["completion", "chat user", "chat words"])
 def test_a_right_server_passes_every_check(kind: str, served: Make, upstream: Upstream) -> None:
     told = found(upstream.url, served(kind))
     assert [(each.check, each.status) for each in told] == [(name, "ok") for name in CHECKS]

@@ -38,7 +38,12 @@ def module_prompts(model: Any, texts: list[str]) -> torch.Tensor:
 KINDS = ["completion", "words", "trained encoder", "adapted encoder", "head", "masked"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "soft", "control"])
+# What reads the prompt matters little to who makes it.
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(kind, marks=[pytest.mark.slow] if kind in ("words", "masked") else []) for kind in KINDS)]
+    + ["soft", "control"],
+)
 def test_prompts_are_the_modules_and_the_backbone_need_not_be_there(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     backbone = tmp_path / "backbone"
     shutil.copytree(tiny("bert" if kind == "masked" else "llama"), backbone)
