@@ -77,7 +77,14 @@ def made(kind: str, tiny: Tiny, cache: bool) -> Any:
     return causal(tiny("gpt2"), instance_encoder=InstanceEncoderSpec(tiny("bert_base"), "cls", True, cache=cache))
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("backbone", 1), ("completions", 0)])  # whose encoder is its own
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [
+        pytest.param("own encoder", 0, marks=pytest.mark.slow),
+        ("backbone", 1),
+        ("completions", 0),
+    ],  # the last has its own
+)
 def test_a_run_is_that_of_an_encoder_at_every_step(
     tiny: Tiny, tmp_path: Path, kept: Path, passes: list[int], kind: str, workers: int
 ) -> None:
