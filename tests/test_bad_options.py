@@ -154,7 +154,6 @@ REFUSED_WITH_DATA: list[tuple[list[str], str]] = [
 REFUSED_BY_LIGHTNING: list[tuple[str, str]] = [
     ("trainer.accelerator", "junk"),
     ("trainer.devices", "-1"),
-    ("trainer.devices", "0"),
     ("trainer.devices", "junk"),
     ("trainer.devices", "[5]"),
     ("trainer.max_time", "junk"),

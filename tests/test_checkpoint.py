@@ -113,7 +113,7 @@ def test_a_module_rebuilt_from_a_checkpoint_can_be_trained_and_saved_again(tiny:
     assert again.hparams == loaded.hparams
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_one_epoch_and_a_resumed_one_equal_two_bit_for_bit(tiny: Tiny, tmp_path: Path, dropout: float) -> None:
     make = functools.partial(LoPATiny, dropout=dropout)
     options: dict[str, Any] = {"prompt_encoder": make, "warmup": 3, "objective": "head"}

@@ -151,9 +151,11 @@ def check_round_trip(method: Path, *arguments: str) -> None:
 
 # Each differs from one that is run in an argument, whose tensors are those that a faster test names: of prompts
 # tests/prompts/test_contract.py, of IA³ tests/backbones/test_adapters.py, of a backbone in part
-# tests/modules/test_image_classification.py; "lopa_trained_encoder" is "lopa_paper_nlu" without its initial values.
-VARIANTS = {"lopa_add", "lopa_concat", "lopa_max", "idpg_phm", "p_tuning_lstm", "ia3", "bias_only", "partial"}
-VARIANTS |= {"lopa_trained_encoder", "lopa_instance_only"}
+# tests/modules/test_image_classification.py.
+VARIANTS = {"lopa_add", "lopa_concat", "lopa_max", "lopa_instance_only", "idpg_phm", "p_tuning_lstm", "p_tuning_v2"}
+VARIANTS |= {"prefix_tuning", "ia3", "bias_only", "partial"}
+# So do these, as tests/instances/test_adapter.py and tests/modules/test_base.py show; shipped comparisons have them.
+COMPARED = {"lopa_trained_encoder", "lopa_adapted_encoder", "encoder_alone"}
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
@@ -165,7 +167,7 @@ def test_a_variants_overlay_is_taken(variant: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in VARIANTS else []) for path in METHODS],
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in VARIANTS | COMPARED else []) for path in METHODS],
     ids=lambda path: path.stem,
 )
 def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tiny, mini_glue: str) -> None:

@@ -1,6 +1,6 @@
 """The whole way with real weights and real data.
 
-By default one run of an encoder from the command line, and one step of a decoder beside transformers' own.
+By default one run from the command line, and the vectors that it reads beside transformers' own.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def test_minilms_vectors_of_real_pairs_are_those_of_plain_transformers(real_data
         torch.testing.assert_close(vector, mean / mean.square().mean().sqrt(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # as tests/modules/test_classification.py shows of tiny models
 def test_smollm2_reads_the_words_that_transformers_reads(tmp_path: Path, real_data: Find, real_model: Find) -> None:
     folder = real_model("HuggingFaceTB/SmolLM2-135M-Instruct")
     data = GLUEDataModule("sst2", real_data("nyu-mll/glue"), batch_size=4, eval_batch_size=4)

@@ -262,7 +262,7 @@ def test_it_learns_resumes_predicts_and_is_a_bundle(
     monkeypatch.setattr("lopa_lightning.serving.predict.best_device", lambda: "cpu")
     main(["plan", *run, "--trainer.accelerator=cpu"])
     assert "activations" in capsys.readouterr().out
-    quick = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    quick = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--monitor.enabled=false"]
     main(["fit", *run, *quick, "--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=12"])
     assert "val/span_f1" in capsys.readouterr().out
     main(["fit", *run, *quick, "--trainer.max_epochs=6"])

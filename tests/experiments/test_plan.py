@@ -76,17 +76,20 @@ def step_of(module: Any) -> tuple[int, int]:
     return flops.get_total_flops(), tracked.peak
 
 
+MORE = pytest.mark.slow  # another case beside it has more than it
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         ("bert_base", ()),
-        ("bert_base", ("--model.train_backbone=true",)),
+        pytest.param("bert_base", ("--model.train_backbone=true",), marks=MORE),
         ("bert_base", ("--model.train_backbone=bias",)),
         ("llama", ("--model.backbone.dtype=bfloat16", "--model.adapter={peft_type: LORA, r: 4}")),
         ("llama", ("--trainer.precision=bf16-mixed",)),
-        ("llama", ("--trainer.precision=bf16-true",)),
+        pytest.param("llama", ("--trainer.precision=bf16-true",), marks=MORE),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
-        ("bert_base", ("--model.instance_encoder.cache=false",)),
+        pytest.param("bert_base", ("--model.instance_encoder.cache=false",), marks=MORE),
         ("bert_base", ("--model.instance_encoder.adapter={peft_type: LORA, r: 2}",)),
     ],
 )

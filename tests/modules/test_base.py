@@ -125,8 +125,7 @@ def test_a_plateau_scheduler_follows_the_validation_loss(tiny: Tiny, tmp_path: P
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("objective", ["masked_lm", "head"])
+@pytest.mark.parametrize(("precision", "objective"), [("bf16-mixed", "masked_lm"), ("bf16-true", "head")])
 def test_low_precision_runs(tiny: Tiny, tmp_path: Path, precision: Any, objective: Any) -> None:
     run = trainer(tmp_path, precision=precision)
     run.fit(module(tiny("bert"), objective=objective), reviews(tmp_path))

@@ -246,6 +246,7 @@ def test_it_is_planned_trained_resumed_and_predicts(
     trained = LAYERS * M * WIDTH + 2 * (WIDTH + 1) * 8 + 9 * (M + WIDTH) * 2 + HEAD
     assert (planned["trained"], planned["tokens"], planned["examples"]) == (trained, 9, 8)
     assert f"{trained:,} parameters beside" in said
+    config += ["--monitor.enabled=false"]  # tests/callbacks/test_pictures.py: a run is the same without
     main(["fit", *config, "--trainer.max_epochs", "2"])
     main(["fit", *config, "--ckpt_path", "runs/lopa/version_1/checkpoints/last.ckpt"])
     whole, resumed = (

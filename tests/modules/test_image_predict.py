@@ -176,7 +176,9 @@ def test_initial_values_do_not_answer(trained: Path) -> None:
 # Another view
 
 
-@pytest.mark.parametrize("stage", ["validate", "test", "predict", "fit"])
+@pytest.mark.parametrize(
+    "stage", ["predict", "fit", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("validate", "test"))]
+)
 def test_a_checkpoint_is_not_used_with_another_view(
     stage: str, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
