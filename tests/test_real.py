@@ -50,9 +50,9 @@ def test_the_quickstart_beats_the_majority_class_by_far(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Without kept vectors those of all the validation set are not made, of which a part is read.
-    shorter = [f"--{part}.max_length=24" for part in ("data", "model.instance_encoder")]
-    fewer = [*shorter, "--model.instance_encoder.cache=false", "--data.max_train_examples=224"]
-    fewer += [f"--trainer.{name}" for name in ("max_epochs=1", "limit_val_batches=3", "num_sanity_val_steps=0")]
+    shorter = [f"--{part}.max_length=16" for part in ("data", "model.instance_encoder")]
+    fewer = [*shorter, "--model.instance_encoder.cache=false", "--data.max_train_examples=160"]
+    fewer += [f"--trainer.{name}" for name in ("max_epochs=1", "limit_val_batches=2", "num_sanity_val_steps=0")]
     main(["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *fewer])
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  val/"))
     assert float(shown["val/accuracy"]) > 2 * float(shown["val/majority_share"])
