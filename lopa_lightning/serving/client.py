@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
@@ -30,7 +31,7 @@ class _Client:
     def __init__(
         self,
         base_url: str,
-        bundle: Bundle | LoPAPrompter | ServedPrompter,
+        bundle: Bundle | LoPAPrompter | ServedPrompter | str | Path,
         api_key: str | None = None,
         *,
         model: str | None = None,
@@ -92,7 +93,8 @@ class LoPAClient(_Client):
 
     Args:
         base_url: Of the server, such as ``http://HOST:8000``; ``/v1`` is added where it is not there.
-        bundle: A bundle, its prompter, or a :class:`~lopa_lightning.serving.requests.ServedPrompter`.
+        bundle: A bundle, where it lies (folder or id on the hub), its prompter, or a
+            :class:`~lopa_lightning.serving.requests.ServedPrompter`.
         api_key: Of the server; by default none. The environment's is not sent.
         model: What the server calls the backbone; by default it is asked.
         max_retries: How often a request is sent again that the server was too busy for (429, 503), or whose connection

@@ -12,6 +12,7 @@ import io
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class ServedPrompter:
     sent as embeddings, the rows of its tokens.
 
     Args:
-        source: The bundle, or its prompter.
+        source: The bundle, its prompter, or where the bundle lies: a folder, or an id on the hub.
         trust_remote_code: Whether models may run code of their own, where the bundle says that they do.
         max_prompt_bytes: Of a soft prompt as it is sent, with the embeddings of its text where they are, at most.
         dtype: In which values are sent: ``bfloat16``, ``float16`` or ``float32``; by default the dtype of the backbone
@@ -133,13 +134,14 @@ class ServedPrompter:
 
     def __init__(
         self,
-        source: Bundle | LoPAPrompter,
+        source: Bundle | LoPAPrompter | str | Path,
         trust_remote_code: bool = False,
         max_prompt_bytes: int = MOST_BYTES,
         dtype: str | None = None,
         scale: float = 1.0,
     ) -> None:
-        bundle = source if isinstance(source, Bundle) else source.bundle
+        found = Bundle.from_pretrained(source) if isinstance(source, (str, Path)) else source
+        bundle = found if isinstance(found, Bundle) else found.bundle
         bundle.check_served()
         self.facts, self.max_prompt_bytes = bundle.config.prompt, max_prompt_bytes
         module = bundle.unloaded_module(trust_remote_code)
@@ -159,7 +161,7 @@ class ServedPrompter:
         trained_in = _sent_dtype(self.facts.dtype)  # it reads virtual tokens in it, too
         self.dtype, self.scale = trained_in if dtype is None else _sent_dtype(dtype), scale
         self._table = None if in_chat else EmbeddingTable(module.backbone_spec, model, trained_in)
-        self.prompter = source if isinstance(source, LoPAPrompter) else LoPAPrompter(source, trust_remote_code)
+        self.prompter = found if isinstance(found, LoPAPrompter) else LoPAPrompter(found, trust_remote_code)
         self._one_at_a_time = threading.Lock()
 
     def requests(self, inputs: Any, instance_texts: str | Sequence[str] | None = None) -> list[ServedRequest]:
@@ -224,13 +226,13 @@ class ServedPrompter:
         return ServedRequest({"messages": messages}, len(prompt), ids, position)
 
 
-def build_messages(source: ServedPrompter | LoPAPrompter | Bundle, messages: Any) -> list[dict[str, Any]]:
+def build_messages(source: ServedPrompter | LoPAPrompter | Bundle | str | Path, messages: Any) -> list[dict[str, Any]]:
     """Returns a chat with the soft prompt in it, to send with a client of one's own to ``/v1/chat/completions``.
 
     Nothing is sent. Check that the answer's ``usage.prompt_tokens`` is what :meth:`ServedPrompter.requests` says.
 
     Args:
-        source: A :class:`ServedPrompter`, which loads once what it needs; of a prompter or a bundle one is made.
+        source: A :class:`ServedPrompter`, which loads once what it needs; of what else it takes one is made.
         messages: A text or a chat; for a classifier a row as ``predict`` takes it.
 
     Raises:
@@ -239,7 +241,7 @@ def build_messages(source: ServedPrompter | LoPAPrompter | Bundle, messages: Any
     return _one(source, messages).messages
 
 
-def build_prompt_embeds(source: ServedPrompter | LoPAPrompter | Bundle, text: Any) -> str:
+def build_prompt_embeds(source: ServedPrompter | LoPAPrompter | Bundle | str | Path, text: Any) -> str:
     """Returns soft prompt and text as ``prompt_embeds``, to send with a client of one's own to ``/v1/completions``.
 
     Nothing is sent. With ``openai``'s: ``completions.create(prompt=None, extra_body={"prompt_embeds": ...})``. Check
@@ -258,7 +260,7 @@ def build_prompt_embeds(source: ServedPrompter | LoPAPrompter | Bundle, text: An
     return str(found.body["prompt_embeds"])
 
 
-def _one(source: ServedPrompter | LoPAPrompter | Bundle, asked: Any) -> ServedRequest:
+def _one(source: ServedPrompter | LoPAPrompter | Bundle | str | Path, asked: Any) -> ServedRequest:
     served = source if isinstance(source, ServedPrompter) else ServedPrompter(source)
     found = served.requests(asked)
     if len(found) != 1:

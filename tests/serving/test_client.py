@@ -312,8 +312,11 @@ def test_a_soft_prompt_is_a_tensor_of_its_own_finite_and_bounded() -> None:
 
 def test_a_bundle_that_no_server_answers_with_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     _, path = checkpoint("head", tmp_path, tiny)
-    with pytest.raises(LoPAError, match="a head reads hidden states"):
-        LoPAClient("http://127.0.0.1:9", export_bundle(path, ["the film"]))
+    bundle = export_bundle(path, ["the film"])
+    bundle.save_pretrained(tmp_path / "OUT")
+    for source in (bundle, tmp_path / "OUT", str(tmp_path / "OUT")):
+        with pytest.raises(LoPAError, match="a head reads hidden states"):
+            LoPAClient("http://127.0.0.1:9", source)
 
 
 def test_the_backbones_tokenizer_must_be_there_and_the_bundles_but_not_its_weights(tiny: Tiny, tmp_path: Path) -> None:
