@@ -227,17 +227,20 @@ def test_a_warning_is_its_text_alone_and_packages_are_not_advertised(
     assert warnings.formatwarning("x", UserWarning, "/a/file.py", 3).startswith("/a/file.py:3:")
 
 
-def test_predictions_as_csv(tiny: Tiny, mini_glue: str) -> None:
+@pytest.mark.parametrize(
+    ("share", "names"), [("0.0", ["", "_mismatched"]), ("0.5", ["_test_matched", "_test_mismatched"])]
+)
+def test_predictions_as_csv(share: str, names: list[str], tiny: Tiny, mini_glue: str) -> None:
     """Of a masked LM as it comes, which has nothing to be trained or loaded."""
     arguments = small(ROOT / "configs" / "glue_mnli.yaml", tiny, mini_glue)
+    arguments += [f"--data.validation_from_train={share}"]
     arguments += ["--model.prompt_encoder=lopa_lightning.NoPrompt", "--model.learning_rates={}"]
     main(["predict", *arguments, "--predictions.folder=out", "--predictions.format=csv", "--trainer.logger=false"])
-    first = Path("out/predictions.csv").read_text().splitlines()
+    first = Path(f"out/predictions{names[0]}.csv").read_text().splitlines()
     read = "input_idx,input_premise,input_hypothesis"
     assert first[0] == f"index,{read},label,probabilities_entailment,probabilities_neutral,probabilities_contradiction"
     assert {path.name for path in Path("out").iterdir()} == {
-        "predictions.csv",
-        "predictions_mismatched.csv",
+        *(f"predictions{name}.csv" for name in names),
         "MNLI-m.tsv",
         "MNLI-mm.tsv",
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch.distributed
 from lightning.pytorch.callbacks import Callback
@@ -97,8 +98,7 @@ class PredictionWriter(Callback):
 
     def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes all processes' predictions, one file for each set."""
-        count = len(trainer.num_predict_batches)
-        for set_index, suffix in enumerate(pl_module.eval_suffixes[:count] if count > 1 else [""]):
+        for set_index, suffix in enumerate(_suffixes(pl_module, len(trainer.num_predict_batches))):
             rows = self._all_rows(set_index)
             if not trainer.is_global_zero:
                 continue
@@ -126,6 +126,16 @@ class PredictionWriter(Callback):
                 f"{self._stream.path} holds what was done, and the same command with "
                 f"--predictions.folder {self._folder} goes on after it"
             )
+
+
+def _suffixes(module: Any, count: int) -> Sequence[str]:
+    """Returns what the file names of so many sets end in: as metrics do, where as many are evaluated."""
+    if count == 1:
+        return [""]
+    if count <= len(module.eval_suffixes):
+        return cast(Sequence[str], module.eval_suffixes[:count])
+    names = range(count) if module.data is None else module.data.splits_of("predict")
+    return [f"_{name}" for name in names]
 
 
 def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
