@@ -218,7 +218,7 @@ class SplitsDataModule(LightningDataModule, ABC):
             LoPAError: If there is no such column.
             ColumnError: If there is a label that must not be there.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no label column")
+        raise LoPAError(f"shots_per_label needs a label column, which {type(self).__name__} has not")
 
     def raw(self) -> DatasetDict:
         """Returns all splits as they are stored, read once."""
