@@ -41,6 +41,22 @@ def pytest_configure() -> None:
     gc.disable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``sampled(n)``, n cases evenly spread stay in the default run; the others are ``slow``."""
+    cases: dict[tuple[Path, str, int], list[pytest.Item]] = {}
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if marker is not None and isinstance(item, pytest.Function) and item.get_closest_marker("slow") is None:
+            cases.setdefault((item.path, item.originalname, marker.args[0]), []).append(item)
+    for (_, _, wanted), found in cases.items():
+        step = (len(found) - 1) / max(1, wanted - 1)
+        kept = {round(step * place) for place in range(wanted)}
+        for place, item in enumerate(found):
+            if place not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """What has been imported stays. To look through its millions of objects each time takes a fifth of a second."""
     gc.collect()

@@ -295,6 +295,7 @@ def cases(table: dict[str, list[Any]]) -> list[Any]:
     return [pytest.param(option, value, id=f"{option}={value}") for option in table for value in table[option]]
 
 
+@pytest.mark.sampled(25)
 @pytest.mark.parametrize(("option", "value"), cases(WRONG_TYPE))
 def test_a_value_of_the_wrong_type(option: str, value: str, arguments: list[str], refused: Refused) -> None:
     said = refused("fit", *arguments, f"--{option}={value}")
@@ -364,6 +365,7 @@ def test_what_no_run_can_do(option: str, value: Any, message: str, arguments: li
         check_options(settings)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("options", "message"), REFUSED_WITH_DATA)
 def test_what_the_data_shows_to_be_impossible(
     options: list[str],
@@ -406,6 +408,7 @@ def test_the_command_line_refuses_a_number_out_of_range(option: str, arguments: 
     assert f"error: {option} must be " in said
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict", "plan"])
 def test_every_subcommand_refuses_it(subcommand: str, arguments: list[str], refused: Refused) -> None:
     assert "trainer.max_epochs must be at least 1" in refused(subcommand, *arguments, "--trainer.max_epochs=0")
@@ -418,6 +421,7 @@ def test_runs_of_a_comparison_or_sweep_are_refused_alike(arguments: list[str]) -
         resolve([], [*arguments, "--trainer.max_steps=abc"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("option", "value"), REFUSED_BY_LIGHTNING)
 def test_what_lightning_refuses(option: str, value: str, arguments: list[str], refused: Refused) -> None:
     said = refused("fit", *arguments, f"--{option}={value}")
@@ -425,6 +429,7 @@ def test_what_lightning_refuses(option: str, value: str, arguments: list[str], r
     assert option.removeprefix("trainer.max_").removeprefix("trainer.") in said or "duration" in said
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("strategy", ["junk", "fsdp", "deepspeed", "ddp_spawn"])
 def test_a_strategy_that_cannot_serve(strategy: str, arguments: list[str], refused: Refused) -> None:
     said = refused("fit", *arguments, f"--trainer.strategy={strategy}")
@@ -526,6 +531,7 @@ def test_a_scheduler_may_have_a_value_for_each_group() -> None:
     dry_run(groups(3), AdamW, functools.partial(OneCycleLR, max_lr=[0.1, 0.2, 0.3], total_steps=10))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

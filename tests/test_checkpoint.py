@@ -147,6 +147,7 @@ def _other_backbone(tiny: Tiny, folder: Path) -> dict[str, Any]:
     return {"model": str(folder / "other")}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

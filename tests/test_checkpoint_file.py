@@ -119,6 +119,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
     make, message = FILES[kind]
@@ -209,6 +210,7 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_contents_that_are_no_checkpoint_are_refused(tmp_path: Path, kind: str) -> None:
     change, message = CONTENTS[kind]
@@ -277,6 +279,7 @@ def changed(path: Path, **hyperparameters: Any) -> Path:
     return saved_as(path, saved)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("argument", ["prompt_encoder", "optimizer", "lr_scheduler", "_class_path", "backbone"])
 def test_nothing_that_a_checkpoint_names_is_run_or_imported(tmp_path: Path, trap: Path, argument: str) -> None:
     for call in _calls(trap):
@@ -398,6 +401,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_hyperparameters_that_the_rest_contradicts_are_refused(tmp_path: Path, kind: str) -> None:
     hyperparameters, message = REFUSED[kind]

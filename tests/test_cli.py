@@ -45,9 +45,9 @@ CONFIGS = sorted(
 IN_FULL = [path for path in CONFIGS if "class_path" in yaml.safe_load(path.read_text()).get("model", {})]
 OVERLAYS = [path for path in CONFIGS if path not in IN_FULL]
 GLUE = [path for path in IN_FULL if path.stem.startswith("glue_")]
-# Two texts, a regression, two evaluation sets. The others differ from one of these in columns and labels alone, which
-# tests/data/test_glue.py reads; own_csv has one text.
-GLUE_KINDS = ("glue_rte", "glue_stsb", "glue_mnli")
+# One of each kind of data. The others of GLUE differ in columns and labels, which tests/data/test_glue.py reads,
+# banking77 is a table of texts and labels, and tests/data/test_docstrings.py reads what the quickstart does.
+BY_DEFAULT = ("glue_rte", "own_csv", "own_images", "own_tokens")
 CPU_SMALL, CPU_SMOLLM2 = (ROOT / "configs" / f"cpu_{name}.yaml" for name in ("small", "smollm2"))
 
 
@@ -108,10 +108,7 @@ def test_glue_configs_differ_in_their_task_alone() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [
-        pytest.param(path, marks=[pytest.mark.slow] if path in GLUE and path.stem not in GLUE_KINDS else [])
-        for path in IN_FULL
-    ],
+    [pytest.param(path, marks=[] if path.stem in BY_DEFAULT else [pytest.mark.slow]) for path in IN_FULL],
     ids=lambda path: path.stem,
 )
 def test_a_shipped_config_fits_and_tests(config: Path, tiny: Tiny, mini_glue: str) -> None:
@@ -132,6 +129,7 @@ def test_a_shipped_config_fits_and_tests(config: Path, tiny: Tiny, mini_glue: st
 CONTROLS = [path for path in OVERLAYS if path.parent.name == "controls"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("overlay", "config"),
     [
@@ -270,6 +268,7 @@ def test_tensorboard_shows_the_prompt_unless_switched_off(tiny: Tiny, mini_glue:
     assert pictures == (expected if enabled == "true" else ([], [], []))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -304,6 +303,7 @@ def test_wrong_input_ends_in_a_short_message(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_rank_is_refused(
     tiny: Tiny, mini_glue: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,6 +423,7 @@ def test_options_of_a_class_are_shown(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--model.objective" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_reads_no_data_and_no_weights_imports_none_of_what_does() -> None:
     arguments = ["fit", "--config", str(ROOT / "configs" / "glue_rte.yaml"), "--print_config"]
     script = "import atexit, sys; atexit.register(lambda: sys.stderr.write('|'.join(sys.modules))); " + (

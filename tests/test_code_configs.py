@@ -118,6 +118,7 @@ def test_what_a_model_wrote_is_run_and_scored(
     assert caplog.messages.count(isolation_line()) == 1
 
 
+@pytest.mark.slow
 def test_an_answer_that_the_harness_skips_is_no_sample(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the model: the call again for the output, which is skipped, and in every second row the answer."""
     trained_arguments = trained("cruxeval_output")
@@ -137,6 +138,7 @@ def test_an_answer_that_the_harness_skips_is_no_sample(trained: Trained, monkeyp
     assert logged["test/pass@2"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_predict_goes_on_where_it_stopped(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*trained("cruxeval_output"), "--data.eval_batch_size=2", "--model.num_samples=2"]
     main(["predict", *arguments, "--predictions.folder=whole"])
@@ -220,6 +222,7 @@ def read_results(folder: str) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
+@pytest.mark.slow
 def test_predictions_of_another_setting_are_not_continued(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*trained("cruxeval_output"), "--predictions.folder=out"]
     main(["predict", *arguments])

@@ -29,6 +29,7 @@ def _beside_the_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)  # which backbones are named from
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("folder", "name"), EVERY, ids=[f"{folder.name}-{name}" for folder, name in EVERY])
 def test_a_checkpoint_loads_and_validates(folder: Path, name: str, tmp_path: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())[name]
@@ -36,6 +37,7 @@ def test_a_checkpoint_loads_and_validates(folder: Path, name: str, tmp_path: Pat
     assert loss(loaded, name, tmp_path) == pytest.approx(expected["saved"], abs=2e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("folder", "name"),
     [pytest.param(*each, marks=[] if each in RESUMED else [pytest.mark.slow]) for each in EVERY],

@@ -114,6 +114,7 @@ def test_every_signal_is_sent_at_every_place() -> None:
 BY_DEFAULT = ("share of the YAMLs", "plateau", "accumulated")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in RUNS]
 )

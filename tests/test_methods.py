@@ -154,10 +154,11 @@ def check_round_trip(method: Path, *arguments: str) -> None:
 # tests/modules/test_image_classification.py.
 VARIANTS = {"lopa_add", "lopa_concat", "lopa_max", "lopa_instance_only", "idpg_phm", "p_tuning_lstm", "p_tuning_v2"}
 VARIANTS |= {"prefix_tuning", "ia3", "bias_only", "partial"}
-# So do these, as tests/instances/test_adapter.py and tests/modules/test_base.py show; shipped comparisons have them.
-COMPARED = {"lopa_trained_encoder", "lopa_adapted_encoder", "encoder_alone"}
+# A method's tensors are those of tests/prompts/test_contract.py; to go through the command line these are enough.
+BY_DEFAULT = {"lopa", "prompt_tuning", "lora"}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_a_variants_overlay_is_taken(variant: str) -> None:
     overlay = yaml.safe_load((ROOT / "configs" / "methods" / f"{variant}.yaml").read_text())["model"]["init_args"]
@@ -167,7 +168,7 @@ def test_a_variants_overlay_is_taken(variant: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in VARIANTS | COMPARED else []) for path in METHODS],
+    [pytest.param(path, marks=[] if path.stem in BY_DEFAULT else [pytest.mark.slow]) for path in METHODS],
     ids=lambda path: path.stem,
 )
 def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tiny, mini_glue: str) -> None:
@@ -177,6 +178,7 @@ def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tin
 
 
 # What a data set holds meets a method only in the backbone's and the instance encoder's inputs, and these meet LoPA's.
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_method_does_so_on_real_data(tiny: Tiny, real_data: Callable[[str], str]) -> None:
     data = [f"--data.path={real_data('nyu-mll/glue')}", "--data.max_length=40", "--data.max_train_examples=8"]

@@ -27,6 +27,7 @@ ROWS = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("config", ROWS)
 def test_a_shipped_config_fits_tests_and_predicts(
     config: str, tiny: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,7 @@ def write_table(path: Path, rows: list[tuple[str, str]]) -> None:
 
 
 # The real table differs in its size: all of its texts are encoded.
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["stand-in", pytest.param("real", marks=[pytest.mark.real, pytest.mark.slow])])
 def test_from_a_file_to_an_answer(
     source: str,

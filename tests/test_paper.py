@@ -147,6 +147,7 @@ def tiny_nlu(task: str, tiny: Tiny, mini_glue: str, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("task", "text"),
     [
@@ -298,6 +299,7 @@ def tiny_code(name: str, backbone: str, tiny: Tiny, *more: str) -> list[str]:
 
 
 # The stacks differ in options that the first test reads.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mbpp", pytest.param("cruxeval_output", marks=pytest.mark.slow)])
 def test_the_code_recipe_fits_and_tests(name: str, tiny: Tiny, with_start: str) -> None:
     cli = LoPACLI(args=["fit", *tiny_code(name, with_start, tiny, "--trainer.max_epochs=1")])

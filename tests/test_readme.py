@@ -144,7 +144,14 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("document", [name for name, text in TEXTS.items() if "```bash" in text])
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "configs/README.md" else [])  # many comparisons
+        for name, text in TEXTS.items()
+        if "```bash" in text
+    ],
+)
 def test_commands_parse(document: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("bash", document) for line in block.splitlines()]
     for command in [line.split("  #")[0] for line in lines if re.search(r"(^|&& )lopa ", line)]:

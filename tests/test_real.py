@@ -45,6 +45,7 @@ def quiet(folder: Path, **kwargs: object) -> Trainer:
     return Trainer(default_root_dir=folder, enable_checkpointing=False, **{**options, **kwargs})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_quickstart_beats_the_majority_class_by_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

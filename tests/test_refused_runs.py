@@ -74,6 +74,7 @@ OTHERS = [
 RUNS = [*(("fit", *other) for other in OTHERS), ("validate", *OTHERS[0]), ("test", *OTHERS[1]), ("predict", *OTHERS[3])]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("subcommand", "arguments", "message"), RUNS, ids=[f"{name} {arguments[0][2:]}" for name, arguments, _ in RUNS]
 )

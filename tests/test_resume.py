@@ -68,6 +68,7 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(model, rows.seen, folder)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (6, 0), (9, 0), (4, 1)])
 def test_a_run_resumed_within_an_epoch_is_the_whole_one_bit_for_bit(
     tiny: Tiny, tmp_path: Path, whole: Whole, step: int, workers: int, recwarn: pytest.WarningsRecorder
@@ -146,6 +147,7 @@ def write_all(folder: Path) -> None:
         write_reviews(folder / f"{split}.csv", ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_go_on_where_one_was_killed(tiny: Tiny, tmp_path: Path) -> None:
     step = random.SystemRandom().randint(2, STEPS // 2 - 1)

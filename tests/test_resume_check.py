@@ -103,6 +103,7 @@ def about_to_resume(backbone: str, folder: Path, saved: dict[str, Any]) -> Class
     return model
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("kind", CHANGES)
 def test_state_that_no_run_writes_is_refused_before_weights_are_read(
     kind: str, state: dict[str, Any], tiny: Tiny, tmp_path: Path
@@ -143,6 +144,7 @@ def test_of_a_scheduler_nothing_is_restored_that_it_does_not_know(
 NAMES = ("FitSummary", "ResumePoint", "BestCheckpoint", "EarlyStopping")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "value"), [*((name, "x") for name in NAMES), ("FitSummary", 3), ("FitSummary", {})], ids=str
 )
@@ -165,6 +167,7 @@ def test_metrics_that_are_no_numbers_are_refused(name: str, state: dict[str, Any
         resume(tiny("bert_base"), tmp_path, saved, tmp_path, tmp_path / "x.ckpt")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adafactor", "NAdam"])
 def test_the_state_of_any_optimizer_is_taken(optimizer: str, tiny: Tiny, tmp_path: Path) -> None:
     make = functools.partial(getattr(torch.optim, optimizer), lr=1e-3)
@@ -191,6 +194,7 @@ def naming(saved: dict[str, Any], path: str, score: float, **more: Any) -> dict[
     return saved
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("named", "resumed"),
     [

@@ -127,6 +127,7 @@ def test_a_run_that_is_refused_leaves_no_folder(
         assert contents(Path()) == runs, wrong
 
 
+@pytest.mark.slow
 def test_two_commands_at_once_do_not_mix(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     together = multiprocessing.get_context("fork").Barrier(2)
     configure = ClassificationModule.configure_model

@@ -40,11 +40,10 @@ KINDS = {
     "lora": ["", "backbone.model.transformer.h.0", "backbone.model.transformer.h.1"],
     "image": ["", *(f"backbone.model.layers.{layer}" for layer in range(LAYERS))],
 }
-# By default an encoder and a decoder. Adapters and images on two processes are in tests/test_distributed.py, too, where
-# each process holds all of a model.
-BY_DEFAULT = ("decoder", "encoder")
+# By default a decoder alone. The others on two processes are in tests/test_distributed.py, too, where each process
+# holds all of a model.
 each_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in BY_DEFAULT else [pytest.mark.slow]) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[] if kind == "decoder" else [pytest.mark.slow]) for kind in KINDS]
 )
 
 

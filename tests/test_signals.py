@@ -141,6 +141,7 @@ def test_there_is_one_module_to_run() -> None:
     assert "-m lopa_lightning.cli" not in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("subcommand", "method", "number"),
     [

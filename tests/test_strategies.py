@@ -32,6 +32,7 @@ def test_there_is_one_for_each_place() -> None:
     assert OVERLAYS == ["cpu", "ddp", "fsdp", "gpu", "multinode"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("overlays", "options", "strategy", "processes"),
     [

@@ -77,6 +77,7 @@ def made(kind: str, tiny: Tiny, cache: bool) -> Any:
     return causal(tiny("gpt2"), instance_encoder=InstanceEncoderSpec(tiny("bert_base"), "cls", True, cache=cache))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "workers"),
     [

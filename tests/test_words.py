@@ -64,6 +64,7 @@ def connected(backbone: str, stage: str = "validate", **options: Any) -> TextCla
     return data
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["bert_base", "roberta", "llama"])
 def test_a_label_stands_at_the_first_token_of_its_word(kind: str, side: Any, tiny: Tiny) -> None:
@@ -256,6 +257,7 @@ def run(tiny: Tiny) -> list[str]:
     return ["--config", str(config), *model, *data, *rates]
 
 
+@pytest.mark.slow
 def test_it_learns_resumes_predicts_and_is_a_bundle(
     run: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

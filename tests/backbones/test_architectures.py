@@ -84,6 +84,7 @@ def own_states(states: States, row: int) -> torch.Tensor:
     return states.hidden[row][states.content_mask[row] == 1]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", [*MASKED, *CAUSAL])
 def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
     backbone = TextBackbone(build(name))

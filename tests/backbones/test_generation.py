@@ -76,6 +76,7 @@ def by_hand(backbone: TextBackbone, tokenizer: PreTrainedTokenizerBase, prompt: 
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("placement", ["before", "after_first", "every_layer", "system"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_generates_what_each_text_does_alone_and_without_a_cache(
@@ -90,6 +91,7 @@ def test_a_batch_generates_what_each_text_does_alone_and_without_a_cache(
     assert len({texts[0] for texts in together}) > 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("placement", ["before", "every_layer"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_depend_on_their_seed_and_not_on_the_batch(

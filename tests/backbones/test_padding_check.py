@@ -61,6 +61,7 @@ def check(backbone: TextBackbone, side: Side, m: int = 4) -> list[str]:
     return [str(warning.message) for warning in caught if "padding" in str(warning.message)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["Bert", "DebertaV2", "GPT2", "Llama", "Mpt", "GPTNeo"])
 def test_models_to_which_padding_is_nothing_pass(name: str, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ def grouped_llama() -> PreTrainedModel:
     return shaken(freeze(LlamaModel(config)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FITTING)
 def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
     backbone = TextBackbone(build(name).double(), placement="every_layer")

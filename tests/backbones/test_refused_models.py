@@ -227,6 +227,7 @@ def test_a_file_of_json_that_is_none(content: str, read: Callable[..., Any], var
 # Attention
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("attention", "message"),
     [

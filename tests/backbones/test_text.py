@@ -38,6 +38,7 @@ def padded(texts: list[Tensor], side: str, generator: torch.Generator) -> tuple[
     return ids, mask
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, load: Load) -> None:

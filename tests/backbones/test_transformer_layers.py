@@ -79,6 +79,7 @@ def test_a_model_that_names_no_layers_is_refused(tiny: Tiny) -> None:
         transformer_layers(model)
 
 
+@pytest.mark.slow
 def test_compiled_layers_have_the_same_gradients_at_every_length(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))  # not to wait for g++
     plain, compiled = (

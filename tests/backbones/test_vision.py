@@ -124,6 +124,7 @@ def test_an_image_is_read_alike_alone_in_a_batch_and_twice_in_training(kind: str
     assert shared[:, first : first + M].std(dim=0).max() > 1e-4
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradients_are_equal_with_gradient_checkpointing(kind: str, placement: str) -> None:

@@ -134,6 +134,7 @@ def test_the_floor_has_a_batchs_tokens_and_no_padding() -> None:
     assert found.tolist() == [[0, 1, 2], [3, 5, 6], [8, 9, 10]]
 
 
+@pytest.mark.slow
 def test_images(run: Run) -> None:
     rows = run("images")["rows"]
     assert [row["case"] for row in rows] == list(OF_IMAGES)
@@ -146,6 +147,7 @@ def test_images(run: Run) -> None:
         assert row["images"] == 2
 
 
+@pytest.mark.slow
 def test_peers(run: Run) -> None:
     rows = run("peers", "--cases", *KINDS)["rows"]
     assert [row["case"] for row in rows] == list(KINDS)
@@ -205,6 +207,7 @@ def test_padding(run: Run) -> None:
         assert all(0 <= row[name] < 100 for name in ("plain", "train", "budget", "val"))
 
 
+@pytest.mark.slow
 def test_generate(run: Run) -> None:
     rows = run("generate")["rows"]
     assert [row["case"] for row in rows] == ["smollm2_mbpp", "smollm2_cruxeval_output"]
@@ -216,6 +219,7 @@ def test_generate(run: Run) -> None:
         assert row["prompt_tokens"] + row["new_tokens"] == POSITIONS  # these prompts fill what a tiny model has
 
 
+@pytest.mark.slow
 def test_cache(run: Run) -> None:
     (row,) = run("cache", run=in_this_process)["rows"]
     seconds = row["seconds"]
@@ -273,6 +277,7 @@ def in_a_fork(*arguments: str) -> Iterator[SimpleNamespace]:
         forked.join(60)
 
 
+@pytest.mark.slow
 def test_gateway(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.benchmarks.gateway.process", in_a_fork)
     rows = run("gateway")["rows"]

@@ -227,6 +227,7 @@ def test_the_confusion_matrix_counts_all_of_the_validation_set(
     assert (counted[-1] == expected).all()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "options", [{}, {"prompt_encoder": functools.partial(LoPA, num_virtual_tokens=M, rank=2, hidden_dim=4)}]
 )

@@ -185,6 +185,7 @@ def stored(folder: Path, rows: list[dict[str, Any]], split: str = "test") -> str
     return str(folder)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("column", "value", "wanted"),
     [
@@ -233,6 +234,7 @@ def test_a_test_that_is_no_comparison_is_refused(test: str, tmp_path: Path) -> N
         MBPPDataModule(path=str(tmp_path)).layout("test")({**PROBLEM, "test_list": [test]})
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_solutions_pass_as_completions_of_their_prompts(real_data: Find) -> None:
     data = MBPPDataModule(path=real_data("google-research-datasets/mbpp"))
@@ -244,6 +246,7 @@ def test_real_solutions_pass_as_completions_of_their_prompts(real_data: Find) ->
     assert len(some) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_every_real_problem_is_laid_out(real_data: Find) -> None:
     data = MBPPDataModule(path=real_data("google-research-datasets/mbpp"))

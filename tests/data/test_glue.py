@@ -203,6 +203,7 @@ def rendered(tokenizer: TokenizerOf, task: str, split: str) -> list[list[int]]:
     return ids
 
 
+@pytest.mark.sampled(3)
 @every_task
 def test_every_task_gives_batches_for_every_stage(
     glue: str, tokenizer: TokenizerOf, text_spec: SpecOf, task: str

@@ -365,6 +365,7 @@ def fit(backbone: str, folder: Path, data: Any, resume: Any = None, callbacks: A
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])  # 0: tests/test_resume.py, of texts
 def test_a_run_resumed_within_an_epoch_sees_the_same_views(tiny: Tiny, tmp_path: Path, workers: int) -> None:
     folder, keep = write_images("images"), Keep(5, tmp_path / "mid.ckpt")
@@ -379,6 +380,7 @@ def test_a_run_resumed_within_an_epoch_sees_the_same_views(tiny: Tiny, tmp_path:
     assert not equal(whole.state_dict(), plain.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", ["model", "crop_flip"])
 def test_kept_vectors_are_those_of_the_view_that_does_not_change(tiny: Tiny, tmp_path: Path, view: Any) -> None:
     data = ImageClassificationDataModule(path=write_images("images"), view=view, batch_size=5)
@@ -418,6 +420,7 @@ def test_predictions_name_their_files(tiny: Tiny, tmp_path: Path) -> None:
     assert len(run.predict(module, new, return_predictions=True)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_clothes(real_data: Callable[[str], str]) -> None:
     folder = real_data("images/clothing10")

@@ -70,6 +70,7 @@ def test_an_unknown_mode_is_refused() -> None:
         cruxeval_answer_program(SQUARE, "3", "9", "9", "in")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_benchmarks_own_solutions_pass_in_the_sandbox_and_others_answers_fail(
     real_data: Callable[[str], str],

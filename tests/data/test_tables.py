@@ -57,6 +57,7 @@ def read(spec: TextSpec, name: str, **options: Any) -> list[str]:
     return texts_of(data, loader)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zip"])
 @pytest.mark.parametrize(
     ("kind", "sep", "encoding", "reader"),

@@ -148,6 +148,7 @@ def test_pairs_are_lines_where_there_is_no_separator(tokenizer: TokenizerOf) -> 
 # Truncation
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 @given(text=TEXTS, room=st.integers(1, 25), side=SIDES)
 def test_a_long_text_loses_one_end_and_the_template_nothing(

@@ -79,6 +79,7 @@ def one_by_one(folder: str, pooling: str, texts: list[str] = ROWS) -> np.ndarray
     return torch.stack(vectors).numpy()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", ["bert_base", "roberta", "gpt2", "llama"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max"])
 def test_each_row_has_the_vector_of_its_text_alone(tiny: Tiny, kept: Path, kind: str, pooling: str) -> None:

@@ -254,6 +254,7 @@ def resolved() -> set[tuple[str, str]]:
     return set()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_comparison_can_be_run(
     path: Path, resolved: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch

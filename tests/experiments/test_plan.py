@@ -79,6 +79,7 @@ def step_of(module: Any) -> tuple[int, int]:
 MORE = pytest.mark.slow  # another case beside it has more than it
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -164,6 +165,7 @@ def test_a_real_step_takes_what_it_says(real_data: Tiny, real_model: Tiny) -> No
         assert said == pytest.approx(found, rel=0 if "parameters" in name else 0.15), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_it_says(tiny: Tiny, tmp_path: Path) -> None:
     module, data = built(arguments(tiny("bert_base"), "--model.prompt_encoder.init_args.hidden_dim=2048"))
     said = sizes(module, STEP).checkpoint_bytes
@@ -200,6 +202,7 @@ def test_memory_and_bytes_sent_by_strategy(strategy: str, devices: int, memory: 
     assert FOUND.checkpoint_bytes == 1200
 
 
+@pytest.mark.slow
 def test_the_command_line(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*arguments(tiny("bert_base")), "--devices", "16", "32", "--tokens=20", "--trainer.accelerator=gpu"]
     main(["plan", *options])

@@ -21,6 +21,7 @@ def runs_in(folder: Path, workers: int = 1) -> Runs:
     return Runs(str(folder), lambda: None, workers)
 
 
+@pytest.mark.slow
 def test_a_budget_of_steps_that_ends_within_an_epoch_is_validated_at_its_end(tmp_path: Path, configs: Configs) -> None:
     runs = runs_in(tmp_path)
     run = Run(runs.folder / "run", resolve([configs["reviews"], configs["soft"]], ["--trainer.max_steps=7"]), {"a": 1})
@@ -31,6 +32,7 @@ def test_a_budget_of_steps_that_ends_within_an_epoch_is_validated_at_its_end(tmp
     assert run.finished() == result
 
 
+@pytest.mark.slow
 def test_processes_are_ended_when_a_command_is_left(tmp_path: Path, configs: Configs) -> None:
     config = resolve([configs["reviews"], configs["soft"]])
     endless = {**config, "trainer": {**config["trainer"], "max_epochs": 100_000}}

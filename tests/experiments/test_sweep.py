@@ -112,6 +112,7 @@ def test_the_best_settings_are_an_overlay(grid: Path, configs: Configs) -> None:
     assert best["model"]["init_args"]["prompt_encoder"]["init_args"]["rank"] == int(first)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_with_what_was_begun_and_runs_nothing_twice(
     tmp_path: Path, configs: Configs, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +182,7 @@ def test_spaces_that_cannot_be_are_refused(choice: Any, named: str) -> None:
         distribution("lr", choice)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("space", "named"),
     [
@@ -224,6 +226,7 @@ def test_settings_are_ranked_by_their_mean_over_seeds() -> None:
     assert table[2:] == [["2", "0.9000", "–", "1"], ["1", "0.6000", f"{0.2 / 2**0.5:.4f}", "2"]]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_sweeps_name_options_that_exist(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -102,6 +102,7 @@ def merged(*paths: Path) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("task", TASKS, ids=lambda path: path.stem)
 def test_a_task_reads_its_splits_and_classes(task: Path) -> None:
     kind, classes = task.parent.name, CLASSES[task.stem]
@@ -143,6 +144,7 @@ def test_a_plan_has_every_task(kind: str) -> None:
         assert plan.virtual_tokens["lopa_vision_deep"] == plan.virtual_tokens["vpt_deep"]
 
 
+@pytest.mark.slow
 def test_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the plan, two tasks are resolved and one is run, for few epochs and in this process."""
 

@@ -121,6 +121,7 @@ def made(backbone: str, name: str = "backbone", **options: Any) -> Any:
     return module(backbone, objective="head", instance_encoder=spec, learning_rates=rates, **options)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("of", ["backbone", "its own"])
 def test_a_checkpoint_holds_the_adapter_alone_and_loads(tiny: Tiny, tmp_path: Path, of: str) -> None:
     name = "backbone" if of == "backbone" else tiny("bert")

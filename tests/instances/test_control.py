@@ -26,6 +26,7 @@ def given_to(control: str, own: list[list[float]]) -> list[list[float]]:
     return [own[i - 1] for i in range(len(own))] if len(own) > 1 else [[0.0] * len(own[0])]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("control", ["shuffled", "constant"])
 def test_evaluation_gives_each_example_the_controls_vector(

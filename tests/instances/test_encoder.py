@@ -61,6 +61,7 @@ def some_ids() -> tuple[Tensor, Tensor]:
     return ids, torch.ones_like(ids)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vector_is_the_pooled_hidden_states_of_the_raw_model(kind: str, pooling: str, load: Load) -> None:
@@ -71,6 +72,7 @@ def test_a_vector_is_the_pooled_hidden_states_of_the_raw_model(kind: str, poolin
     torch.testing.assert_close(vectors, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", KINDS)

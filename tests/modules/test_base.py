@@ -142,8 +142,8 @@ def test_a_backbone_in_bfloat16_goes_with_prompts_in_float32(tiny: Tiny, tmp_pat
 
 
 def test_a_rate_for_a_group_that_is_not_trained_is_said(tiny: Tiny, tmp_path: Path) -> None:
-    model = module(tiny("bert"), learning_rates={"head": 1e-2})
-    with pytest.warns(UserWarning, match="no effect for head; trained are shared_prompt, low_rank"):
+    model = module(tiny("bert"), learning_rates={"instance_encoder": 1e-2, "head": 1e-2})
+    with pytest.warns(UserWarning, match="no effect for instance_encoder; trained are shared_prompt, low_rank"):
         trainer(tmp_path, fast_dev_run=True).fit(model, reviews(tmp_path))
 
 

@@ -42,6 +42,7 @@ def losses_by_hand(model: CausalLMModule, row: dict[str, str], plain: Any, token
     return F.cross_entropy(logits, answer[0], reduction="none"), logits.argmax(-1) == answer[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_every_completion_token_counts_once_and_nothing_else(
@@ -75,6 +76,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_writes_the_same_once_loaded(tiny: Tiny, tmp_path: Path, method: str) -> None:
     seed_everything(1)

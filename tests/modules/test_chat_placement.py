@@ -76,6 +76,7 @@ class ByHand:
         return [self.tokenizer.decode(ids[0], skip_special_tokens=True)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("placement", ["system", "user"])
 def test_chats_are_learned_and_answered_as_by_hand(chatting: str, tmp_path: Path, placement: str, side: Any) -> None:

@@ -33,6 +33,7 @@ def lopa_by_hand(state: dict[str, Tensor], instance: Tensor, rank: int) -> Tenso
     return state["net.prompt_encoder.shared_prompt.weight"] * gate
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "objective", "auto"),
     [

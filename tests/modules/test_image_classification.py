@@ -94,6 +94,7 @@ def batch(count: int = 6) -> dict[str, Tensor]:
     return {"index": torch.arange(count), "pixels": pixels, "labels": torch.arange(count) % CLASSES}
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["vit", "clip"])
 def test_every_method_learns_from_images(method: str, kind: str, folder: Callable[[str], str]) -> None:
@@ -224,6 +225,7 @@ OF_BOTH = ["bias_only", "partial", "full", "head_only", "idpg", "lopa", "lopa_de
 
 
 # tests/test_methods.py runs the overlays of texts, and above are their methods on images.
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", [*OF_IMAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in OF_BOTH)])
 def test_the_configs_of_methods_run_on_images(
     method: str, folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +235,7 @@ def test_the_configs_of_methods_run_on_images(
     main(["fit", "--config", "run.yaml", "--config", str(CONFIGS / f"{method}.yaml"), "--trainer.fast_dev_run=true"])
 
 
+@pytest.mark.slow
 def test_it_is_planned_trained_resumed_and_predicts(
     folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

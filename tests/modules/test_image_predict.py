@@ -18,6 +18,7 @@ from lopa_lightning import ImageClassificationDataModule, ImageClassificationMod
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.modules import builder
 from tests.data.image_files import LABELS, write_images
 from tests.modules.helpers import trainer
 from tests.tiny_images import save_vision, vision_model
@@ -81,6 +82,7 @@ def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
 
 
 # Shallow virtual tokens are shown as deep ones are.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [pytest.param("vpt_shallow", marks=pytest.mark.slow), "vpt_deep", "lopa_vision_deep"]
 )
@@ -114,6 +116,7 @@ def test_a_checkpoint_alone_predicts_as_a_trainer_does_with_the_data_of_training
     assert loaded.predict(paths[0])[0]["probabilities"] != pytest.approx(wanted[0]["probabilities"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_instance_encoder_with_another_processing_reads_its_own_view(folder: Path) -> None:
     save_vision(vision_model("clip"), folder / "clip", image_mean=[0.1, 0.2, 0.3], resample=3)
     encoder = ["--model.instance_encoder.name", "clip", "--model.instance_encoder.pooling", "cls"]
@@ -124,13 +127,16 @@ def test_an_instance_encoder_with_another_processing_reads_its_own_view(folder: 
     same(loaded.predict([path for label in LABELS for path in sorted(Path("images", "test", label).iterdir())]), rows)
 
 
-def test_the_command_answers_for_an_image(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_answers_for_an_image(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = LoPALightningModule.load_from_checkpoint(trained).predict("images/test/eel/2.png")
     capsys.readouterr()
     main(["predict", "--ckpt_path", str(trained), "--file", "images/test/eel/2.png"])
     (found,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert found.pop("input") == "images/test/eel/2.png"
     same([found], wanted)
+    monkeypatch.delattr(builder, "load_model")  # what follows is refused before weights are read
     with pytest.raises(SystemExit):
         main(["predict", "--ckpt_path", str(trained), "--text", "a cat"])
     assert "the model reads images: give images, or a folder of them, as --file" in capsys.readouterr().err
@@ -144,6 +150,7 @@ def _cut(path: str) -> str:
     return path
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("images", "message"),
     [

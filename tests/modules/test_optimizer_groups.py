@@ -165,6 +165,7 @@ def test_two_steps_of_a_run_are_those_of_two_optimizers(tiny: Tiny, tmp_path: Pa
     assert sizes(model, Step(4, 12, 12, 4)).state_bytes == 4 * numbers
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_them_and_goes_on_with_no_others(tiny: Tiny, tmp_path: Path) -> None:
     trainer(tmp_path).fit(two(tiny("bert_base")), reviews(tmp_path))
     path = tmp_path / "last.ckpt"

@@ -45,6 +45,7 @@ def fit(model: str, data: dict[str, Any] | None = None, callbacks: list[Any] | N
     run.fit(module(model, **options), datamodule=reviews(folder, **(data or {})))
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -110,6 +111,7 @@ def test_more_than_the_machine_has_memory_for(
         fit(tiny("bert"), **options)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -208,6 +210,7 @@ def test_a_batch_that_has_no_room_for_the_longest_text(options: dict[str, Any], 
         fit(model, data=options)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("generation", "message"),
     [

@@ -106,6 +106,7 @@ def test_a_cosine_is_that_of_transformers_and_stays_at_its_end(warmup: int, step
         assert rates[steps:] == pytest.approx([least] * 3, abs=1e-12)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("options", "warmup", "steps"),
     [

@@ -138,6 +138,7 @@ def test_the_summarys_best_is_the_first_score_that_is_a_number() -> None:
     assert summary.state_dict() == {"best": {"val/score": 0.5}}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("rate", "learned"), [(0.1, True), (1e-9, False)])
 def test_a_regression_that_learned_nothing_is_told_from_one_that_did(
     tiny: Tiny, tmp_path: Path, rate: float, learned: bool

@@ -96,6 +96,7 @@ def as_one_batch(model: Any, rows: list[Batch]) -> Gradient:
 
 
 # A window is the same of whatever task where it is longer than an epoch.
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", SIZES, ids=["rows", "tokens"])
 @pytest.mark.parametrize(
     ("task", "accumulated"),

@@ -249,6 +249,7 @@ def test_landlock_and_the_filter_do_without_namespaces(monkeypatch: pytest.Monke
     assert os.listdir(tmp_path) == ["secret"]
 
 
+@pytest.mark.slow
 def test_a_fork_bomb_is_ended_where_the_kernel_counts_others_too() -> None:
     assert _behind((), HOSTILE["fork_bomb"].source).status in ("failed", "killed")
     assert survivors() == []

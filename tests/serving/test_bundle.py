@@ -239,6 +239,7 @@ def bad(
     return write
 
 
+@pytest.mark.sampled(9)
 @OF_TEXT
 @pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind != "other words"])  # which says it as format 1 did
 def test_settings_that_the_rest_contradicts_are_refused_as_in_a_checkpoint(kind: str, bad: Any) -> None:
@@ -285,6 +286,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bundle_that_is_none_is_refused_in_a_line(kind: str, bad: Any) -> None:
     change, message = BAD[kind]
@@ -416,6 +418,7 @@ def test_the_checks_of_a_checkpoint_are_those_of_a_bundle() -> None:
 # PEFT
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["soft", "soft words", "soft mask", "lora", "lora words", "ia3"])
 def test_plain_peft_loads_what_is_exported_and_computes_the_same(
     kind: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -445,6 +448,7 @@ def test_plain_peft_loads_what_is_exported_and_computes_the_same(
     assert (found[real] - before[batch["attention_mask"].bool()]).abs().max() > 1e-3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

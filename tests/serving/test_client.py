@@ -77,6 +77,7 @@ def called(kind: str, upstream: Upstream, source: Any, method: str, *args: Any, 
 BOTH = pytest.mark.parametrize("kind", ["sync", "async"])
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("placement", ["system", "user"])
 def test_a_chat_is_sent_with_the_modules_soft_prompt(
@@ -120,6 +121,7 @@ def test_a_stream_shows_what_was_asked_for(kind: str, made: Any, upstream: Upstr
     assert last.usage.prompt_tokens == upstream.read(upstream.asked[-1])
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("says", ["at the end", "never"])
 def test_a_stream_is_not_left_unchecked_in_silence(kind: str, says: str, made: Any, upstream: Upstream) -> None:
@@ -216,6 +218,7 @@ def test_a_connection_that_is_not_accepted_is_tried_again_and_a_broken_one_is_no
     assert (len(waits), len(upstream.asked)) == (2, 1)
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("knows_ids", [True, False])
 def test_labels_are_those_of_their_words(kind: str, knows_ids: bool, made: Any, upstream: Upstream) -> None:
@@ -269,6 +272,7 @@ def _named(word: int, value: float) -> _Fake:
     return _Fake(token=f"token_id:{word}", logprob=value)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("options", "said"),
     [

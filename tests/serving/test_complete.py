@@ -74,6 +74,7 @@ def read_by(module: Any, text: str) -> torch.Tensor:
     return whole
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("kind", ["completion", "after first"])
 def test_a_text_is_sent_as_the_module_reads_it(client: str, kind: str, made: Any, upstream: Upstream) -> None:
@@ -108,6 +109,7 @@ def test_many_texts_are_answered_in_order_and_streams_are_checked(client: str, m
             called(client, upstream, source, "complete", TEXTS[0], stream=stream)
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("knows_ids", [True, False])
 def test_labels_are_those_of_predict(client: str, knows_ids: bool, made: Any, upstream: Upstream) -> None:

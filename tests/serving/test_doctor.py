@@ -56,6 +56,7 @@ def found(url: str, source: ServedPrompter, **options: Any) -> list[Finding]:
 CHECKS = ["server", "version", "model", "flag", "layout", "prompts", "parity", "size"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["completion", "chat user", "chat words"])
 def test_a_right_server_passes_every_check(kind: str, served: Make, upstream: Upstream) -> None:
     told = found(upstream.url, served(kind))
@@ -64,6 +65,7 @@ def test_a_right_server_passes_every_check(kind: str, served: Make, upstream: Up
     assert by in told[4].said
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("wrong", "check", "status", "said"),
     [

@@ -357,6 +357,7 @@ def test_a_server_that_was_gone_is_used_again(
         client.close()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -384,6 +385,7 @@ def test_what_cannot_be_right_is_refused_and_not_sent(options: Any, said: str, c
     assert upstream.asked == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("raw", "said"),
     [

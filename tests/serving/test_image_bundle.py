@@ -44,6 +44,7 @@ def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
         assert row["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", IMAGE_KINDS)
 def test_it_answers_as_the_module_does(kind: str, trained: Trained, tmp_path: Path) -> None:
     model, _, exported = trained(kind)
@@ -116,6 +117,7 @@ def test_an_encoder_with_another_image_processor_is_refused(kind: str, trained: 
         settings.write_text(before)
 
 
+@pytest.mark.slow
 def test_the_commands_go_on_from_it(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:

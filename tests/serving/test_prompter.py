@@ -42,6 +42,7 @@ KINDS = ["completion", "trained encoder", "adapted encoder"]
 MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("words", "masked", "head")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [*KINDS, "soft", "control", *MORE])
 def test_prompts_are_the_modules_and_the_backbone_need_not_be_there(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     backbone = tmp_path / "backbone"
@@ -63,6 +64,7 @@ def test_prompts_are_the_modules_and_the_backbone_need_not_be_there(kind: str, t
     torch.testing.assert_close(prompter(rows), prompter.bundle.prompts, rtol=0, atol=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
