@@ -23,8 +23,8 @@ def rebuilt(
     cls: type[LoPALightningModule],
     saved: dict[str, Any],
     name: str,
-    trust_remote_code: bool,
-    overrides: Mapping[str, Any],
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] = {},
 ) -> LoPALightningModule:
     """Rebuilds a module from a checkpoint; the frozen models are loaded by the names in it.
 
@@ -38,6 +38,24 @@ def rebuilt(
     Raises:
         LoPAError: If the checkpoint does not fit.
     """
+    module = checked(cls, saved, name, trust_remote_code, overrides)
+    models = {"backbone": module.backbone_spec.name, "instance_encoder": module.instance_spec.name}
+    if named := [f"{key} {name!r}" for key, name in models.items() if key not in overrides]:
+        rank_zero_info(f"Loading the models that {name} names: {', '.join(named)}")
+    module.configure_model()
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"])
+    return module.eval()
+
+
+def checked(
+    cls: type[LoPALightningModule],
+    saved: Mapping[str, Any],
+    name: str,
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] = {},
+) -> LoPALightningModule:
+    """Builds the module of a checkpoint without weights, and refuses one that does not fit; see :func:`rebuilt`."""
     try:
         module = constructed(cls, saved, trust_remote_code, overrides)
         ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)
@@ -47,13 +65,7 @@ def rebuilt(
         raise LoPAError(f"{name}: {message}") from error
     except Exception as error:  # whatever a class makes of arguments that it was never saved with
         raise LoPAError(f"{name}: no module can be built from it: {shown(error)}") from error
-    models = {"backbone": module.backbone_spec.name, "instance_encoder": module.instance_spec.name}
-    if named := [f"{key} {name!r}" for key, name in models.items() if key not in overrides]:
-        rank_zero_info(f"Loading the models that {name} names: {', '.join(named)}")
-    module.configure_model()
-    module.on_load_checkpoint(saved)
-    module.load_state_dict(saved["state_dict"])
-    return module.eval()
+    return module
 
 
 def constructed(

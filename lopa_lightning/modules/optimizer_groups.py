@@ -87,5 +87,6 @@ class OptimizerByGroup(Optimizer):
 
 
 def _warn_of_unused(option: str, given: Collection[str], trained: Collection[str]) -> None:
-    if unused := sorted(set(given) - set(trained)):
+    # A rate for a head stands in every overlay of a method, which serves tasks with a head and without.
+    if unused := sorted(set(given) - {*trained, "head"}):
         rank_zero_warn(f"{option} has no effect for {', '.join(unused)}; trained are {', '.join(trained)}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lopa_lightning import checkpoint
 from lopa_lightning.command_line.parser import Options, UsageError
 from lopa_lightning.data.columns import ColumnError, RowError, check_columns, whole_rows
 from lopa_lightning.data.completion_rows import CHATS, fault_of_chat, unanswered
@@ -18,9 +19,10 @@ from lopa_lightning.data.rows import check_texts
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.task_rows import task_template
 from lopa_lightning.data.word_rows import check_words
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.files import check_writable, write_whole
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
+from lopa_lightning.modules.checkpoint_loading import checked, rebuilt
 from lopa_lightning.serving.device import best_device
 from lopa_lightning.signals import stoppable
 
@@ -66,8 +68,10 @@ def main(args: Sequence[str]) -> None:
     if given.output is not None:
         check_writable(Path(given.output).absolute().parent, "the folder of --output")
     with stoppable():
-        module = LoPALightningModule.load_from_checkpoint(given.ckpt_path)
-        rows = _rows(module, given)
+        kind: Any = LoPALightningModule
+        saved, name = checkpoint.read(given.ckpt_path), shown(given.ckpt_path)
+        rows = _rows(checked(kind, saved, name), given)
+        module = rebuilt(kind, saved, name)
         found = answer(module.to(best_device()), rows, given.batch_size)
     lines = [
         json.dumps({"input": row, **record}, ensure_ascii=False, default=str) + "\n" for row, record in zip(rows, found)
