@@ -527,6 +527,12 @@ def test_an_optimizer_that_is_right(optimizer: Any, scheduler: Any) -> None:
     dry_run(groups(1), optimizer, scheduler)
 
 
+def test_an_optimizer_is_tried_on_the_device_of_the_run() -> None:
+    # Some, such as those in 8 bits, have no step on a CPU.
+    tried = dry_run(groups(2), SGD, device=torch.device("meta"))
+    assert {p.device.type for parameters in tried.parameters.values() for p in parameters} == {"meta"}
+
+
 def test_a_scheduler_may_have_a_value_for_each_group() -> None:
     dry_run(groups(3), AdamW, functools.partial(OneCycleLR, max_lr=[0.1, 0.2, 0.3], total_steps=10))
 

@@ -45,6 +45,7 @@ def dry_run(
     make_scheduler: LRSchedulerCallable | None = None,
     rates: Mapping[str, float] | None = None,
     warmup: float = 0.0,
+    device: torch.device | None = None,
 ) -> DryRun:
     """Builds optimizer and scheduler and takes a step, so that they refuse now what they would later.
 
@@ -54,6 +55,7 @@ def dry_run(
         make_scheduler: Still wants an optimizer; None for none.
         rates: Learning rates by group.
         warmup: Steps, or below 1 a share of the run.
+        device: The run's, which some optimizers need.
 
     Raises:
         LoPAError: If either refuses its options, or what is trained.
@@ -66,7 +68,7 @@ def dry_run(
         lopa_lightning.errors.LoPAError: optimizer: Invalid learning rate: -1
     """
     small = {
-        name: [nn.Parameter(torch.zeros([*range(2, 2 + p.ndim)], dtype=p.dtype)) for p in parameters]
+        name: [nn.Parameter(torch.zeros([*range(2, 2 + p.ndim)], dtype=p.dtype, device=device)) for p in parameters]
         for name, parameters in groups.items()
     }
     losses: list[float] = []
@@ -95,13 +97,14 @@ def dry_run_of(module: Any) -> DryRun:
     """Takes a dry run for what a module trains.
 
     Args:
-        module: No weights are needed.
+        module: With its Trainer; no weights are needed.
 
     Raises:
         LoPAError: If its optimizer or scheduler refuses.
     """
     groups = (module.net or module.shapes).parameter_groups()
-    return dry_run(groups, module.make_optimizer, module.make_lr_scheduler, module.learning_rates, module.warmup)
+    make, rates, device = module.make_optimizer, module.learning_rates, module.trainer.strategy.root_device
+    return dry_run(groups, make, module.make_lr_scheduler, rates, module.warmup, device)
 
 
 def check_optimization(module: Any) -> LRScheduler:
