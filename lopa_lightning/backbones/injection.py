@@ -58,7 +58,8 @@ def prompt_layout(attention_mask: Tensor, num_virtual_tokens: int, position: Ten
     index = torch.where(in_prompt, place - start, torch.where(place < start, place + m, place))
     text = place[:, :length]
     is_same = attention_mask[:, 0].all() & (start == start[0]).all()
-    return Layout(index, int(start[0]) if is_same else None, text + m * (text >= start))
+    same = int(torch.where(is_same, start[0], -1))  # waits for the device, once
+    return Layout(index, None if same < 0 else same, text + m * (text >= start))
 
 
 def insert(layout: Layout, prompt: Tensor | int, text: Tensor) -> Tensor:

@@ -175,9 +175,9 @@ def padded(rows: Sequence[list[int]], pad_id: int, side: str, device: Any = None
                 [0, 7]]), tensor([[1, 1],
                 [0, 1]]))
     """
-    tensors = [torch.tensor(row, device=device) for row in rows]
+    tensors = [torch.tensor(row) for row in rows]
     ids, mask = (
         pad_sequence(each, batch_first=True, padding_value=value, padding_side=side)
         for each, value in ((tensors, pad_id), ([torch.ones_like(row) for row in tensors], 0))
     )
-    return ids, mask
+    return ids.to(device), mask.to(device)  # at once: each copy to a GPU waits for it
