@@ -174,11 +174,15 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         if self.net is not None:
             return
         mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
+        # Not in configure_model, where precision bf16-true makes new tensors in bfloat16.
+        for name in [f"{kind}{suffix}" for kind in ("val", "test") for suffix in self.eval_suffixes]:
+            if name not in self.scores:
+                self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
         parts = self.builder.load(mesh)
         self._identity = {**self.known_identity(), **parts.identity}
         self.net = self._assembled(parts)
-        for name in [f"{stage}{suffix}" for stage in ("val", "test") for suffix in self.eval_suffixes]:
-            self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
+        # As it is built: what a user freezes later is still to be saved.
+        self._trained_names = {f"net.{name}" for name, each in self.net.named_parameters() if each.requires_grad}
         if mesh is not None:
             shard(self.net, self.net.pretrained_models(), mesh)
         send_trained_alone(self)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
@@ -27,6 +27,7 @@ from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.readouts import CompletionReadout, Readout
+from lopa_lightning.modules.scores import Share
 from lopa_lightning.modules.start import answering
 from lopa_lightning.task import IGNORED, Side
 
@@ -81,7 +82,7 @@ class CausalLMModule(LoPALightningModule):
         self.start_token = start_token
         self.score_completions = score_completions
         self.exact_match = sys.maxsize if exact_match == "all" else exact_match
-        self.matched, self.solved = MeanMetric(), PassAtK(sorted({1, num_samples}))
+        self.matched, self.solved = Share(), PassAtK(sorted({1, num_samples}))
 
     def configure_readout(self, backbone: Backbone) -> Readout:
         """Builds what reads the losses of labelled tokens."""

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 
-class Scores(nn.Module):
+class KeepsDtype(nn.Module):
+    """Goes to a device, and keeps its dtypes: precision bf16-true would round sums and counts."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *options: Any) -> Any:
+        device = fn(torch.zeros(())).device
+        return super()._apply(lambda tensor: tensor.to(device), *options)  # type: ignore[no-untyped-call]
+
+
+class Share(KeepsDtype, MeanMetric):
+    """Computes a mean over all batches and processes."""
+
+
+class Scores(KeepsDtype):
     """Gathers the loss, a task's metrics, and the score made of them.
 
     Args:
