@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import types
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -105,9 +107,6 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         if adapter is not None and train_backbone is not False:
             raise LoPAError("give adapter or train_backbone, not both")
         self.save_hyperparameters()
-        given = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
-        self._hparams = AttributeDict({**plain(given), "_class_path": class_name(type(self))})
-        self._hparams_initial = copy.deepcopy(self._hparams)
         self.backbone_spec, self.instance_spec, self.make_prompt_encoder = backbone, instance_encoder, prompt_encoder
         self.placement, self.frozen_dropout = placement, frozen_dropout
         self.adapter, self.train_backbone = adapter, train_backbone
@@ -118,6 +117,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         self.loss_guard = LossGuard(nonfinite_loss)
         self.window = Window()
         self.net: PromptedModel | None = None
+        self._trained_names: set[str] = set()
         # Whether a step was taken or a checkpoint loaded, so that what is trained has not its initial values.
         self.learned = False
         # Whether a checkpoint may be loaded once the model is built; if not, answers can be refused before.
@@ -127,6 +127,18 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         self.written: dict[int, list[dict[str, Any]]] = {}  # what an interrupted run has left, by row
         self.scores = nn.ModuleDict()
         self.strict_loading = False  # a checkpoint lacks the frozen weights; load_state_dict checks the rest exactly
+
+    def save_hyperparameters(self, *args: Any, frame: types.FrameType | None = None, **kwargs: Any) -> None:
+        """Keeps arguments as plain data, which a checkpoint can hold; a subclass need not call it.
+
+        Raises:
+            TypeError: If one has no plain form.
+        """
+        caller = inspect.currentframe()
+        super().save_hyperparameters(*args, frame=frame or (caller and caller.f_back), **kwargs)
+        given = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
+        self._hparams = AttributeDict({**plain(given), "_class_path": class_name(type(self))})
+        self._hparams_initial = copy.deepcopy(self._hparams)
 
     @functools.cached_property
     def builder(self) -> Builder:
@@ -158,10 +170,14 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         Raises:
             LoPAError: See :func:`~lopa_lightning.modules.start.check_before_weights`.
         """
-        self.window = Window()
+        self.window, self.loss_guard = Window(), LossGuard(self.loss_guard.action)
         if stage == "fit" and self.net is not None:
             self.train()  # which is in eval mode if it was loaded, and Lightning leaves the mode as it is
         check_before_weights(self, TrainerFn(stage).value)
+        # Not in configure_model, where precision bf16-true makes new tensors in bfloat16.
+        for name in [f"{kind}{suffix}" for kind in ("val", "test") for suffix in self.eval_suffixes]:
+            if name not in self.scores:
+                self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
         write_whole_checkpoints(self.trainer.strategy)
 
     def known_identity(self) -> dict[str, Any]:
@@ -174,10 +190,6 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         if self.net is not None:
             return
         mesh = None if self.device_mesh is None else data_mesh(self.device_mesh)
-        # Not in configure_model, where precision bf16-true makes new tensors in bfloat16.
-        for name in [f"{kind}{suffix}" for kind in ("val", "test") for suffix in self.eval_suffixes]:
-            if name not in self.scores:
-                self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
         parts = self.builder.load(mesh)
         self._identity = {**self.known_identity(), **parts.identity}
         self.net = self._assembled(parts)
@@ -281,7 +293,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         return [Scheduling(), ResumePoint()]
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.named_parameters() if name in self._trained_names}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Returns the trained tensors, and nothing else."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -51,12 +51,15 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     check_warmup(module.warmup, module.trainer)
     check_strategy(module.trainer.strategy)
     trainer: Any = module.trainer
-    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+    if any(isinstance(callback, WeightAveraging | StochasticWeightAveraging) for callback in trainer.callbacks):
         raise LoPAError(
-            "WeightAveraging and EMAWeightAveraging write checkpoints that cannot be loaded here; leave them out"
+            "WeightAveraging and EMAWeightAveraging write checkpoints that cannot be loaded here, and "
+            "StochasticWeightAveraging averages a copy that has no weights yet; leave them out"
         )
     if stage == "fit" and not module.is_trainable():
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
+    if stage == "fit":
+        check_groups(module)
     if stage in ("test", "predict") and not module.awaits_checkpoint:
         check_learned(module, stage)
     check_folders(module.trainer, stage)
@@ -72,6 +75,25 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
         check_trained(saved, module)
         check_restored(saved, module, stage)
         module.will_load = None  # its tensors need not stay in memory
+
+
+def check_groups(module: LoPALightningModule) -> None:
+    """Checks that all that has a gradient is trained, and comes back from a checkpoint.
+
+    Args:
+        module: With its task; no weights are needed.
+
+    Raises:
+        LoPAError: If a parameter is in no group, or is none of those that a checkpoint brings back.
+    """
+    grouped = {id(each) for group in module.shapes.parameter_groups().values() for each in group}
+    built = {name: each for name, each in module.shapes.named_parameters(prefix="net") if each.requires_grad}
+    named = [*built, *(name for name, each in module.named_parameters() if each.requires_grad and name not in built)]
+    if lost := [name for name in named if name not in built or id(built[name]) not in grouped]:
+        raise LoPAError(
+            f"{ckpt.joined(lost)} would not be trained and saved: parameter_groups of a prompt encoder "
+            "must name each of its parameters, and those of a task belong in its read-out (configure_readout)"
+        )
 
 
 def check_folders(trainer: Any, stage: str) -> None:
@@ -131,8 +153,8 @@ def check_learned(module: LoPALightningModule, stage: str) -> None:
     if stage != "validate":
         raise LoPAError(
             f"nothing was trained or loaded, so {stage} would answer from initial values: name a checkpoint "
-            "(--ckpt_path FILE, best or last; load_from_checkpoint in Python), or choose NoPrompt for the backbone "
-            "without any"
+            "(--ckpt_path FILE, best or last; load_from_checkpoint in Python; after a training loop of your own set "
+            "module.learned = True), or choose NoPrompt for the backbone without any"
         )
     rank_zero_warn("nothing was trained or loaded: this validates initial values; --ckpt_path names a checkpoint")
 

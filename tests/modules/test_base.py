@@ -13,7 +13,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lopa_lightning import ClassificationModule, InstanceEncoderSpec, LoPA, PretrainedSpec, PromptTuning
+from lopa_lightning import (
+    ClassificationModule,
+    InstanceEncoderSpec,
+    LoPA,
+    LoPALightningModule,
+    PretrainedSpec,
+    PromptTuning,
+)
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules.resume import ResumePoint
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
@@ -110,6 +117,55 @@ def test_a_learning_rate_for_no_group_is_refused_before_weights_are_loaded(tiny:
     assert model.net is None
 
 
+class Resaved(ClassificationModule):
+    """Calls what a Lightning module of another kind needs to call."""
+
+    def __init__(self, margin: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+def test_a_subclass_may_save_its_arguments_again_and_a_user_may_freeze_a_group(tiny: Tiny, tmp_path: Path) -> None:
+    data = reviews(tmp_path)
+    model = Resaved(1.0, backbone=PretrainedSpec(tiny("bert")), prompt_encoder=LoPATiny, task=data.task)
+    model.configure_model()
+    frozen = model.net.prompt_encoder.shared_prompt.weight
+    frozen.requires_grad_(False).fill_(0.5)
+    trainer(tmp_path).fit(model, data)
+    again = LoPALightningModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.hparams["margin"] == 1.0
+    assert again.net.prompt_encoder.shared_prompt.weight.unique().tolist() == [0.5]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class WithOwnParameter(ClassificationModule):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+
+
+class WithoutGroup(PromptTuning):
+    def __init__(self, embedding_dim: int, instance_dim: int) -> None:
+        super().__init__(embedding_dim, instance_dim)
+        self.shift = torch.nn.Parameter(torch.zeros(embedding_dim))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "named"),
+    [
+        (WithOwnParameter, LoPATiny, "temperature"),
+        (ClassificationModule, WithoutGroup, "net.prompt_encoder.shift"),
+    ],
+)
+def test_a_parameter_that_no_optimizer_would_be_given_is_refused(
+    tiny: Tiny, tmp_path: Path, kind: type[ClassificationModule], method: Any, named: str
+) -> None:
+    model = kind(backbone=PretrainedSpec(tiny("bert")), prompt_encoder=method)
+    with pytest.raises(LoPAError, match=f"^{named} would not be trained and saved: parameter_groups of a prompt"):
+        trainer(tmp_path).fit(model, reviews(tmp_path))
+    assert model.net is None
+
+
 def test_a_rate_of_zero_keeps_a_group_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
     model, start = module(tiny("bert"), learning_rates={"shared_prompt": 0.0}), StartValues()
     trainer(tmp_path, callbacks=[start], enable_checkpointing=False).fit(model, reviews(tmp_path))
@@ -127,9 +183,14 @@ def test_a_plateau_scheduler_follows_the_validation_loss(tiny: Tiny, tmp_path: P
 
 @pytest.mark.parametrize(("precision", "objective"), [("bf16-mixed", "masked_lm"), ("bf16-true", "head")])
 def test_low_precision_runs(tiny: Tiny, tmp_path: Path, precision: Any, objective: Any) -> None:
-    run = trainer(tmp_path, precision=precision)
-    run.fit(module(tiny("bert"), objective=objective), reviews(tmp_path))
+    model, run = module(tiny("bert"), objective=objective), trainer(tmp_path, precision=precision)
+    run.fit(model, reviews(tmp_path))
     assert torch.isfinite(run.callback_metrics["val/loss"])
+    scores: Any = model.scores["val"]
+    run.precision_plugin.convert_module(model)  # as it was while it ran
+    for loss in [1.0] * 300 + [3.0] * 300:  # in bfloat16 neither the sum nor the count would grow any more
+        scores.loss.update(torch.tensor(loss), 4)
+    assert float(scores.loss.compute()) == 2.0
 
 
 def test_a_backbone_in_bfloat16_goes_with_prompts_in_float32(tiny: Tiny, tmp_path: Path) -> None:

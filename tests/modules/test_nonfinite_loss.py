@@ -86,7 +86,9 @@ def test_a_step_is_skipped_with_all_batches_that_it_accumulates(tiny: Tiny, tmp_
         for before, after in zip(values.before[::2], values.before[2::2])
     ]
     assert same == [step == SPOILT for step in range(len(same))]
-    assert run.callback_metrics["train/skipped_steps"] == 1
+    again = trainer(tmp_path, enable_checkpointing=False, callbacks=[])
+    again.fit(model, reviews(tmp_path))
+    assert [each.callback_metrics["train/skipped_steps"] for each in (run, again)] == [1, 1]  # of its run
 
 
 def test_what_another_process_skips_is_skipped_here() -> None:

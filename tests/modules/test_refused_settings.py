@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import ReduceLROnPlateau
 
 from lopa_lightning import (
@@ -152,6 +158,7 @@ def test_more_than_the_machine_has_memory_for(
         ({"data": {"max_length": 2}}, "leaves no room for text in 2: those of max_length"),
         ({"instance_encoder": InstanceEncoderSpec("no/such")}, "no model found for 'no/such'"),
         ({"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging write checkpoints that cannot be loaded here"),
+        ({"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging averages a copy that has no"),
         *(
             ({"callbacks": [ModelCheckpoint(monitor=name)]}, f"{LOGGED}{name!r}")
             for name in ("val/scor", "val_loss", "val/f1", "score", "valid/loss", "train/los", "lr")
