@@ -100,6 +100,12 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         nonfinite_loss: OnNonfinite = "stop",
     ) -> None:
         super().__init__()
+        for option, given, kind in (
+            ("backbone", backbone, PretrainedSpec),
+            ("instance_encoder", instance_encoder, InstanceEncoderSpec),
+        ):
+            if not isinstance(given, kind):
+                raise LoPAError(f"{option} must be a {kind.__name__}, such as {kind.__name__}({shown(given)})")
         if wrong := {name: rate for name, rate in (learning_rates or {}).items() if not 0 <= rate < float("inf")}:
             raise LoPAError(f"learning_rates must be at least 0 and finite, got {wrong}")
         if not 0 <= warmup < float("inf"):
@@ -139,6 +145,13 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         given = {key: value for key, value in self.hparams.items() if not key.startswith("_")}
         self._hparams = AttributeDict({**plain(given), "_class_path": class_name(type(self))})
         self._hparams_initial = copy.deepcopy(self._hparams)
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises an AttributeError within a property as it is: torch's would name the property in its place."""
+        found = getattr(type(self), name, None)
+        if isinstance(found, property | functools.cached_property):
+            return found.__get__(self, type(self))
+        return super().__getattr__(name)
 
     @functools.cached_property
     def builder(self) -> Builder:

@@ -29,6 +29,7 @@ class ResumePoint(Callback):
     def __init__(self) -> None:
         self._last_step: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
+        self._seed_after = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets the state of another run."""
@@ -62,6 +63,13 @@ class ResumePoint(Callback):
                 "that was restored: read trainer.estimated_stepping_batches in on_train_start, not before"
             )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
+        with torch.random.fork_rng(devices=[]):
+            self._seed_after = int(torch.randint(2**62, ()))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seeds what a program draws next: after the seed of the last step, all its runs would begin alike."""
+        if os.environ.get("PL_GLOBAL_SEED"):
+            torch.manual_seed(self._seed_after)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Makes a step's randomness (dropout) depend on seed, epoch, step and rank alone.

@@ -60,6 +60,11 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
     if stage == "fit":
         check_groups(module)
+        if str(trainer.precision).endswith("16-true"):
+            rank_zero_warn(
+                f"precision {trainer.precision} rounds what is trained after each step: small changes are lost; "
+                "backbone.dtype: bfloat16 with precision 32-true or bf16-mixed saves as much memory without that"
+            )
     if stage in ("test", "predict") and not module.awaits_checkpoint:
         check_learned(module, stage)
     check_folders(module.trainer, stage)

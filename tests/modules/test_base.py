@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from lopa_lightning import (
@@ -184,13 +185,48 @@ def test_a_plateau_scheduler_follows_the_validation_loss(tiny: Tiny, tmp_path: P
 @pytest.mark.parametrize(("precision", "objective"), [("bf16-mixed", "masked_lm"), ("bf16-true", "head")])
 def test_low_precision_runs(tiny: Tiny, tmp_path: Path, precision: Any, objective: Any) -> None:
     model, run = module(tiny("bert"), objective=objective), trainer(tmp_path, precision=precision)
-    run.fit(model, reviews(tmp_path))
+    with warnings.catch_warnings(record=True) as said:
+        run.fit(model, reviews(tmp_path))
+    assert any("rounds what is trained" in str(each.message) for each in said) == (precision == "bf16-true")
     assert torch.isfinite(run.callback_metrics["val/loss"])
     scores: Any = model.scores["val"]
     run.precision_plugin.convert_module(model)  # as it was while it ran
     for loss in [1.0] * 300 + [3.0] * 300:  # in bfloat16 neither the sum nor the count would grow any more
         scores.loss.update(torch.tensor(loss), 4)
     assert float(scores.loss.compute()) == 2.0
+
+
+def test_runs_of_one_program_do_not_begin_alike(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # restored in the end
+    seed_everything(1)
+    drawn = []
+    for _ in range(3):
+        model = module(tiny("bert"), instance_encoder=InstanceEncoderSpec(cache=False))
+        trainer(tmp_path, fast_dev_run=True).fit(model, reviews(tmp_path))
+        drawn.append(float(torch.rand(())))
+    assert len({*drawn}) == 3
+    seed_everything(1)
+    trainer(tmp_path, fast_dev_run=True).fit(module(tiny("bert")), reviews(tmp_path))
+    assert float(torch.rand(())) == drawn[0]
+
+
+class Misspelt(ClassificationModule):
+    def configure_readout(self, backbone: Any) -> Any:
+        return self.redout
+
+
+def test_what_a_users_code_misspells_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match="'Misspelt' object has no attribute 'redout'"):
+        trainer(tmp_path).fit(Misspelt(backbone=PretrainedSpec(tiny("bert"))), reviews(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"), [("backbone", "PretrainedSpec"), ("instance_encoder", "InstanceEncoderSpec")]
+)
+def test_a_model_is_named_by_a_spec(option: str, kind: str) -> None:
+    given: Any = {"backbone": PretrainedSpec("any"), option: "some/model"}
+    with pytest.raises(LoPAError, match=rf"^{option} must be a {kind}, such as {kind}\('some/model'\)$"):
+        ClassificationModule(**given)
 
 
 def test_a_backbone_in_bfloat16_goes_with_prompts_in_float32(tiny: Tiny, tmp_path: Path) -> None:
