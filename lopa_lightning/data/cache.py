@@ -13,7 +13,7 @@ from lopa_lightning.data.types import Dataset
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import causes_of, is_full_disk
 
-_FORMAT = 3  # of encoded rows; a new number makes cached ones stale
+_FORMAT = 4  # of encoded rows; a new number makes cached ones stale
 
 
 class Encoder(Protocol):

@@ -177,7 +177,7 @@ class Tokenize:
         return {key: list(encoded[key]) for key in keys}
 
     def _encode_cut(self, row: dict[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
-        """Cuts the longest field by the surplus, as often as it takes; returns what is left, and its encoding."""
+        """Cuts the longest fields to one length, as often as it takes; returns what is left, and its encoding."""
         row = dict(row)
         while True:
             encoded = self._encode([row])
@@ -186,7 +186,7 @@ class Tokenize:
                 return row, {key: values[0] for key, values in encoded.items()}
             spans = {name: self._token_spans(text) for name, text in row.items()}
             name = max(spans, key=lambda field: (len(spans[field]), len(row[field])))
-            row[name] = self._cut(row[name], spans[name], len(spans[name]) - surplus)
+            row[name] = self._cut(row[name], spans[name], _common_length(list(map(len, spans.values())), surplus))
 
     def _cut(self, text: str, spans: list[tuple[int, int]], kept: int) -> str:
         """Keeps about ``kept`` of a text's tokens, and always less than the whole text."""
@@ -202,6 +202,19 @@ class Tokenize:
     def _token_spans(self, text: str) -> list[tuple[int, int]]:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
+
+def _common_length(lengths: Sequence[int], surplus: int) -> int:
+    """Returns the length to which the longest fields are cut, so that all together lose a surplus of tokens.
+
+    Example:
+        >>> _common_length([60, 30, 4], surplus=20), _common_length([60, 30, 4], surplus=54)
+        (40, 18)
+    """
+    ordered, room = sorted(lengths), sum(lengths) - surplus
+    while ordered[0] <= room // len(ordered):
+        room -= ordered.pop(0)
+    return room // len(ordered)
 
 
 def backbone_template(template: Template, causal: Template | None, spec: TextSpec) -> Template:
@@ -227,6 +240,12 @@ def backbone_template(template: Template, causal: Template | None, spec: TextSpe
 
 
 def plain_template(columns: Sequence[str]) -> Template:
-    """Returns the template of the columns' texts alone, two as a pair; further ones go with the first."""
+    """Returns the template of the columns' texts alone, two as a pair; further ones go with the first.
+
+    Raises:
+        LoPAError: If a column's name is that of the place for the answer.
+    """
+    if _MASK in columns:
+        raise LoPAError("a column of text cannot be named 'mask', where a template has the answer; rename it")
     parts = [columns[:-1], columns[-1:]] if len(columns) > 1 else [columns]
     return Template(tuple("\n".join(f"{{{name}}}" for name in part) for part in parts))

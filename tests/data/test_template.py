@@ -223,12 +223,14 @@ def test_of_one_token_words_as_many_stay_as_fit(
     [
         (9, 3, 8, 5, 3),
         (3, 9, 8, 3, 5),
-        (9, 8, 10, 2, 8),
-        (5, 4, 3, 0, 3),
+        (9, 8, 10, 5, 5),
+        (5, 4, 3, 1, 2),
+        (60, 59, 36, 18, 18),
+        (59, 60, 7, 4, 3),
         (20, 20, 1, 0, 1),
     ],
 )
-def test_the_longest_field_is_cut_first(
+def test_the_longest_field_is_cut_first_and_none_below_another(
     tokenizer: TokenizerOf, first: int, second: int, room: int, kept_first: int, kept_second: int
 ) -> None:
     bert = tokenizer("bert")
@@ -321,3 +323,8 @@ def test_an_answer_in_words_needs_a_mask(text_spec: SpecOf, objective: str) -> N
 def test_a_mask_with_nothing_to_read_before_it_is_refused_for_causal_lms(text_spec: SpecOf) -> None:
     with pytest.raises(LoPAError, match="template"):
         backbone_template(Template(("{mask} : {text}",)), None, text_spec("gpt2", "causal_lm"))
+
+
+def test_a_column_named_as_the_place_for_the_answer_is_refused() -> None:
+    with pytest.raises(LoPAError, match="a column of text cannot be named 'mask'"):
+        plain_template(["text", "mask"])
