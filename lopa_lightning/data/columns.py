@@ -106,20 +106,24 @@ def check_columns(data: Dataset, names: Sequence[str], what: str, kind: str = ""
         raise LoPAError(f"{what}: no column {named}; there are {', '.join(there)}{advice}")
 
 
-def whole_rows(data: Dataset, columns: Sequence[str], what: str) -> list[int] | None:
+def whole_rows(data: Dataset, columns: Sequence[str], what: str, list_column: str | None = None) -> list[int] | None:
     """Returns the rows without an empty cell, and says how many have one; None where all are whole.
 
     Args:
         data: The rows.
         columns: In which a cell must not be empty.
         what: Name of the split, for messages.
+        list_column: The one of them in which an empty list is no empty cell.
 
     Raises:
         LoPAError: If there is no such column, or no whole row.
     """
     check_columns(data, columns, what)
-    cells = zip(*(data[name][:] for name in columns))
-    kept = [row for row, values in enumerate(cells) if not any(map(is_empty, values))]
+    empty: set[int] = set()
+    for name in columns:
+        cells = enumerate(data[name][:])
+        empty |= {row for row, cell in cells if is_empty(cell) and not (cell == [] and name == list_column)}
+    kept = [row for row in range(len(data)) if row not in empty]
     if dropped := len(data) - len(kept):
         rank_zero_warn(f"{what}: {dropped} of {len(data)} rows were dropped: they have an empty cell")
     if not kept:

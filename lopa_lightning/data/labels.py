@@ -195,7 +195,7 @@ def drawn_per_label(data: Dataset, found: LabelLookup, names: Sequence[str], cou
 
 
 def label_of(feature: Any, value: Any) -> Any:
-    """Returns the label, or the list of labels, that a row of a data set has, as text; a number as it is.
+    """Returns the label, or the list of labels, that a row of a data set has, as a config spells it.
 
     Args:
         feature: Of the label column.
@@ -207,7 +207,7 @@ def label_of(feature: Any, value: Any) -> Any:
     if isinstance(value, list):
         return [label_of(feature.feature, each) for each in value]
     value = named_class(feature, value)
-    return value if value is None or isinstance(value, float) else _spelled(value)
+    return None if value is None else _spelled(value)
 
 
 def named_class(feature: Any, value: Any) -> Any:

@@ -36,6 +36,9 @@ class TextDataModule(SplitsDataModule):
         LoPAError: If arguments are out of range or contradict each other.
     """
 
+    list_column: str | None = None
+    """Column with a list of labels in each row, which may well be empty; None where there is none."""
+
     def __init__(
         self,
         max_length: int | None = None,
@@ -82,7 +85,7 @@ class TextDataModule(SplitsDataModule):
         """Tokenises the rows of a split, from the cache where that was done before."""
         what = f"{role} ({split})"
         encoder = self.row_encoder(data, what, role)
-        kept = whole_rows(data, encoder.needed, what) if self.drop_empty else None
+        kept = whole_rows(data, encoder.needed, what, self.list_column) if self.drop_empty else None
         tokenised = encoded_rows(data, encoder, what, "Tokenising", kept)
         for column, message in self.warnings_of(encoder).items():
             if column in tokenised.column_names:

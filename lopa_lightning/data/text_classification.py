@@ -77,6 +77,7 @@ class TextClassificationDataModule(TextDataModule):
         has_classes = names != [] and not multi_label and not per_word
         check_shots(shots_per_label, self.max_train_examples, has_classes)
         self.label_column, self.class_column = label_column, label_column if has_classes else None
+        self.list_column = label_column if multi_label else None
         self.labels, self.multi_label, self.per_word = names, multi_label, per_word
         self._label_values = values_of_labels(names, label_values)
         pieces = None if template is None else tuple(listed("template", template))
@@ -146,12 +147,14 @@ class TextClassificationDataModule(TextDataModule):
     def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Adds the ``input`` of each row, with its ``id`` or ``idx``, and its ``gold`` label where it has one."""
         data = self.load_split(self.splits_of("predict")[set_index], "predict")
-        inputs = [name for name in ("id", "idx", *self.input_columns) if name in data.column_names]
+        inputs = [name for name in dict.fromkeys(["id", "idx", *self.input_columns]) if name in data.column_names]
         gold = self.label_column in data.column_names
         stored = data.select_columns([*inputs, *([self.label_column] if gold else [])])
         said = [stored[row["index"]] for row in rows]
-        labels = [label_of(stored.features[self.label_column], each.pop(self.label_column)) for each in said if gold]
-        return with_inputs(rows, said, list(map(self._named_label, labels)))
+        labels = [each.pop(self.label_column) for each in said if gold]
+        if self.labels != []:  # else they are numbers
+            labels = [self._named_label(label_of(stored.features[self.label_column], each)) for each in labels]
+        return with_inputs(rows, said, labels)
 
     def _named_label(self, label: Any) -> Any:
         """Returns the name of a label, whatever stands for it in the column."""

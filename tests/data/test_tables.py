@@ -143,6 +143,30 @@ def test_rows_with_an_empty_cell_are_dropped_and_counted(spec: TextSpec) -> None
     assert named[1] == {"index": 4, "input": {"text": "five"}, "gold": "bad", "label": "good"}
 
 
+@pytest.mark.parametrize(
+    ("labels", "column", "gold"),
+    [
+        (["bad", "good"], ["1", ""], ["good", None]),
+        (["bad", "good"], ["1", "0"], ["good", "bad"]),
+        ([], ["3", "4"], [3, 4]),
+    ],
+    ids=["numbers and an empty cell, read as floats", "numbers", "regression on whole numbers"],
+)
+def test_gold_is_what_is_predicted(labels: list[str], column: list[str], gold: list[Any], spec: TextSpec) -> None:
+    Path("a.csv").write_text("text,label\n" + "".join(f"film,{cell}\n" for cell in column))
+    files: Any = {"data_files": {"test": "a.csv"}, "label_values": [0, 1] if labels else []}
+    data = prepared(spec, "predict", labels=labels, **files)
+    named = data.named(0, [{"index": 0}, {"index": 1}])
+    assert [row["gold"] for row in named] == gold
+    assert [type(row["gold"]) for row in named] == list(map(type, gold))
+
+
+def test_a_text_without_a_label_is_kept_where_there_may_be_several(spec: TextSpec) -> None:
+    rows = [{"text": text, "label": labels} for text, labels in (("a", ["good"]), ("b", []), ("c", None), ("", []))]
+    data = prepared(spec, "test", data_files={"test": write("a.jsonl", rows)}, multi_label=True, drop_empty=True)
+    assert [(row["index"], row["labels"]) for row in rows_of(data.test_dataloader()[0])] == [(0, [0, 1]), (1, [0, 0])]
+
+
 @pytest.mark.parametrize("labels", [["1", "2"], []], ids=["classes", "regression"])
 def test_a_missing_label_is_named_by_its_row(labels: list[str], spec: TextSpec, refused: Refused) -> None:
     Path("a.csv").write_text("text,label\none,1\ntwo,\nthree,2\n")
