@@ -98,6 +98,8 @@ class PredictionWriter(Callback):
 
     def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes all processes' predictions, one file for each set."""
+        if trainer.fast_dev_run:
+            return
         for set_index, suffix in enumerate(_suffixes(pl_module, len(trainer.num_predict_batches))):
             rows = self._all_rows(set_index)
             if not trainer.is_global_zero:

@@ -110,8 +110,9 @@ class PromptMonitor(Callback):
             pl_module.log("train/padding", share(), sync_dist=True)
 
     def _is_logging_step(self, trainer: Any, done: int = 0) -> bool:
-        every = trainer.log_every_n_steps
-        return self.enabled and trainer.logger is not None and (trainer.global_step + 1 - done) % every == 0
+        every = trainer.log_every_n_steps  # 0 for never
+        is_asked = self.enabled and trainer.logger is not None and every > 0
+        return is_asked and (trainer.global_step + 1 - done) % every == 0
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -93,12 +93,12 @@ class PredictionStream:
 
 
 def json_lines(rows: Iterable[dict[str, Any]]) -> str:
-    """Returns rows as lines of JSON; what JSON has no type for, as text.
+    r"""Returns rows as lines of JSON; what JSON has no type for, as text.
 
     Example:
         >>> import datetime
         >>> json_lines([{"id": datetime.date(2024, 1, 31)}])
-        '{"id": "2024-01-31"}\\n'
+        '{"id": "2024-01-31"}\n'
     """
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 

@@ -70,6 +70,7 @@ def curve(results: Sequence[Result]) -> tuple[pd.Series, pd.Series]:
     """Returns the mean and the sample standard deviation of ``val/score`` over runs, by training examples seen.
 
     Runs are averaged by step, and so are the examples: an epoch's one small batch comes early in some, late in others.
+    Of several validations at one step, between which batches were accumulated, the last one counts.
 
     Example:
         >>> history = lambda samples, score: [{"step": 2, "samples": samples, "metrics": {"val/score": score}}]
@@ -77,9 +78,10 @@ def curve(results: Sequence[Result]) -> tuple[pd.Series, pd.Series]:
         >>> mean.to_dict(), round(float(spread[26]), 3)
         ({26.0: 0.625}, 0.177)
     """
-    by_step = [{entry["step"]: entry["samples"] for entry in result.history} for result in results]
-    samples = pd.DataFrame(by_step).sort_index(axis=1).mean()
-    scores = pd.DataFrame([dict(zip(steps, result.scores)) for steps, result in zip(by_step, results)])[samples.index]
+    steps = [[entry["step"] for entry in result.history] for result in results]
+    seen = [[entry["samples"] for entry in result.history] for result in results]
+    samples = pd.DataFrame([dict(zip(*run)) for run in zip(steps, seen)]).sort_index(axis=1).mean()
+    scores = pd.DataFrame([dict(zip(own, result.scores)) for own, result in zip(steps, results)])[samples.index]
     return scores.mean().set_axis(samples), scores.std().set_axis(samples)
 
 

@@ -88,13 +88,17 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
     if others := sorted({*comparison.virtual_tokens} - {*methods}):
         rank_zero_warn(f"virtual_tokens has no effect for {', '.join(others)}; compared are {', '.join(methods)}")
     configs, wrong = {}, []
+    chooses_on = comparison.selection_splits if len(comparison.rate_multipliers) > 1 else None
     for task in comparison.tasks:
         for method in comparison.methods:
             names = Path(task).stem, Path(method).stem
             length = comparison.virtual_tokens.get(names[1], {}).get(names[0])
             own = [] if length is None else [f"--model.prompt_encoder.num_virtual_tokens={length}"]
+            files, given = [task, *comparison.overlays, method], [*own, *options, *budget(comparison)]
             try:
-                config = resolve([task, *comparison.overlays, method], [*own, *options, *budget(comparison)])
+                config = resolve(files, given)
+                if chooses_on is not None and method == comparison.methods[0]:  # a task's data may refuse them
+                    resolve(files, [*given, *(f"--data.splits.{role}={split}" for role, split in chooses_on.items())])
                 for multiplier in comparison.rate_multipliers:
                     with_rates_times(config, multiplier)
                 configs[names] = config

@@ -40,7 +40,7 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
         The whole configuration.
 
     Raises:
-        LoPAError: If ``lopa fit`` would refuse it.
+        LoPAError: If ``lopa fit`` would refuse it, or it validates on nothing, so that it would have no result.
     """
     try:
         resolver = _resolver([*(part for config in configs for part in ("--config", config)), *options])
@@ -50,6 +50,8 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
         if (expected := expected_cause(error)) is None:
             raise
         raise LoPAError(folded(str(expected))) from error
+    if resolver.trainer.limit_val_batches == 0:
+        raise LoPAError("trainer.limit_val_batches must be above 0: a run's result is that of its last validation")
     config: Config = resolver.config_dump
     return config
 

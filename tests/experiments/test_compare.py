@@ -10,6 +10,7 @@ import os
 import signal
 import statistics
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,7 @@ def test_every_wrong_config_is_refused_before_anything_runs(
         write_yaml(tmp_path / "misspelt.yaml", misspelt),
         configs["soft"],
         write_yaml(tmp_path / "negative.yaml", negative),
+        write_yaml(tmp_path / "blind.yaml", {"trainer": {"limit_val_batches": 0}}),
         str(tmp_path / "missing.yaml"),
     ]
     with pytest.raises(SystemExit) as stop:
@@ -222,6 +224,7 @@ def test_every_wrong_config_is_refused_before_anything_runs(
         "reviews misspelt: ",
         "Did you mean optimizer",
         "reviews negative: warmup must be a number of steps",
+        "reviews blind: trainer.limit_val_batches must be above 0",
         "reviews missing: ",
     ):
         assert expected in error
@@ -246,6 +249,18 @@ def test_every_wrong_config_is_refused_before_anything_runs(
 def test_comparisons_that_cannot_be_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(LoPAError, match=named):
         configs_of(Comparison(**{"methods": ["a.yaml"], "tasks": ["b.yaml"], **changes}))
+
+
+def test_splits_to_choose_on_that_a_task_cannot_have_are_refused_before_anything_runs(
+    configs: Configs, tmp_path: Path
+) -> None:
+    data = {"class_path": "lopa_lightning.GLUEDataModule", "init_args": {"task": "rte"}}
+    glue = write_yaml(tmp_path / "glue.yaml", {**yaml.safe_load(Path(configs["reviews"]).read_text()), "data": data})
+    splits = {"train": "train", "val": "test"}
+    comparison = Comparison(methods=[configs["soft"]], tasks=[glue], selection_splits=splits)
+    assert len(configs_of(comparison)) == 1  # nothing is chosen
+    with pytest.raises(LoPAError, match="glue soft: splits must be"):
+        configs_of(replace(comparison, rate_multipliers=[0.5, 1.0]))
 
 
 @pytest.fixture(scope="module")

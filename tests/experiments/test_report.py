@@ -206,3 +206,11 @@ def test_a_curve_is_the_mean_of_seeds_at_each_number_of_examples() -> None:
     assert list(mean) == pytest.approx([0.5, 0.6, 0.7])
     assert list(spread)[:2] == pytest.approx([0.02**0.5, 0])
     assert math.isnan(list(spread)[2])  # of one run
+
+
+def test_of_several_validations_at_one_step_the_last_is_drawn() -> None:
+    accumulated = result(0.1, 0.4, 0.6, 0.7)
+    for entry, step in zip(accumulated.history, (0, 1, 1, 2)):
+        entry["step"] = step
+    mean, _ = chart.curve([accumulated])
+    assert mean.to_dict() == pytest.approx({100: 0.1, 300: 0.6, 400: 0.7})
