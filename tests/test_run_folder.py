@@ -233,6 +233,13 @@ def test_the_next_run_clears_what_a_killed_one_left(command: Command) -> None:
     assert Path("runs/lopa/version_1/checkpoints/last.ckpt").is_file()
 
 
+def test_without_a_logger_a_users_config_stays_as_it_is(command: Command) -> None:
+    Path("config.yaml").write_text("mine: true")
+    with pytest.warns(UserWarning, match=r"config\.yaml is there already and stays as it is"):
+        main(command("--trainer.logger=false", "--trainer.max_epochs=1"))
+    assert Path("config.yaml").read_text() == "mine: true"
+
+
 def test_whether_a_folder_can_be_written_to_is_seen_without_making_it(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     check_writable(tmp_path / "new" / "newer", "dirpath")

@@ -14,12 +14,40 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lopa_lightning.callbacks.run_folder import RunLogger, start_run
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import Claim, clear_unfinished
 from lopa_lightning.signals import SIGNALS, StopHandler, Stopped, is_ours_to_handle
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoints as Lightning does, but none whose score is NaN or infinite."""
+    """Keeps the best checkpoints as Lightning does, but none whose score is NaN or infinite.
+
+    Args:
+        dirpath: Folder; by default the run's.
+        filename: Name of the files, without their ending.
+        save_top_k: How many are kept; -1 for all.
+        enable_version_counter: Whether files of one name are numbered.
+        **kwargs: See Lightning's ``ModelCheckpoint``.
+
+    Raises:
+        LoPAError: If several are to be kept under one name, where each would replace the one before.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str | None = None,
+        save_top_k: int = 1,
+        enable_version_counter: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if save_top_k not in (0, 1) and not enable_version_counter and filename is not None and "{" not in filename:
+            raise LoPAError(
+                f"save_top_k {save_top_k} needs a filename with a field, such as 'best-{{step}}', got {filename!r}"
+            )
+        super().__init__(
+            dirpath, filename, save_top_k=save_top_k, enable_version_counter=enable_version_counter, **kwargs
+        )
 
     def check_monitor_top_k(self, trainer: Any, current: Tensor | None = None) -> bool:
         """Returns whether a score is among the best so far.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lopa_lightning.files import clear_unfinished, is_full_disk, name_file
 
@@ -106,6 +106,12 @@ class RunConfig(SaveConfigCallback):
     def _start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking and not self.already_saved:
             start_run(trainer)
+            path = os.path.join(trainer.log_dir, self.config_filename)
+            # Other loggers, or none, have one folder for all runs, in which a file may be the user's own.
+            self.overwrite = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
+            self.already_saved = trainer.strategy.broadcast(not self.overwrite and os.path.exists(path))
+            if self.already_saved:
+                rank_zero_warn(f"{path} is there already and stays as it is: the run's configuration is not saved")
             super().setup(trainer, pl_module, str(trainer.state.fn))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

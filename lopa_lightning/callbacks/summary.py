@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -85,11 +86,14 @@ class FitSummary(Callback):
             print(parts_table(pl_module.net))
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Keeps the metrics of the validation with the best score."""
+        """Keeps the metrics of the best validation, which is that of the best checkpoint where one is kept."""
         if trainer.sanity_checking:
             return
         metrics = validation_metrics(trainer)
         key, sign = ("val/score", 1) if "val/score" in metrics else ("val/loss", -1)
+        checkpoint = trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor in metrics:
+            key, sign = checkpoint.monitor, 1 if checkpoint.mode == "max" else -1
         if isfinite(metrics.get(key, nan)) and (not self._best or sign * metrics[key] > sign * self._best[key]):
             self._best = metrics
 
@@ -126,16 +130,18 @@ class FitSummary(Callback):
             lines.append(
                 f"  {Path(best).stat().st_size / 1e6:.1f} MB checkpoint, {4 * trained / 1e6:.1f} MB of it weights"
             )
-            lines += self._next_commands(log_dir if trainer.loggers else None, _relative(best))
+            lines += _next_commands(trainer.loggers, log_dir, _relative(best))
         print("\n".join(lines))
         warn_if_blind(self._best)
 
-    @staticmethod
-    def _next_commands(log_dir: str | None, checkpoint: str) -> list[str]:
-        if log_dir is None or not (config := Path(log_dir, "config.yaml")).is_file():
-            return []
-        run = f"--config {_relative(str(config))} --ckpt_path {checkpoint}"
-        return ["Next", f"  lopa test {run}", f"  lopa predict {run}", f"  tensorboard --logdir {_relative(log_dir)}"]
+
+def _next_commands(loggers: Sequence[Logger], log_dir: str, checkpoint: str) -> list[str]:
+    if not loggers or not (config := Path(log_dir, "config.yaml")).is_file():
+        return []
+    run = f"--config {_relative(str(config))} --ckpt_path {checkpoint}"
+    boards = [str(logger.log_dir) for logger in loggers if isinstance(logger, TensorBoardLogger)]
+    shown = [f"  tensorboard --logdir {_relative(board)}" for board in boards[:1]]
+    return ["Next", f"  lopa test {run}", f"  lopa predict {run}", *shown]
 
 
 def _relative(path: str) -> str:

@@ -138,6 +138,26 @@ def test_the_summarys_best_is_the_first_score_that_is_a_number() -> None:
     assert summary.state_dict() == {"best": {"val/score": 0.5}}
 
 
+def test_the_summarys_best_is_the_best_checkpoints() -> None:
+    summary, best = FitSummary(), BestCheckpoint(monitor="val/loss", mode="min")
+    run: Any = Trainer(logger=False, callbacks=[best])
+    for loss, score in ((0.5, 0.7), (0.3, 0.8), (0.4, 0.9)):
+        metrics = {"val/loss": torch.tensor(loss), "val/score": torch.tensor(score)}
+        run._logger_connector._callback_metrics = metrics
+        summary.on_validation_end(run, LightningModule())
+    assert summary.state_dict()["best"]["val/score"] == pytest.approx(0.8)
+
+
+def test_several_best_checkpoints_need_names_of_their_own() -> None:
+    for kept in (-1, 3):
+        with pytest.raises(
+            LoPAError, match=f"save_top_k {kept} needs a filename with a field, such as 'best-{{step}}'"
+        ):
+            BestCheckpoint(filename="best", save_top_k=kept, enable_version_counter=False)
+    for name, numbered in (("best-{step}", False), (None, False), ("best", True)):
+        BestCheckpoint(filename=name, save_top_k=3, enable_version_counter=numbered, monitor="val/score")
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("rate", "learned"), [(0.1, True), (1e-9, False)])
 def test_a_regression_that_learned_nothing_is_told_from_one_that_did(
