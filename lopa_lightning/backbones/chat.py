@@ -9,16 +9,15 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.tokens import running_ids
-from lopa_lightning.backbones.transformers_internals import template_tree
 from lopa_lightning.errors import LoPAError, listed, one_line, shown
 
 PLACEHOLDER = "<prompt_embeds>"
@@ -181,7 +180,7 @@ class ChatFormat:
 
     @functools.cached_property
     def _reads_parts(self) -> bool:
-        return reads_parts(self.template)
+        return reads_parts(self.tokenizer)
 
     def _rendered(self, messages: Chat, asks: bool = False) -> str:
         shaped = self._as_served(messages) if self.holds_prompt else list(messages)
@@ -285,60 +284,19 @@ def _is_message(message: Any) -> bool:
     return isinstance(message.get("content"), str) or bool(message["role"] == "assistant" and message.get("tool_calls"))
 
 
-def reads_parts(template: str) -> bool:
-    """Returns whether a chat template goes through a message's content part by part.
+def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether a tokenizer's chat template goes through a message's content part by part.
 
-    vLLM decides so, from the template alone, whether it hands over a content as a list of parts (its content format
-    ``openai``) or joined by newlines (``string``). The rule is the server's: is there a loop over the content?
+    vLLM decides so whether it hands over a content as a list of parts (its content format ``openai``) or joined by
+    newlines (``string``). It reads the template's syntax for a loop over the content; here a part is rendered, of which
+    such a loop shows the text alone.
 
     Args:
-        template: In Jinja.
-
-    Example:
-        >>> reads_parts("{% for m in messages %}{{ m.content }}{% endfor %}")
-        False
-        >>> reads_parts("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}")
-        True
+        tokenizer: With the template.
     """
-    tree = template_tree(template)
-    loops, chats, found = list(tree.find_all(nodes.For)), {"messages"}, True
-    while found:  # {% set rest = messages[1:] %}
-        assigned = [each for each in tree.find_all(nodes.Assign) if _name(_bare(each.node)) in chats]
-        named = {name for each in assigned if (name := _name(each.target)) is not None}
-        found = not named <= chats
-        chats |= named
-    messages = {_name(loop.target) for loop in loops if _name(_bare(loop.iter)) in chats} - {None}
-
-    def is_content(node: nodes.Node) -> bool:
-        node = _bare(node)
-        key = node.attr if isinstance(node, nodes.Getattr) else None
-        if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-            key = node.arg.value
-        return key == "content" and _name(cast(Any, node).node) in messages
-
-    if any(is_content(loop.iter) for loop in loops):
-        return True
-    within: set[int] = set()
-    for macro in tree.find_all(nodes.Macro):  # {{ shown(message.content) }}
-        own = list(macro.find_all(nodes.For))
-        within |= set(map(id, own))
-        calls = [call for call in tree.find_all(nodes.Call) if _name(call.node) == macro.name]
-        given = {arg.name for call in calls for arg, value in zip(macro.args, call.args) if is_content(value)}
-        given |= {pair.key for call in calls for pair in call.kwargs if is_content(pair.value)}
-        if any(_name(loop.iter) in given for loop in own):
-            return True
-    return any(_name(loop.iter) == "content" and id(loop) not in within for loop in loops)
-
-
-def _name(node: nodes.Node) -> str | None:
-    return node.name if isinstance(node, nodes.Name) else None
-
-
-def _bare(node: nodes.Node) -> nodes.Node:
-    """Returns the node without filters, tests and slices around it."""
-    while isinstance(node, (nodes.Filter, nodes.Test)) or (
-        isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
-    ):
-        assert node.node is not None
-        node = node.node
-    return node
+    message: dict[str, Any] = {"role": "user", "content": [_text(PLACEHOLDER)]}
+    try:
+        text = str(tokenizer.apply_chat_template([message], tokenize=False))
+    except Exception:  # a template raises what it likes, as where it adds a list to a text
+        return False
+    return PLACEHOLDER in text and re.search("""["']type["']""", text) is None  # the part itself, as Python or JSON

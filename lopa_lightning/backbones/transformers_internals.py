@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import jinja2.nodes
 from transformers import PretrainedConfig, PreTrainedModel, conversion_mapping
-from transformers.utils import chat_template_utils
 
 
 def layer_class_names(model: PreTrainedModel) -> set[str]:
@@ -49,9 +47,3 @@ def attention_implementation(model: PreTrainedModel) -> str:
     """Returns how a model computes attention, to set it back after a change; it can be set, but not be asked for."""
     name: str = model.config._attn_implementation
     return name
-
-
-def template_tree(template: str) -> jinja2.nodes.Template:
-    """Returns the syntax tree of a chat template, parsed with the tags that transformers adds to Jinja's own."""
-    compiled: jinja2.Template = chat_template_utils._compile_jinja_template(template)
-    return compiled.environment.parse(template)

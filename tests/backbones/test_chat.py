@@ -150,12 +150,22 @@ def test_prompts_are_one_or_several_texts_or_chats() -> None:
 
 
 def test_which_templates_go_through_parts() -> None:
-    assert {name for name, template in TEMPLATES.items() if reads_parts(template.text)} == READS_PARTS
+    assert {name for name, template in TEMPLATES.items() if reads_parts(tokenizer_of(template))} == READS_PARTS
+
+    def reads(template: str) -> bool:
+        tokenizer = causal_tokenizer()
+        tokenizer.chat_template = template
+        return reads_parts(tokenizer)
+
     loop = "{% for part in content %}{{ part.text }}{% endfor %}"
-    assert reads_parts(f"{{% for m in messages %}}{{% set content = m.content %}}{loop}{{% endfor %}}")
-    assert reads_parts(f"{{% for m in messages %}}{loop.replace('content', 'm.content | list')}{{% endfor %}}")
+    assert reads(f"{{% for m in messages %}}{{% set content = m.content %}}{loop}{{% endfor %}}")
+    assert reads(f"{{% for m in messages %}}{loop.replace('content', 'm.content | list')}{{% endfor %}}")
     macro = f"{{% macro shown(content) %}}{loop}{{% endmacro %}}"
-    assert reads_parts(macro + "{% for m in messages %}{{ shown(m.content) }}{% endfor %}")
-    assert reads_parts(macro + "{% for m in messages %}{{ shown(content=m['content']) }}{% endfor %}")
-    assert not reads_parts(macro + "{% for m in messages %}{{ shown(m.extra) }}{% endfor %}")  # a list by that name
-    assert not reads_parts("{% for part in messages[0].content %}{{ part }}{% endfor %}")
+    assert reads(macro + "{% for m in messages %}{{ shown(m.content) }}{% endfor %}")
+    assert reads(macro + "{% for m in messages %}{{ shown(content=m['content']) }}{% endfor %}")
+    assert not reads(macro + "{% for m in messages %}{{ shown(m.extra) }}{% endfor %}")  # a list by that name
+    assert not reads("{% for part in messages[0].content %}{{ part }}{% endfor %}")
+    assert not reads("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert not reads("{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
+    assert not reads("{% for m in messages %}{{ '- ' + m.content }}{% endfor %}")
+    assert not reads("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}")

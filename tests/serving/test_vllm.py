@@ -37,7 +37,7 @@ from lopa_lightning import (
 from lopa_lightning.backbones.chat import PLACEHOLDER, reads_parts
 from lopa_lightning.serving import export
 from lopa_lightning.serving.doctor import findings
-from tests.backbones.chat_templates import TEMPLATES
+from tests.backbones.chat_templates import TEMPLATES, tokenizer_of
 from tests.conftest import REAL_MODELS
 from tests.serving.vllm_server import VARIABLE, missing, vllm_server
 
@@ -284,5 +284,5 @@ def test_the_server_hands_parts_to_the_same_templates() -> None:
         [os.environ[VARIABLE], "-c", code], input=given, env=environment, capture_output=True, text=True, check=True
     )
     formats = json.loads(answer.stdout.splitlines()[-1])
-    assert formats == ["openai" if reads_parts(each.text) else "string" for each in TEMPLATES.values()]
+    assert formats == ["openai" if reads_parts(tokenizer_of(each)) else "string" for each in TEMPLATES.values()]
     assert set(formats) == {"openai", "string"}
