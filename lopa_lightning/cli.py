@@ -43,6 +43,7 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import is_full_disk
 from lopa_lightning.modules import LoPALightningModule
 from lopa_lightning.signals import Stopped, stoppable
+from lopa_lightning.strategies import check_strategy
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -179,7 +180,9 @@ class LoPACLI(LightningCLI):
             isinstance(each, ProgressBar) for each in callbacks
         ):
             callbacks = [*callbacks, EpochBar()]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        check_strategy(trainer.strategy)  # before there are other processes, whose errors are long
+        return trainer
 
     def _refused(self, error: Exception) -> str:
         """Says what a class of another library refuses, with the options of the Trainer that it names."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,9 +18,6 @@ from lopa_lightning.backbones.sharding import placed_like, whole
 from lopa_lightning.errors import LoPAError
 
 _OVERLAY = "put configs/trainer/fsdp.yaml over the configuration (FSDP2, lopa_lightning.strategies.FSDP2Strategy)"
-
-_SPAWNS = "strategies that spawn or fork processes lose what is trained in them; use strategy: ddp"
-_SPAWNING = ("spawn", "fork", "notebook")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -111,7 +108,7 @@ def check_strategy(strategy: Strategy) -> None:
     """
     check_strategy_name(type(strategy).__name__)
     if getattr(strategy, "_start_method", "popen") != "popen":
-        raise LoPAError(_SPAWNS)
+        raise LoPAError("a strategy that spawns or forks processes loses what is trained in them; use strategy: ddp")
     if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
         raise LoPAError(
             f"{type(strategy).__name__} with save_distributed_checkpoint: true writes folders that no other strategy "
@@ -136,26 +133,6 @@ def check_strategy_name(name: str) -> None:
         raise LoPAError(f"strategy {name!r} is FSDP1, which cannot shard what is partly frozen; {_OVERLAY}")
     if short.startswith("deepspeed"):
         raise LoPAError(f"strategy {name!r} shards the trained tensors that a checkpoint must hold whole; {_OVERLAY}")
-
-
-def check_configured(strategy: str) -> None:
-    """Refuses what ``trainer.strategy`` may not be.
-
-    Args:
-        strategy: A name, or the path of a class.
-
-    Raises:
-        LoPAError: If there is none of that name, or it cannot serve.
-    """
-    check_strategy_name(strategy)
-    if "." in strategy:
-        return
-    if any(part in strategy for part in _SPAWNING):
-        raise LoPAError(f"trainer.strategy {strategy}: {_SPAWNS}")
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    if strategy not in known:
-        usable = [name for name in known if not any(part in name for part in ("deepspeed", "fsdp", *_SPAWNING))]
-        raise LoPAError(f"trainer.strategy must be one of {', '.join(usable)}, or a class path, got {strategy}")
 
 
 def _like(value: Any, parameter: Tensor) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import Any
 
 from jsonargparse import Namespace
 
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.strategies import check_configured
+from lopa_lightning.strategies import check_strategy_name
 
 _Allowed = tuple[Callable[[Any], bool], str]
 
@@ -70,31 +69,12 @@ def check_options(config: Namespace) -> None:
             value = config.get(key)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_allowed(value):
                 raise LoPAError(f"{key.replace('.init_args', '')} must be {allowed}, got {value}")
-    if config.get("trainer.barebones"):
-        raise LoPAError("trainer.barebones must be false: a run keeps checkpoints and logs")
-    limit = config.get("trainer.max_time")
-    if limit is not None and not (limit.strip("0:") if isinstance(limit, str) else any(dict(limit).values())):
-        raise LoPAError(f"trainer.max_time must be longer than 0, or null, got {limit}")
-    _check_names(config)
     strategy = config.get("trainer.strategy")
     if strategy is not None:
-        check_configured(strategy if isinstance(strategy, str) else strategy.class_path)
+        check_strategy_name(strategy if isinstance(strategy, str) else strategy.class_path)
     steps, warmup = config.get("trainer.max_steps"), config.get("model.init_args.warmup")
     if isinstance(warmup, (int, float)) and isinstance(steps, int) and 1 <= steps <= warmup:
         raise LoPAError(f"model.warmup must be less than trainer.max_steps, {steps}, got {warmup:g}")
-
-
-def _check_names(config: Namespace) -> None:
-    """Refuses names of files and folders that lead out of the folder that they are to be in."""
-    loggers = config.get("trainer.logger")
-    options = {f"{place}.filename": config.get(f"{place}.filename") for place in ("checkpoint", "last_checkpoint")}
-    for each in loggers if isinstance(loggers, list) else [loggers]:
-        if isinstance(each, Namespace):
-            names = ("name", "version", "sub_dir")
-            options |= {f"trainer.logger.{name}": each.get(f"init_args.{name}") for name in names}
-    for name, value in options.items():
-        if isinstance(value, str) and (os.path.isabs(value) or ".." in PurePath(value).parts):
-            raise LoPAError(f"{name} must be a name within its folder, got {value!r}")
 
 
 def expand_home(config: Any, is_path: bool = False) -> Any:
