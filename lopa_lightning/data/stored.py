@@ -63,24 +63,25 @@ def read_rows(
     folder = os.path.expanduser(str(path))
     if (is_there := os.path.exists(folder)) and not os.path.isdir(folder):
         raise LoPAError(f"path {folder!r} is a file; name it in data_files, such as {{train: {folder}}}")
-    arguments: dict[str, Any] = {"path": folder, "name": name, "revision": revision, **options}
-    return _loaded(repr(path), arguments, is_there, folder if is_there else None)
+    if is_there and (real := os.path.realpath(folder)) != glob.escape(real):
+        raise LoPAError(
+            f"path {real!r} has *, ? or [ in its name, by which other folders could be meant; rename it, or name its "
+            "files in data_files"
+        )
+    return _loaded(repr(path), {"path": folder, "name": name, "revision": revision, **options}, is_there)
 
 
-def _loaded(what: str, arguments: dict[str, Any], is_there: bool = True, folder: str | None = None) -> DatasetDict:
+def _loaded(what: str, arguments: dict[str, Any], is_there: bool = True) -> DatasetDict:
     """Returns the splits that ``load_dataset_builder`` gives for its arguments.
 
     Args:
         what: What is read, for messages.
         arguments: Of ``load_dataset_builder``.
         is_there: Whether files were found.
-        folder: Where the data set is a folder.
     """
     from datasets import DatasetDict, load_dataset_builder
 
     try:
-        if folder is not None:
-            arguments = {**arguments, **_escaped(folder, arguments["name"])}
         builder = load_dataset_builder(**arguments)
         _check_texts(builder.config)
         builder.download_and_prepare()
@@ -94,33 +95,6 @@ def _loaded(what: str, arguments: dict[str, Any], is_there: bool = True, folder:
     if any("__index_level_0__" in names for names in loaded.column_names.values()):
         raise LoPAError(f"the data in {what} cannot be read: a row has more cells than the header")
     return loaded
-
-
-def _escaped(folder: str, name: str | None) -> dict[str, Any]:
-    """Returns what ``load_dataset_builder`` needs beside a folder whose path it would take for a pattern.
-
-    Raises:
-        LoPAError: If the folder has configs, and not that one.
-    """
-    from datasets.data_files import get_data_patterns, sanitize_patterns
-    from datasets.info import DatasetInfosDict
-    from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCard
-
-    root = glob.escape(os.path.realpath(folder))
-    if root == os.path.realpath(folder):
-        return {}
-    card = os.path.join(folder, "README.md")
-    said = DatasetCard.load(card).data if os.path.exists(card) else {}
-    configs = MetadataConfigs.from_dataset_card_data(said)
-    name = name or (configs.get_default_config_name() if configs else "default")
-    if configs and name not in configs:
-        raise LoPAError(f"path {folder!r}: name must be one of {', '.join(configs)}, got {name}")
-    config, info = configs.get(name, {}), DatasetInfosDict.from_dataset_card_data(said).get(name)
-    root = os.path.join(root, config.get("data_dir") or "")
-    patterns = sanitize_patterns(config["data_files"]) if "data_files" in config else get_data_patterns(root)
-    files = {split: [os.path.join(root, pattern) for pattern in parts] for split, parts in patterns.items()}
-    return {"data_files": files, "features": info.features if info is not None else None}
 
 
 def _reason(error: Exception) -> str:
