@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,7 +33,6 @@ from lopa_lightning.plain import arguments, made_class, plain, with_arguments, w
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
 
 _SOURCE = ("name", "revision", "dtype", "attn_implementation", "trust_remote_code")  # what to load, and how
-_TRAINED_BYTES = 16  # of a parameter in float32: itself, its gradient and Adam's two moments
 
 
 @dataclass(frozen=True)
@@ -106,20 +104,9 @@ class Builder:
         """Returns the parts on the ``meta`` device, checked as far as that needs no weights.
 
         Raises:
-            LoPAError: If the parts do not go together, or what is trained would not fit into memory.
+            LoPAError: If the parts do not go together.
         """
-        parts = self.unloaded(checked_shapes)
-        # All of what is frozen has room somewhere, or it could not have been saved.
-        adapted = [parts.instance_encoder] if self.encoder_spec.adapter is not None and parts.instance_encoder else []
-        frozen = [*adapted, *([] if self.train_backbone else [parts.backbone])]
-        added = [parameter for part in (parts.prompt_encoder, *frozen) for parameter in part.parameters()]
-        needed, memory = sum(_TRAINED_BYTES * p.numel() for p in added if p.requires_grad), _physical_memory()
-        if memory is not None and needed > memory:
-            raise LoPAError(
-                f"prompt encoder and adapters would take {needed / 1e9:,.0f} GB in training, and this machine has "
-                f"{memory / 1e9:,.0f} GB of memory; choose smaller sizes"
-            )
-        return parts
+        return self.unloaded(checked_shapes)
 
     @functools.cached_property
     def input_spec(self) -> InputSpec:
@@ -274,14 +261,6 @@ class Builder:
             name, where = type(prompt_encoder).__name__, f"{type(backbone).__name__}, placement {self.placement!r}"
             raise LoPAError(f"{name} changes the text's embeddings, which {where}, does not have")
         return prompt_encoder
-
-
-def _physical_memory() -> int | None:
-    """Returns the machine's memory in bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _body(source: PretrainedSpec, family: Family) -> PreTrainedModel:

@@ -23,7 +23,6 @@ from lopa_lightning import (
     DePT,
     InstanceEncoderSpec,
     LoPA,
-    NoPrompt,
     PretrainedSpec,
     PromptTuning,
     PTuning,
@@ -97,24 +96,6 @@ def test_a_size_of_a_method(method: Any, options: dict[str, Any], message: str, 
 def fit_checked(model: str, method: Any) -> None:
     """Builds what is known before rows and weights, as a Trainer asks for it."""
     module(model, prompt_encoder=method).input_spec  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"prompt_encoder": functools.partial(LoPA, num_virtual_tokens=9, rank=32, hidden_dim=999_999)},
-        {"prompt_encoder": functools.partial(IDPG, num_virtual_tokens=9, hidden_dim=999_999)},
-        {"prompt_encoder": NoPrompt, "adapter": {"peft_type": "LORA", "r": 10**9}},
-        {"instance_encoder": InstanceEncoderSpec(adapter={"peft_type": "LORA", "r": 10**9})},
-    ],
-    ids=["lopa", "idpg", "lora", "lora in the encoder"],
-)
-def test_more_than_the_machine_has_memory_for(
-    options: dict[str, Any], tiny: Tiny, refused: Refused, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr("lopa_lightning.modules.builder._physical_memory", lambda: 2_000_000_000)
-    with refused("prompt encoder and adapters would take", "GB in training, and this machine has 2 GB of memory"):
-        fit(tiny("bert"), **options)
 
 
 @pytest.mark.sampled(10)
