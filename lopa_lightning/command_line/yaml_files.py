@@ -1,12 +1,16 @@
-"""Reads YAML without surprises: no key twice, no alias that grows without end, errors that name the file."""
+"""Reads YAML without surprises: no key twice, no alias that grows without end, errors that name the file.
+
+Writes it so that each text is read back as a text.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_dumper, set_loader
 
 from lopa_lightning.errors import LoPAError, shown
 
@@ -71,6 +75,30 @@ def read(path: str) -> dict[str, Any]:
     return found
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what would be read as a number: jsonargparse reads ``1e3`` as one, PyYAML does not."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.][0-9_.:]*(?:[eE][-+]?[0-9]+)?$"), list("-+0123456789.")
+)
+
+
+def dump(data: Any) -> str:
+    """Writes YAML that :func:`load` reads back as it was.
+
+    Args:
+        data: Mappings, lists, texts, numbers, truth values and None.
+
+    Example:
+        >>> print(dump({"revision": "1e3", "lr": 1e-3}), end="")
+        revision: '1e3'
+        lr: 0.001
+    """
+    text: str = yaml.dump(data, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return text
+
+
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
     """Returns how many nodes there are in one, with every alias written out.
 
@@ -101,3 +129,4 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
 
 
 set_loader(MODE, load, exceptions=(yaml.YAMLError,))
+set_dumper("yaml", dump)  # by this name alone there are a header and comments
