@@ -68,6 +68,13 @@ class TextDataModule(SplitsDataModule):
         """Returns the function that pads a batch to its longest text."""
         return Collate.of(self.text_spec, self.padding_side)
 
+    def training_subset(self, data: Dataset) -> Dataset:
+        """Draws the examples to train on from rows that will not be dropped."""
+        if self.drop_empty and (self.shots_per_label or self.max_train_examples):
+            kept = whole_rows(data, self.row_encoder(data, "train", "train").needed, "train", self.list_column)
+            data = data if kept is None else data.select(kept)
+        return super().training_subset(data)
+
     @abstractmethod
     def row_encoder(self, data: Dataset, what: str, role: Role) -> RowEncoder:
         """Builds the encoder of a split's rows into token ids.

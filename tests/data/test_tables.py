@@ -184,6 +184,14 @@ def test_shots_are_not_drawn_from_rows_without_a_label(spec: TextSpec) -> None:
     assert Counter(row["labels"] for row in rows_of(data.train_dataloader())) == {0: 10, 1: 10}
 
 
+@pytest.mark.parametrize("drawn", [{"shots_per_label": 8}, {"max_train_examples": 16}], ids=str)
+def test_examples_are_drawn_from_rows_that_are_kept(drawn: dict[str, int], spec: TextSpec) -> None:
+    rows = labelled([f"film {n}" if n % 3 else "" for n in range(24)], ["good", "bad"])
+    files: Any = {"train": write("a.jsonl", rows), "validation": write("b.jsonl", labelled(["x", "y"], ["good"]))}
+    data = prepared(spec, data_files=files, drop_empty=True, **drawn)
+    assert Counter(row["labels"] for row in rows_of(data.train_dataloader())) == {0: 8, 1: 8}
+
+
 def test_completions_with_an_empty_cell(spec: TextSpec, refused: Refused) -> None:
     rows = [{"prompt": f"the film {n}", "completion": "was good"} for n in range(12)]
     rows[7] = {"prompt": "", "completion": "was"}
