@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +147,11 @@ def normalised(pixels: Tensor, processing: ImageProcessing, dtype: torch.dtype) 
         dtype: Of the result.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    mean, std = (pixels.new_tensor(v, dtype=wide).view(3, 1, 1) for v in (processing.mean, processing.std))
+
+    def by_channel(values: Sequence[float]) -> Tensor:  # made where the pixels are: a copy to a GPU would wait for it
+        return torch.stack([torch.full((1, 1), value, dtype=wide, device=pixels.device) for value in values])
+
+    mean, std = by_channel(processing.mean), by_channel(processing.std)
     return ((pixels.to(wide) * processing.scale - mean) / std).to(dtype)
 
 
