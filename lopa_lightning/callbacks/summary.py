@@ -112,6 +112,9 @@ class FitSummary(Callback):
             return
         if not self._best:
             score = trainer.callback_metrics.get("val/score")
+            if not trainer.limit_val_batches:
+                rank_zero_warn("nothing was validated, as trainer.limit_val_batches says: no best checkpoint was kept")
+                return
             rank_zero_warn(
                 "nothing was validated: the run ended before its first validation. `lopa validate` does it with the "
                 "last checkpoint; trainer.val_check_interval brings it forward."

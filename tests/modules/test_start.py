@@ -129,6 +129,13 @@ def test_a_score_that_is_nan_is_no_best_one_and_is_said(
         assert best.check_monitor_top_k(run, torch.tensor(score)) == is_best
 
 
+def test_a_run_that_asks_for_no_validation_is_told_so(tiny: Tiny, tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[FitSummary()], limit_val_batches=0)
+    model = module(tiny("bert"))
+    with pytest.warns(UserWarning, match=r"nothing was validated, as trainer.limit_val_batches says"):
+        run.fit(model, reviews(tmp_path))
+
+
 def test_the_summarys_best_is_the_first_score_that_is_a_number() -> None:
     summary = FitSummary()
     run: Any = Trainer(logger=False, barebones=True)
