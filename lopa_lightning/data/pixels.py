@@ -61,7 +61,7 @@ def image_files(paths: Iterable[str]) -> list[str]:
     """Returns the files among paths, and those in the folders among them that have an image's ending, sorted.
 
     Args:
-        paths: Of files and folders; of the latter all folders below are looked into. Hidden files are passed over.
+        paths: Of files and folders; of the latter all folders below are looked into. What is hidden is passed over.
 
     Raises:
         LoPAError: If there is no image in a folder.
@@ -73,10 +73,14 @@ def image_files(paths: Iterable[str]) -> list[str]:
             found.append(path)
             continue
         below = [each for each in Path(path).rglob("*") if each.suffix.lower() in endings and each.is_file()]
-        if not (names := sorted(str(each) for each in below if not each.name.startswith("."))):
+        if not (names := sorted(str(each) for each in below if not _is_hidden(each.relative_to(path)))):
             raise LoPAError(f"folder {path!r} has no image of the formats {', '.join(FORMATS)}")
         found += names
     return found
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
 def _formats() -> list[str]:

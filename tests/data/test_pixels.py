@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import transformers
 from PIL import Image
 
 from lopa_lightning.backbones.image_spec import ImageProcessing
-from lopa_lightning.data.pixels import ImageError, processed, random_view, read_image
+from lopa_lightning.data.pixels import ImageError, image_files, processed, random_view, read_image
 from tests.data.image_files import colours, saved
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.26, 0.27, 0.28)
@@ -172,3 +173,11 @@ def test_a_random_view_is_any_part_either_way() -> None:
     counts = [drawn.count(view) for view in wanted]
     assert sum(counts) == 1200
     assert min(counts) > 60  # 100 on average, with a standard deviation of 10
+
+
+def test_what_is_hidden_below_a_folder_is_passed_over(tmp_path: Path) -> None:
+    shown = [tmp_path / ".cache" / "photos" / name for name in ("a.png", "below/b.jpg")]
+    for path in (*shown, shown[0].with_name(".c.png"), shown[0].parent / ".ipynb_checkpoints" / "a-checkpoint.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert image_files([str(shown[0].parent)]) == list(map(str, shown))
