@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from jsonargparse import auto_cli
 
 from lopa_lightning import checkpoint
 from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.cli import main
+from lopa_lightning.command_line import yaml_files
 from lopa_lightning.command_line.parser import Parser
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import Config
@@ -146,14 +146,16 @@ class Run:
         return result if result is not None and result.done and result.config_hash == self.config_hash else None
 
     def prepare(self) -> None:
-        """Makes the folder ready; a run of another configuration that is there is put aside."""
+        """Makes the folder ready; a run of another or of an unknown configuration is put aside."""
         before = Result.read(self.folder)
-        if before is not None and before.config_hash != self.config_hash:
+        is_other = self.last_checkpoint.exists() if before is None else before.config_hash != self.config_hash
+        if is_other:
             names = (f"{self.folder.name}.replaced-{number}" for number in itertools.count(1))
             aside = next(path for name in names if not (path := self.folder.with_name(name)).exists())
-            print(f"{self.folder}: its configuration has changed; the old run is now {aside.name}", flush=True)
+            why = "nothing says what was run" if before is None else "its configuration has changed"
+            print(f"{self.folder}: {why}; the old run is now {aside.name}", flush=True)
             self.folder.rename(aside)
-        write_whole(self.folder / _CONFIG_FILE, yaml.safe_dump(self._placed_config(), sort_keys=False))
+        write_whole(self.folder / _CONFIG_FILE, yaml_files.dump(self._placed_config()))
         Result("running", self.config_hash, tags=self.tags).write(self.folder)
 
     def _placed_config(self) -> Config:

@@ -74,6 +74,13 @@ def test_what_is_finished_is_so_for_its_own_config_alone(
     assert not run.last_checkpoint.exists()
     assert (tmp_path / "run.replaced-1" / run.last_checkpoint.relative_to(run.folder)).exists()
 
+    other.last_checkpoint.parent.mkdir()
+    other.last_checkpoint.touch()
+    (other.folder / "result.json").write_text("{")  # of which configuration the checkpoint is, nothing says
+    other.prepare()
+    assert "nothing says what was run; the old run is now run.replaced-2" in capsys.readouterr().out
+    assert not other.last_checkpoint.exists()
+
     Result("failed", other.config_hash, "why").write(other.folder)
     assert other.finished() is None
     (other.folder / "result.json").write_text("{")
