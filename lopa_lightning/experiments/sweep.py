@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import yaml
 
 from lopa_lightning.callbacks.run_record import Result
+from lopa_lightning.command_line import yaml_files
 from lopa_lightning.errors import LoPAError, imported
 from lopa_lightning.experiments.report import csv_text, markdown_table, record
 from lopa_lightning.experiments.resolve import Config, resolve
@@ -67,7 +67,8 @@ def distribution(name: str, choice: Any) -> Any:
 
     Args:
         name: The option.
-        choice: A list of values, or ``{low, high}`` with ``log: true`` or ``step``; whole numbers where both ends are.
+        choice: A list of values, or ``{low, high}`` with ``log: true`` or ``step``; whole numbers where all of
+            these are.
 
     Raises:
         LoPAError: If it is neither, or Optuna is not installed or has no such distribution.
@@ -79,7 +80,7 @@ def distribution(name: str, choice: Any) -> Any:
                 raise ValueError(f"values must differ, got {choice}")
             return distributions.CategoricalDistribution(choice)
         if isinstance(choice, dict) and {"low", "high"} <= set(choice) <= {"low", "high", "log", "step"}:
-            whole = all(isinstance(choice[end], int) for end in ("low", "high"))
+            whole = all(isinstance(choice.get(part, 1), int) for part in ("low", "high", "step"))
             return (distributions.IntDistribution if whole else distributions.FloatDistribution)(**choice)
     except (ValueError, TypeError) as error:
         raise LoPAError(f"space: {name}: {error}") from None
@@ -167,7 +168,7 @@ class Sweeping:
         if ranked:
             write_whole(folder / "sweep.md", settings_markdown(ranked))
             best = next(run for run in self.tried.values() if _setting(run.tags) == _setting(ranked[0][0]))
-            write_whole(folder / "best.yaml", yaml.safe_dump(overlay(best.config, ranked[0][0]), sort_keys=False))
+            write_whole(folder / "best.yaml", yaml_files.dump(overlay(best.config, ranked[0][0])))
 
 
 def ranking(ended: Iterable[tuple[Values, float]]) -> list[tuple[Values, list[float]]]:

@@ -182,6 +182,12 @@ def test_spaces_that_cannot_be_are_refused(choice: Any, named: str) -> None:
         distribution("lr", choice)
 
 
+def test_whole_ends_with_a_step_that_is_none_are_a_range_of_numbers() -> None:
+    drawn = distribution("dropout", {"low": 0, "high": 1, "step": 0.25})
+    assert (drawn.low, drawn.high, drawn.step) == (0.0, 1.0, 0.25)
+    assert isinstance(drawn.low, float)
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("space", "named"),
