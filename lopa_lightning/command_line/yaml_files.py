@@ -75,7 +75,7 @@ def read(path: str) -> dict[str, Any]:
     return found
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
     """Quotes what would be read as a number: jsonargparse reads ``1e3`` as one, PyYAML does not."""
 
 
