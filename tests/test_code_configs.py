@@ -172,6 +172,7 @@ def test_an_interrupted_predict_goes_on_where_it_stopped(trained: Trained, monke
     assert [path.name for path in Path("part").iterdir()] == ["predictions.jsonl"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_test_goes_on_where_it_stopped(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the model: three samples for each row, right in every second one; killed in the fourth batch."""
     arguments = [*trained("cruxeval_output"), "--data.allow_code_execution=true"]

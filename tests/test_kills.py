@@ -109,12 +109,11 @@ def test_every_signal_is_sent_at_every_place() -> None:
     assert set(sent) == {(where, number) for where, *_ in KILLS for number in SIGNALS}
 
 
-# A run for each place of a second kill, of unlike schedules, steps and checkpoints. What the others add is resumed in
-# tests/modules/test_schedule.py, test_window.py and test_optimizer_groups.py and in tests/test_resume.py.
-BY_DEFAULT = ("share of the YAMLs", "plateau", "accumulated")
+# What the others add is resumed in tests/modules/test_schedule.py, test_window.py and test_optimizer_groups.py and in
+# tests/test_resume.py.
+BY_DEFAULT = ("share of the YAMLs",)
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else [pytest.mark.slow]) for name in RUNS]
 )

@@ -184,6 +184,7 @@ def test_slurm_asks_for_a_checkpoint_and_the_queue(tiny: Tiny, tmp_path: Path, m
     assert equal(whole.state_dict(), resumed.state_dict())
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_the_last_run(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

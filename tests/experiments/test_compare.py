@@ -176,6 +176,7 @@ def test_what_failed_is_tried_again_and_what_was_interrupted_goes_on(compared: P
     assert killed["figures"]["trained"] == soft["figures"]["trained"]
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_training_data_alone(
     tmp_path: Path, configs: Configs, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,6 +154,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads(tiny: Tiny, tmp_path: Pa
         LoPALightningModule.load_from_checkpoint(tmp_path / "run" / "last.ckpt", instance_encoder=InstanceEncoderSpec())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_whole_one_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     prompt = functools.partial(LoPATiny, dropout=0.3)
     whole = made(tiny("bert_base"), prompt_encoder=prompt)
