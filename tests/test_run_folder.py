@@ -109,6 +109,7 @@ def test_where_another_run_comes_first_all_files_are_in_the_next_folder(
     assert yaml.safe_load(Path("runs/lopa/version_1/config.yaml").read_text())["trainer"]["max_epochs"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_leaves_no_folder(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

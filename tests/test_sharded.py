@@ -25,7 +25,8 @@ from tests.tiny_images import LAYERS, save_vision, vision_model
 Tiny = Callable[[str], str]
 Ranks = tuple[Path, list[dict[str, Any]]]
 
-pytestmark = pytest.mark.distributed
+# By default FSDP2 runs through the command line alone, in tests/test_distributed.py.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 KINDS = {
     "decoder": ["", "backbone.model.model.layers.0", "backbone.model.model.layers.1"],
@@ -40,11 +41,7 @@ KINDS = {
     "lora": ["", "backbone.model.transformer.h.0", "backbone.model.transformer.h.1"],
     "image": ["", *(f"backbone.model.layers.{layer}" for layer in range(LAYERS))],
 }
-# By default a decoder alone. The others on two processes are in tests/test_distributed.py, too, where each process
-# holds all of a model.
-each_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "decoder" else [pytest.mark.slow]) for kind in KINDS]
-)
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def models(tiny: Tiny, folder: Path | None = None) -> dict[str, str]:
@@ -133,7 +130,7 @@ def test_a_frozen_part_in_bfloat16_stays_so(ranks: Ranks, kind: str) -> None:
     assert ranks[1][0][f"{kind}-fsdp"]["dtypes"] == expected
 
 
-@pytest.mark.parametrize(("before", "how"), [("ddp", "all"), pytest.param("stock", "stock", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("before", "how"), [("ddp", "all"), ("stock", "stock")])
 def test_a_run_goes_on_under_any_strategy(ranks: Ranks, before: str, how: str) -> None:
     folder, results = ranks
     for result in results:

@@ -154,6 +154,7 @@ def test_tiny_models_have_one_tokenizer() -> None:
     assert len({tokenizer().backend_tokenizer.to_str() for tokenizer in (bert_tokenizer, bert_tokenizer)}) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_with_and_without_and_knows_its_encoder(
     tiny: Tiny, tmp_path: Path, kept: Path, passes: list[int]
 ) -> None:

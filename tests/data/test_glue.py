@@ -305,6 +305,7 @@ def test_a_part_of_the_rows_is_no_submission() -> None:
 # The real data
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("task", "stage", "counts"),

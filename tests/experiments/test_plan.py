@@ -100,6 +100,7 @@ def test_it_says_what_a_step_takes(
     check(arguments(tiny(kind), *options), monkeypatch)
 
 
+@pytest.mark.slow
 def test_it_says_what_a_step_of_completions_takes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     options = yaml.safe_dump(
         {

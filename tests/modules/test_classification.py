@@ -98,6 +98,7 @@ def test_it_learns_what_a_word_decides(tiny: Tiny, tmp_path: Path) -> None:
     assert run.callback_metrics["val/accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_several_labels_for_each_text(tiny: Tiny, tmp_path: Path) -> None:
     kinds, files = ["good", "terrible", "badly"], {}
     chosen = [[word for bit, word in enumerate(kinds) if row >> bit & 1] for row in range(8)] * 3

@@ -189,6 +189,7 @@ def save(model: PreTrainedModel, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_padding_that_counts_beside_virtual_tokens_ends_a_run_at_its_start(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "window_size": 8}
     config = GPTNeoConfig(
