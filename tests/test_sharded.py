@@ -164,7 +164,6 @@ def test_one_process_goes_on_from_fsdp_and_predicts_the_same(ranks: Ranks, tiny:
     assert farthest(*states) < 1e-6
 
 
-@pytest.mark.slow
 def test_images_are_learned_as_by_one_process_which_loads_the_checkpoint(
     ranks: Ranks, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -180,7 +179,6 @@ def test_images_are_learned_as_by_one_process_which_loads_the_checkpoint(
     assert results[0]["image-fsdp"]["validated"] == pytest.approx(validated, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_the_first_process_shows_images_of_its_own_and_the_confusion_of_all(ranks: Ranks, how: str) -> None:
     folder = ranks[0]
