@@ -142,6 +142,18 @@ def test_a_string_to_generate_from_is_one_text(tiny: Tiny) -> None:
     assert model.generate(text, instance_texts=text) == model.generate([text], instance_texts=[text])
 
 
+def test_options_of_generate_that_cannot_be_right_are_refused(tiny: Tiny) -> None:
+    model = causal(tiny("llama"))  # has no weights: these come first
+    for options, said in (
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),  # would answer nothing
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"stop": "ab"}, "stop must be a list, got 'ab'"),  # would be two letters
+        ({"stop": ["\n", ""]}, "stop must be a list of texts that are not empty, got ''"),  # would end at once
+    ):
+        with pytest.raises(LoPAError, match=said):
+            model.generate("the film", **options)
+
+
 # From the shell
 
 
@@ -207,6 +219,9 @@ def test_the_command_completes(tiny: Tiny, tmp_path: Path, capsys: pytest.Captur
     assert lines(capsys) == [
         {"input": {"prompt": text}, "completions": texts} for text, texts in zip(["the film", "it was"], wanted)
     ]
+    with pytest.raises(SystemExit):
+        main(["predict", "--ckpt_path", str(tmp_path / "last.ckpt"), "--text", ""])
+    assert capsys.readouterr().err == "error: column 'prompt' is empty in row 0 (counted from 0)\n"  # before weights
 
 
 @pytest.mark.parametrize(
@@ -216,6 +231,8 @@ def test_the_command_completes(tiny: Tiny, tmp_path: Path, capsys: pytest.Captur
         (["--ckpt_path", "x.ckpt", "--text", "a", "--file", "b"], "give --text or --file"),
         (["--ckpt_path", "x.ckpt", "--text", "a", "--sep", ";", "--drop_empty"], "--sep, --drop_empty is for a --file"),
         (["--ckpt_path", "none.ckpt", "--text", "a"], "no checkpoint at 'none.ckpt'"),
+        (["--ckpt_path", "x.ckpt", "--text", "a", "--batch_size", "-1"], "batch_size must be at least 1, got -1"),
+        (["--ckpt_path", "x.ckpt", "--text", "a", "--output", "/tmp"], "--output must be a file, got the folder /tmp"),
         (["--ckpt_path", "x.ckpt", "--text", "a", "--txt", "b"], "--txt"),
     ],
 )

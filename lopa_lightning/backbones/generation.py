@@ -27,7 +27,7 @@ from lopa_lightning.backbones.injection import position_ids
 from lopa_lightning.backbones.prefix import cache_input
 from lopa_lightning.backbones.pretrained import accepted_inputs
 from lopa_lightning.backbones.text import TextBackbone
-from lopa_lightning.errors import LoPAError, one_line
+from lopa_lightning.errors import LoPAError, listed, one_line, shown
 
 # Said in full, so that a model's own defaults do not decide what nobody wrote down.
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": 256}
@@ -63,7 +63,8 @@ def generation_config(
         model: The backbone; what it was published to end with is an end as well.
 
     Raises:
-        LoPAError: If there is no such field, a value is not allowed, or the field is decided elsewhere.
+        LoPAError: If there is no such field, a value is not allowed or does not go with another, or the field is
+            decided elsewhere.
     """
     given, make = dict(options or {}), cast(Any, GenerationConfig)
     if unknown := sorted(set(given) - {name for name in make().to_dict() if not name.startswith("_")}):
@@ -88,7 +89,23 @@ def generation_config(
     for name in ("max_new_tokens", "num_beams"):
         if type(value := getattr(config, name)) is not int or value < 1:
             raise LoPAError(f"generation {given}: {name} must be a whole number, at least 1; got {value!r}")
+    if config.do_sample and config.num_beams != 1:
+        raise LoPAError(
+            f"generation {given}: do_sample: true needs num_beams: 1: a sample is drawn token by token, by its own seed"
+        )
     return cast(GenerationConfig, config)
+
+
+def stop_strings(stop: Sequence[str]) -> list[str]:
+    """Returns the strings that end a continuation as a list.
+
+    Raises:
+        LoPAError: If it is one string, or one of them is empty, or none.
+    """
+    found = listed("stop", stop)
+    if wrong := [text for text in found if not isinstance(text, str) or not text]:
+        raise LoPAError(f"stop must be a list of texts that are not empty, got {shown(wrong[0])} among them")
+    return found
 
 
 def check_generates(model: Any, is_needed: bool = True) -> None:
@@ -120,7 +137,7 @@ def check_samples(config: GenerationConfig, num_samples: int) -> None:
         LoPAError: If there is only the likeliest one, or there are fewer beams.
     """
     beams = config.num_beams or 1
-    if num_samples > 1 and not (config.do_sample and beams == 1) and beams < num_samples:
+    if num_samples > 1 and not config.do_sample and beams < num_samples:
         raise LoPAError(f"{num_samples} samples need do_sample: true, or num_beams of at least as many; got {beams}")
 
 
@@ -167,7 +184,7 @@ def generate(
         embeddings, mask, cache = _read_once(backbone, embeddings, mask, cache, num_samples)
     if cache is not None:
         options[str(cache_input(backbone.body))] = cache
-    if config.do_sample and beams == 1:
+    if config.do_sample:
         options |= _drawn(config, seeds, num_samples, embeddings.device)
     if stop:
         options["stopping_criteria"] = StoppingCriteriaList([_StopAt(tokenizer, stop)])
@@ -246,7 +263,9 @@ class _StopAt(StoppingCriteria):
         self.window = max(len(text.encode()) for text in stop) + 4
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        tails = self.tokenizer.batch_decode(input_ids[:, -self.window :].tolist(), skip_special_tokens=True)
+        tails = self.tokenizer.batch_decode(
+            input_ids[:, -self.window :].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return torch.tensor([any(text in tail for text in self.stop) for tail in tails], device=input_ids.device)
 
 

@@ -15,14 +15,20 @@ from torchmetrics import MetricCollection
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
 from lopa_lightning.backbones.chat import Chat, with_instances
-from lopa_lightning.backbones.generation import check_generates, check_samples, generate, generation_config
+from lopa_lightning.backbones.generation import (
+    check_generates,
+    check_samples,
+    generate,
+    generation_config,
+    stop_strings,
+)
 from lopa_lightning.backbones.pretrained import in_eval_mode
 from lopa_lightning.backbones.sharding import check_equal, is_sharded
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import cut_left, padded
 from lopa_lightning.data.completion import CompletionDataModule
-from lopa_lightning.errors import LoPAError, listed
+from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
@@ -53,7 +59,8 @@ class CausalLMModule(LoPALightningModule):
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
-        LoPAError: If ``num_samples`` is less than 1, or ``exact_match`` neither ``all`` nor a number of rows.
+        LoPAError: If ``num_samples`` is less than 1, ``stop`` is no list of texts, or ``exact_match`` neither ``all``
+            nor a number of rows.
     """
 
     short_name = "causal_lm"
@@ -71,13 +78,12 @@ class CausalLMModule(LoPALightningModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if num_samples < 1:
-            raise LoPAError(f"num_samples must be at least 1, got {num_samples}")
+        at_least(1, num_samples=num_samples)
         if exact_match != "all" and (type(exact_match) is not int or exact_match < 0):
             raise LoPAError(f"exact_match must be a number of rows, or all; got {exact_match!r}")
         self.generation = dict(generation or {})
         self.num_samples = num_samples
-        self.stop = listed("stop", stop)
+        self.stop = stop_strings(stop)
         self.generation_seed = generation_seed
         self.start_token = start_token
         self.score_completions = score_completions
@@ -146,10 +152,12 @@ class CausalLMModule(LoPALightningModule):
             ``num_samples`` completions of each text.
 
         Raises:
-            LoPAError: If a text is empty, a chat is none or too long with the soft prompt in it, there is not one
-                instance text for each text, processes that share a backbone have not as many texts each, nothing was
-                trained or loaded, or the backbone cannot generate from embeddings.
+            LoPAError: If an option is not what it must be, a text is empty, a chat is none or too long with the soft
+                prompt in it, there is not one instance text for each text, processes that share a backbone have not as
+                many texts each, nothing was trained or loaded, or the backbone cannot generate from embeddings.
         """
+        at_least(1, num_samples=num_samples, batch_size=batch_size)
+        ends = None if stop is None else stop_strings(stop)
         prompts, instances = with_instances(texts, instance_texts)
         check_generates(self.builder.skeleton.backbone.model)
         completions: list[list[str]] = []
@@ -160,7 +168,7 @@ class CausalLMModule(LoPALightningModule):
                 ids = self.input_spec.prompt_ids(prompts[part])
                 seeds = range(first, first + len(ids[0]))
                 encoder = self.input_spec.instance_batch(instances[part], self.device)
-                completions += self._complete(ids, encoder, seeds, generation, num_samples, seed, stop)
+                completions += self._complete(ids, encoder, seeds, generation, num_samples, seed, ends)
         return completions
 
     def complete(

@@ -19,10 +19,11 @@ from lopa_lightning.data.rows import check_texts
 from lopa_lightning.data.stored import read_rows
 from lopa_lightning.data.task_rows import task_template
 from lopa_lightning.data.word_rows import check_words
-from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.errors import LoPAError, at_least, shown
 from lopa_lightning.files import check_writable, write_whole
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.modules.checkpoint_loading import checked, rebuilt
+from lopa_lightning.modules.predict import check_rows
 from lopa_lightning.serving.device import best_device
 from lopa_lightning.signals import stoppable
 
@@ -65,8 +66,11 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("give --text or --file, and not both")
     if given.text is not None and (unread := _reading(given)):
         raise UsageError(f"--{', --'.join(unread)} is for a --file, got --text")
+    at_least(1, batch_size=given.batch_size)
     if given.output is not None:
         check_writable(Path(given.output).absolute().parent, "the folder of --output")
+        if Path(given.output).is_dir():
+            raise LoPAError(f"--output must be a file, got the folder {given.output}")
     with stoppable():
         kind: Any = LoPALightningModule
         saved, name = checkpoint.read(given.ckpt_path), shown(given.ckpt_path)
@@ -131,6 +135,7 @@ def _columns(module: LoPALightningModule) -> list[str]:
 def _of_texts(texts: list[str], columns: list[str]) -> list[dict[str, Any]]:
     if len(columns) > 1:
         raise LoPAError(f"the task reads {', '.join(columns)}: give a --file with these columns, in place of --text")
+    check_rows({columns[0]: texts})
     return [{columns[0]: text} for text in texts]
 
 

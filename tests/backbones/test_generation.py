@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lopa_lightning.backbones.generation import generate, generation_config
+from lopa_lightning.backbones.generation import _StopAt, generate, generation_config
 from lopa_lightning.backbones.injection import Placement
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
@@ -166,12 +166,19 @@ def test_a_stop_string_ends_a_text_and_is_no_part_of_it(load: Load, tokenizer: P
     assert stopped == [[texts[0].split(stop)[0]] for texts in free]
 
 
+def test_a_stop_string_is_looked_for_in_the_text_as_it_is_returned(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.clean_up_tokenization_spaces = True  # as older models say: "film ." would be read as "film."
+    ids = torch.tensor([tokenizer("the film .", add_special_tokens=False)["input_ids"]])
+    assert [_StopAt(tokenizer, [stop])(ids, None).tolist() for stop in ("film.", "film .")] == [[False], [True]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temprature": 1.0}, "generation has no temprature"),
         ({"num_return_sequences": 3}, "cannot set num_return_sequences"),
         ({"max_new_tokens": 0}, "generation .*max_new_tokens"),
+        ({"do_sample": True, "num_beams": 2}, "do_sample: true needs num_beams: 1: a sample is drawn"),
     ],
 )
 def test_settings_that_are_wrong_are_named(
