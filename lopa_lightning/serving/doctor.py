@@ -177,7 +177,11 @@ def _parity(client: LoPAClient) -> Finding:
     served, bundle = client.served, client.served.prompter.bundle
     if not bundle.rows:
         return Finding("warn", "parity", _NO_ROWS)
-    off = _distance(client, bundle)
+    try:
+        off = _distance(client, bundle)
+    except Exception as error:  # of the server, or no log probabilities in its answer
+        why = f"the server does not tell the log probabilities of first tokens: {one_line(error)}"
+        return Finding("FAIL", "parity", f"{why}; it must take logprobs=20, vLLM's --max-logprobs")
     tolerance = _EXACT if served.facts.dtype == "float32" else _ROUNDED
     said = f"first tokens' log probabilities are within {off:.1e} of the module's"
     if off <= tolerance:
@@ -189,9 +193,10 @@ def _parity(client: LoPAClient) -> Finding:
     try:
         for scale in (root, 1 / root, 1 / multiplier, multiplier):
             served.scale = before * scale
-            if scale != 1 and _distance(client, bundle) <= tolerance:
-                fits = f"with ServedPrompter(..., scale={served.scale:.6g}) they fit: the server scales embeddings"
-                return Finding("FAIL", "parity", f"{said}; {fits} otherwise, as older ones do; update it")
+            with contextlib.suppress(Exception):  # values may not be finite at another scale
+                if scale != 1 and _distance(client, bundle) <= tolerance:
+                    fits = f"with ServedPrompter(..., scale={served.scale:.6g}) they fit: the server scales embeddings"
+                    return Finding("FAIL", "parity", f"{said}; {fits} otherwise, as older ones do; update it")
     finally:
         served.scale = before
     fix = "serve the bundle's backbone at its revision, with the default --logprobs-mode"
@@ -199,20 +204,17 @@ def _parity(client: LoPAClient) -> Finding:
 
 
 def _distance(client: LoPAClient, bundle: Bundle) -> float:
-    """The largest difference of log probabilities from the rows'; infinite where the server does not tell them."""
+    """The largest difference of log probabilities from the rows'; infinite where one is none."""
     worst = 0.0
     for row in bundle.rows:
-        try:
-            if "probabilities" in row:
-                found, wanted = client.classify(row["input"])[0]["probabilities"], row["probabilities"]
-                pairs = [(math.log(max(found[label], 1e-9)), math.log(max(wanted[label], 1e-9))) for label in wanted]
-            else:
-                (request,) = client.served.requests(row["input"])
-                ids, values = row["first_tokens"]["ids"], row["first_tokens"]["log_probabilities"]
-                told = word_logprobs(client._send(request, word_options(ids, request.path)), ids)
-                pairs = [(told[token], value) for token, value in zip(ids, values) if token in told]
-        except Exception:  # of the server, or no log probabilities in its answer
-            return math.inf
+        if "probabilities" in row:
+            found, wanted = client.classify(row["input"])[0]["probabilities"], row["probabilities"]
+            pairs = [(math.log(max(found[label], 1e-9)), math.log(max(wanted[label], 1e-9))) for label in wanted]
+        else:
+            (request,) = client.served.requests(row["input"])
+            ids, values = row["first_tokens"]["ids"], row["first_tokens"]["log_probabilities"]
+            told = word_logprobs(client._send(request, word_options(ids, request.path)), ids)
+            pairs = [(told[token], value) for token, value in zip(ids, values) if token in told]
         off = [abs(here - there) for here, there in pairs]
         if not off or not all(map(math.isfinite, off)):
             return math.inf

@@ -20,11 +20,11 @@ from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
-from lopa_lightning.command_line.parser import Options
+from lopa_lightning.command_line.parser import Options, UsageError
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_new
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
-from lopa_lightning.modules.predict import batches, row_encoder
+from lopa_lightning.modules.predict import batches, check_rows, row_encoder
 from lopa_lightning.plain import without_defaults
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
 from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
@@ -59,14 +59,17 @@ def main(args: Sequence[str]) -> None:
 
     Raises:
         LoPAError: If the folder is not empty, or the checkpoint cannot be read or exported so.
+        UsageError: If the command line is wrong.
     """
     given = options().parse_args(args)
+    if given.private and not given.push:
+        raise UsageError("--private goes with --push, of whose repository it is said")
     with stoppable():
         out = Path(given.out)
         check_new(out, "OUT")
         if given.to == "peft":
-            if given.push:
-                raise LoPAError("--push goes with --to bundle; an adapter of PEFT is uploaded by PEFT's push_to_hub")
+            if unread := [name for name in ("text", "instance_encoder", "license", "push") if getattr(given, name)]:
+                raise UsageError(f"--{', --'.join(unread)} goes with --to bundle, got --to peft")
             write_peft(LoPALightningModule.load_from_checkpoint(given.checkpoint), out, given.backbone)
             print(f"{out} is an adapter for peft.PeftModel.from_pretrained")
             return
@@ -200,6 +203,7 @@ def _rows(
             found.append(({"input": {"image": number}, **record}, net.soft_prompt(batch)[0].cpu()))
         return found
     if isinstance(module, CausalLMModule):
+        check_rows({"text": list(texts or _TEXTS)})
         for text in texts or _TEXTS:
             batch, likeliest = _first_tokens(module, text)
             found.append(({"input": text, "first_tokens": likeliest}, net.soft_prompt(batch)[0].cpu()))

@@ -50,8 +50,8 @@ from lopa_lightning.serving.streams import Usage, stream_options
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PASSED = (CHAT, COMPLETIONS, "/v1/embeddings", "/tokenize", "/detokenize")
 """What is passed on of other models: what makes answers, and nothing that changes a server."""
-_OURS = {"model", "stream", "stream_options", "instance_text", "extra_body"}
 _OF_LABELS = {"temperature", "top_p", "seed", "max_tokens", "max_completion_tokens", "user"}
+_OF_STREAMS = {"model", "stream", "stream_options"}
 _Handler = Callable[[Call, Request, bytes], Coroutine[Any, Any, Response]]
 
 
@@ -193,14 +193,16 @@ class Gateway:
         if call.path != (right := CHAT if is_chat else COMPLETIONS):
             raise GatewayError(400, f"{name!r} answers at {right}, got {call.path}")
         given = body.pop("messages" if is_chat else "prompt", None)
-        options = {key: value for key, value in body.items() if key not in _OURS}
+        options = {key: value for key, value in body.items() if key not in {*_OF_STREAMS, "instance_text"}}
+        if "extra_body" in options:
+            raise GatewayError(400, "a request has no extra_body: give what is in it beside the others")
         check_options(options)
         for key, kind in (("stream", bool), ("stream_options", dict), ("instance_text", str)):
             if not isinstance(body.get(key), kind | None):
                 raise GatewayError(400, f"{key} must be of type {kind.__name__}, got {shown(body[key])}")
         upstream = await self._name(served, call)
         if served.task is not None:
-            if others := {key for key, value in options.items() if value is not None} - _OF_LABELS:
+            if others := {key for key, value in body.items() if value is not None} - _OF_LABELS - _OF_STREAMS:
                 raise GatewayError(400, f"{name!r} answers with a label, and takes no {', '.join(sorted(others))}")
             made = await self.batcher.make(served, row_of(given))
             return await self._label(call, served, made, {"model": upstream}, body)

@@ -296,6 +296,8 @@ async def checked(content: aiohttp.StreamReader, seen: Usage, model: str) -> Asy
     """
     async for line in _lines(content):
         data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            seen.check_end()  # before clients stop reading
         if data == line or data == b"[DONE]":  # a comment, or the end
             yield line + b"\n\n"
             continue

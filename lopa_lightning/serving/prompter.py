@@ -127,7 +127,10 @@ class LoPAPrompter(nn.Module):
             shared: Tensor = self.prompt_encoder(None)
             return shared.expand(count, -1, -1).clone()
         shape = self.bundle.config.prompt
-        found = torch.empty(count, shape.num_virtual_tokens, shape.embedding_dim, device=self.device)
+        dtype = next(self.prompt_encoder.parameters()).dtype
+        found = torch.empty(count, shape.num_virtual_tokens, shape.embedding_dim, dtype=dtype, device=self.device)
+        if count == 0:
+            return found
         if self.processing is not None:
             for batch in image_batches(images, {"pixels": self.processing}, batch_size, self.device):
                 found[batch.pop("index")] = self._prompts(self.encoder(batch))

@@ -186,6 +186,8 @@ class ServedPrompter:
         assert self.task is not None
         rows = rows_of(texts, task_template(self.task).columns)
         check_rows(rows)
+        if not next(iter(rows.values())):
+            return []
         encoded = None
         if self._table is None:
             asked, cut = self._tokenize.texts(rows)

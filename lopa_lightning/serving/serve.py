@@ -14,7 +14,7 @@ from lopa_lightning.command_line.parser import Options, UsageError
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.serving.batching import KeepingPrompter, KeptVectors
 from lopa_lightning.serving.bundle import Bundle
-from lopa_lightning.serving.device import best_device
+from lopa_lightning.serving.device import best_device, usable
 from lopa_lightning.serving.requests import MOST_BYTES, ServedPrompter
 from lopa_lightning.signals import Stopped, stoppable
 
@@ -57,7 +57,8 @@ def main(args: Sequence[str]) -> None:
         raise UsageError(f"--upstream must be an address such as http://HOST:8000, got {given.upstream}")
     if not 0 <= given.port < 2**16:
         raise UsageError(f"--port must be from 0 to 65535, got {given.port}")
-    at_least(1, max_body_bytes=given.max_body_bytes, shutdown_seconds=given.shutdown_seconds)
+    at_least(1, max_body_bytes=given.max_body_bytes, max_prompt_bytes=given.max_prompt_bytes, timeout=given.timeout)
+    at_least(1, shutdown_seconds=given.shutdown_seconds)
     at_least(0, cache_bytes=given.cache_bytes)
     sources = named_bundles(given.bundle)
     try:
@@ -66,12 +67,13 @@ def main(args: Sequence[str]) -> None:
         from lopa_lightning.serving.gateway import Gateway
     except ImportError as error:
         raise LoPAError(f'the gateway needs {error.name}: pip install "lopa-lightning[serve]"') from None
+    device = usable(given.device or str(best_device()))
     with stoppable(), _bound(given.host, given.port) as listener:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("lopa.serve").setLevel(logging.INFO)
         kept = KeptVectors(given.cache_bytes)
         read = {name: Bundle.from_pretrained(*source) for name, source in sources.items()}
-        bundles = load(read, kept, given.device or str(best_device()), given.max_prompt_bytes)
+        bundles = load(read, kept, device, given.max_prompt_bytes)
         limits = {"max_body_bytes": given.max_body_bytes, "timeout": given.timeout}
         app = Gateway(given.upstream, bundles, kept, model=given.model, **limits).app()
         config = uvicorn.Config(
@@ -82,6 +84,7 @@ def main(args: Sequence[str]) -> None:
             timeout_graceful_shutdown=given.shutdown_seconds,
         )
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         print(f"{', '.join(bundles)} at http://{host}:{port}/v1, answered by {given.upstream}", flush=True)
         with contextlib.suppress(Stopped):  # uvicorn raises a signal again once what ran has ended
             uvicorn.Server(config).run(sockets=[listener])

@@ -174,6 +174,21 @@ def test_a_folder_that_is_there_is_refused_before_weights_are_read(
     assert f"OUT '{out}' is there already and not an empty folder; give another\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--to", "peft", "--text", "x", "--license", "mit"], "--text, --license goes with --to bundle, got --to peft"),
+        (["--private"], "--private goes with --push"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "none.ckpt", str(tmp_path / "OUT"), *options])
+    assert said in capsys.readouterr().err
+
+
 def test_what_ends_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
     bundle = export_bundle("format_1/lopa.ckpt")

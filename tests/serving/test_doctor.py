@@ -107,6 +107,10 @@ def test_more_that_is_wrong(served: Make, upstream: Upstream, model: Any) -> Non
     upstream.scale = 1 / WIDTH**0.5  # as a server that wants embeddings scaled by sqrt(d): the text's too
     (parity,) = (each for each in found(upstream.url, served("completion"), api_key="secret") if each.check == "parity")
     assert "scale=5.65685) they fit" in parity.said
+    upstream.statuses = [200] * (1 + len(served("completion").prompter.bundle.rows)) + [400]  # flag, layout; parity
+    (parity,) = (each for each in found(upstream.url, served("completion"), api_key="secret") if each.check == "parity")
+    assert re.search("does not tell the log probabilities .* 400 .*--max-logprobs", parity.said), parity
+    upstream.statuses = []
     upstream.scale, upstream.model = 1.0, copy.deepcopy(model).bfloat16()
     (parity,) = (each for each in found(upstream.url, served("completion"), api_key="secret") if each.check == "parity")
     assert (parity.status, "as of a server in bfloat16" in parity.said) == ("warn", True), parity

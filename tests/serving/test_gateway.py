@@ -284,6 +284,12 @@ def test_a_dropped_soft_prompt_is_a_502(stream: bool, client: Any, upstream: Any
     assert metric(gateway, "lopa_prompts_dropped_total") == 1
 
 
+def test_a_stream_that_never_says_what_was_read_ends_in_an_error(client: Any, upstream: Any) -> None:
+    upstream.says_usage = False
+    with pytest.raises(openai.APIError, match="does not say how many tokens"):
+        list(client.chat.completions.create(model="support", messages=asked("the film"), stream=True))
+
+
 def test_a_client_that_goes_ends_the_servers_answer(client: Any, upstream: Any, gateway: Any) -> None:
     upstream.goes_on.clear()
     stream = client.chat.completions.create(model="support", messages=asked("the film"), stream=True)
@@ -374,6 +380,8 @@ def test_a_server_that_was_gone_is_used_again(
         ({"messages": asked("a <prompt_embeds> b")}, "must not contain <prompt_embeds>"),
         ({"messages": asked("the film " * 3000)}, "more than 20000 bytes"),
         ({"extra_body": {"stream_options": 1}}, "stream_options must be of type dict"),
+        ({"extra_body": {"extra_body": {"instance_text": "x"}}}, "a request has no extra_body"),
+        ({"model": "reviews", "extra_body": {"instance_text": "x"}}, "takes no instance_text"),
         ({"messages": [*asked("a"), {"role": "assistant", "content": "b"}]}, "whose last message asks"),
     ],
 )
@@ -483,6 +491,8 @@ def test_vectors_are_kept_and_waiting_texts_made_together(made: Any) -> None:
             ["--upstream", "http://h", "--bundle", "a=OUT", "--port", "99999"],
             "--port must be from 0 to 65535, got 99999",
         ),
+        (["--upstream", "http://h", "--bundle", "a=OUT", "--device", "none"], "device 'none' cannot be used: "),
+        (["--upstream", "http://h", "--bundle", "a=OUT", "--timeout", "-1"], "timeout must be at least 1, got -1.0"),
         (["--upstream", "http://h", "--bundle", "a=OUT", "--host", "192.0.2.1"], "cannot listen at 192.0.2.1:8080"),
     ],
 )

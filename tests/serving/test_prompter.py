@@ -54,6 +54,7 @@ def test_prompts_are_the_modules_and_the_backbone_need_not_be_there(kind: str, t
     prompter = LoPAPrompter.from_pretrained(tmp_path / "bundle")
     found = prompter(TEXTS, batch_size=2)
     assert found.shape == (4, 3, 32)
+    assert prompter([]).shape == (0, 3, 32)
     torch.testing.assert_close(found, wanted.expand(4, -1, -1), rtol=0, atol=1e-6)
     torch.testing.assert_close(prompter(TEXTS[1]), found[1:2], rtol=0, atol=1e-6)
     assert not any(part.training for part in prompter.modules())
@@ -62,6 +63,7 @@ def test_prompts_are_the_modules_and_the_backbone_need_not_be_there(kind: str, t
         assert not torch.equal(found[0], found[2])
     rows = [row["input"] for row in prompter.bundle.rows]
     torch.testing.assert_close(prompter(rows), prompter.bundle.prompts, rtol=0, atol=1e-6)
+    assert prompter.double()(TEXTS[:1]).dtype == torch.float64
 
 
 @pytest.mark.sampled(2)
