@@ -16,8 +16,8 @@ from torch import nn
 from lopa_lightning.plain import built
 
 ADVICE = (
-    "Try a ten times higher learning rate for shared_prompt (learning_rates), more epochs, objective: head where it is "
-    "not so already, or another instance encoder."
+    "Try another learning rate for shared_prompt (learning_rates; lower where the loss rose at first), more epochs, "
+    "objective: head where it is not so already, or another instance encoder."
 )
 
 _BELOW = 0.999  # of the labels' variance: a prediction of their mean has all of it, but for rounding
