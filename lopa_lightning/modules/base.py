@@ -228,7 +228,10 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     def _assembled(self, parts: Parts) -> PromptedModel:
         readout = self.configure_readout(parts.backbone)
-        net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone)
+        of_instance = None
+        if parts.instance_encoder is not None:
+            of_instance = self.configure_instance_readout(self.builder.instance_dim(parts.backbone))
+        net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone, of_instance)
         return net.train()  # transformers hands models over in eval mode; what is frozen stays in it
 
     def _net(self) -> PromptedModel:
@@ -238,14 +241,18 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the outputs of a batch, see :class:`~lopa_lightning.modules.prompted_model.PromptedModel`."""
-        return cast(Tensor, self._net()(batch)[0])
+        return cast(Tensor, self._net()(batch).outputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of a batch, weighted as it counts among the batches of its optimizer step."""
-        outputs = self(batch)
+        outputs, _, of_instance = self._net()(batch)
         loss, size = self.loss(outputs, batch), self.loss_weight(outputs, batch)
-        everywhere = self.loss_guard.look_at(loss, batch, batch_idx, self.trainer, size)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
+        if of_instance is not None:
+            second = self.loss(of_instance, batch)
+            self.log("train/instance_loss", second, batch_size=len(batch["index"]))
+            loss = loss + self.instance_loss * second
+        everywhere = self.loss_guard.look_at(loss, batch, batch_idx, self.trainer, size)
         return self.window.add(loss, size, everywhere, batch, batch_idx, self.trainer)
 
     def on_after_backward(self) -> None:
@@ -285,7 +292,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         self._log_metrics("test")
 
     def _evaluate(self, stage: str, batch: Batch, dataloader_idx: int) -> dict[str, Tensor | None]:
-        outputs, instance = self._net()(batch)
+        outputs, instance, _ = self._net()(batch)
         scores = cast(Scores, self.scores[f"{stage}{self.eval_suffixes[dataloader_idx]}"])
         loss, weight = self.loss(outputs, batch), self.loss_weight(outputs, batch)
         scores.update(loss, weight, self.predictions(outputs), batch.get("labels"))

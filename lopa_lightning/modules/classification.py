@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ from lopa_lightning.instances.encoder import Pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.predict import records, row_batches, row_encoder
-from lopa_lightning.modules.readouts import HeadReadout, LabelWordReadout, Readout, WordReadout
+from lopa_lightning.modules.readouts import HeadReadout, LabelWordReadout, Readout, WordReadout, linear_head
 from lopa_lightning.modules.start import answering
 from lopa_lightning.plain import built, plain
 from lopa_lightning.task import IGNORED, Task, Verbalizer
@@ -40,11 +40,14 @@ class ClassificationModule(LoPALightningModule):
         task: Labels, words and metrics; None to take the data module's.
         loss_over: What the cross entropy of a label's word is taken over: the words of all ``labels``, or the whole
             ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
+        instance_loss: Weight of a second loss in training: of the label as a linear layer reads it from the instance
+            vector. A trained or adapted instance encoder learns from it at once what it is to tell, and slowly by way
+            of the soft prompt. The layer is in checkpoints, and not in what is exported.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
-        LoPAError: If ``objective``, ``head_pooling`` or ``loss_over`` is unknown, or a head is to have a loss over the
-            vocabulary.
+        LoPAError: If ``objective``, ``head_pooling`` or ``loss_over`` is unknown, a head is to have a loss over the
+            vocabulary, or ``instance_loss`` is negative or goes with a frozen instance encoder.
     """
 
     short_name = "classification"
@@ -58,6 +61,7 @@ class ClassificationModule(LoPALightningModule):
         head_pooling: Pooling = "mean",
         task: Task | None = None,
         loss_over: LossOver = "labels",
+        instance_loss: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -66,8 +70,15 @@ class ClassificationModule(LoPALightningModule):
         if loss_over == "vocabulary" and objective == "head":
             raise LoPAError("loss_over: vocabulary needs objective: masked_lm or causal_lm; a head has no vocabulary")
         one_of("head_pooling", head_pooling, self.head_poolings)
+        if not 0 <= instance_loss < float("inf"):
+            raise LoPAError(f"instance_loss must be at least 0 and finite, got {instance_loss}")
+        if instance_loss and not self.instance_spec.is_trained:
+            raise LoPAError("instance_loss teaches the instance encoder: it needs its trainable: true or its adapter")
+        if instance_loss and loss_over == "vocabulary":
+            raise LoPAError("instance_loss needs loss_over: labels; an instance vector has no vocabulary")
         self.objective = objective
         self.loss_over = loss_over
+        self.instance_loss = instance_loss
         self.head_pooling: str = head_pooling
         self._set_task(task)
 
@@ -110,10 +121,20 @@ class ClassificationModule(LoPALightningModule):
             lines = ckpt.differences(self._reading(task), self._reading(data_task), between=("the model", "the data"))
             if lines:
                 raise LoPAError("the data's task is not the model's:\n  " + "\n  ".join(lines))
-        if task.per_word and (self.objective != "head" or self.head_pooling != "mean"):
+        if self.instance_loss and not self.builder.skeleton.prompt_encoder.uses_instance:
+            raise LoPAError("instance_loss needs a prompt encoder that reads an instance vector, such as LoPA")
+        if task.per_word:
+            self._check_answer_per_word()
+        elif self.objective != "head":
+            self._check_words(task)
+
+    def _check_answer_per_word(self) -> None:
+        if self.objective != "head" or self.head_pooling != "mean":
             raise LoPAError("a label for each word needs objective: head, and no head_pooling: each is read by itself")
-        if self.objective == "head":
-            return
+        if self.instance_loss:
+            raise LoPAError("instance_loss needs one answer for a text, and here each word has a label")
+
+    def _check_words(self, task: Task) -> None:
         if task.is_regression:
             raise LoPAError(f"objective {self.objective!r} answers with words; regression needs objective: head")
         if task.words is None:
@@ -141,6 +162,10 @@ class ClassificationModule(LoPALightningModule):
             return HeadReadout(backbone.hidden_dim, task.num_outputs, self.head_pooling)
         mask_id = self._tokenizer().mask_token_id if self.objective == "masked_lm" else None
         return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
+
+    def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
+        """Builds a linear layer, where there is an ``instance_loss``."""
+        return linear_head(instance_dim, self.required_task().num_outputs) if self.instance_loss else None
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Returns the cross entropy of the label, or on average of several labels; of a number the squared error.

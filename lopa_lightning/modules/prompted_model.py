@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,6 +14,20 @@ from lopa_lightning.modules.readouts import Readout
 from lopa_lightning.prompts.base import PromptEncoder
 
 Result = TypeVar("Result")
+
+
+class Outputs(NamedTuple):
+    """Holds what a model computes of a batch.
+
+    Attributes:
+        outputs: The read-out's, ``[B, ...]``.
+        instance: Instance vectors ``[B, e]``; None without an instance encoder.
+        of_instance: In training, what is read from the instance vectors themselves, ``[B, ...]``; None if nothing is.
+    """
+
+    outputs: Tensor
+    instance: Tensor | None
+    of_instance: Tensor | None
 
 
 class PromptedModel(nn.Module):
@@ -27,6 +41,7 @@ class PromptedModel(nn.Module):
         readout: Reads the answer.
         instance_encoder: Makes instance vectors; None if the prompt encoder reads none.
         backbone: The frozen model.
+        instance_readout: Reads an answer from instance vectors in training, for a loss of its own; None for none.
     """
 
     def __init__(
@@ -35,10 +50,12 @@ class PromptedModel(nn.Module):
         readout: Readout,
         instance_encoder: InstanceEncoder | None,
         backbone: Backbone,
+        instance_readout: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.prompt_encoder = prompt_encoder
         self.readout = readout
+        self.instance_readout = instance_readout
         self.instance_encoder = instance_encoder
         self.backbone = backbone
 
@@ -49,19 +66,17 @@ class PromptedModel(nn.Module):
         vectors = batch["instance"] if "instance" in batch else self.instance_encoder(batch)
         return controlled(vectors, self.instance_encoder.spec.control)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def forward(self, batch: Batch) -> Outputs:
         """Computes outputs.
 
         Args:
             batch: What the backbone reads, and ``instance [B, e]`` or what the instance encoder reads.
-
-        Returns:
-            The read-out's outputs, and the instance vectors (None without an instance encoder).
         """
         prompt, instance = self.soft_prompt(batch)
         prompt = self.prompt_encoder.for_batch(prompt, len(batch[self.backbone.input_keys[0]]))
         states = self.backbone(prompt, batch, self.prompt_encoder.token_offset())
-        return self.readout(states, self.backbone, batch), instance
+        read = self.instance_readout if self.training and instance is not None else None
+        return Outputs(self.readout(states, self.backbone, batch), instance, None if read is None else read(instance))
 
     def run(self, function: Callable[[], Result]) -> Result:
         """Calls a function that uses parts of this model by themselves, such as one that generates.
@@ -93,4 +108,6 @@ class PromptedModel(nn.Module):
             trained = [p for p in part.parameters() if p.requires_grad] if part is not None else []
             if trained:
                 groups[name] = trained
+        if self.instance_readout is not None:
+            groups["head"] = [*groups.get("head", []), *self.instance_readout.parameters()]
         return groups

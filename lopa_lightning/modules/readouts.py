@@ -56,6 +56,19 @@ class LabelWordReadout(Readout):
         return read(pool(states.hidden, at, "last"), self.word_ids)
 
 
+def linear_head(width: int, num_outputs: int) -> nn.Linear:
+    """Builds a linear layer with small initial values, so that all answers are as likely at first.
+
+    Args:
+        width: Of what it reads.
+        num_outputs: Classes, or 1 for regression.
+    """
+    linear = nn.Linear(width, num_outputs)
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class HeadReadout(Readout):
     """Applies a trained linear layer to the pooled hidden states of the input's own tokens.
 
@@ -68,9 +81,7 @@ class HeadReadout(Readout):
     def __init__(self, hidden_dim: int, num_outputs: int, pooling: str = "mean") -> None:
         super().__init__()
         self.pooling = pooling
-        self.linear = nn.Linear(hidden_dim, num_outputs)
-        nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = linear_head(hidden_dim, num_outputs)
 
     def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
         """Returns outputs ``[B, num_outputs]``."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lopa_lightning.backbones.base import Backbone, Batch, InputKind, Objective
@@ -44,6 +44,17 @@ class TaskHooks(ABC):
         Args:
             backbone: The backbone, for its sizes. It is on the meta device where weights are not read yet.
         """
+
+    instance_loss: float = 0.0
+    """Weight, beside the loss of the answers, of the loss of what is read from instance vectors."""
+
+    def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
+        """Builds what reads outputs from instance vectors in training, for a second loss; None for none.
+
+        Args:
+            instance_dim: Width e of an instance vector.
+        """
+        return None
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:

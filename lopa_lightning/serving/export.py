@@ -32,7 +32,15 @@ from lopa_lightning.serving.peft_export import write_peft
 from lopa_lightning.signals import stoppable
 
 _TEXTS = ("The film was a pleasure to watch.", "Where is the nearest station?", "def add(a, b):")
-_OF_TRAINING = ("optimizer", "optimizers", "lr_scheduler", "warmup", "learning_rates", "nonfinite_loss")
+_OF_TRAINING = (
+    "optimizer",
+    "optimizers",
+    "lr_scheduler",
+    "warmup",
+    "learning_rates",
+    "nonfinite_loss",
+    "instance_loss",
+)
 _TOP = 20  # first tokens of a completion whose probabilities are kept
 
 
@@ -106,7 +114,9 @@ def export_bundle(
         raise LoPAError(f"{type(module).__name__} is no task on texts or images, of which bundles are made")
     if reads_images and texts is not None:
         raise LoPAError("--text goes with a model of texts, and this one reads images")
-    tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    of_training = "net.instance_readout."
+    state = {name: value for name, value in module.state_dict().items() if not name.startswith(of_training)}
+    tensors = {name: value.detach().cpu() for name, value in state.items()}
     bundle = Bundle(_config(module, names or {}, metrics_in(saved)), tensors, "", [])
     rows, prompts, unserved = _rows(module, texts), None, None
     try:
