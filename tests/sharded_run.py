@@ -117,6 +117,7 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "instance_encoder": InstanceEncoderSpec(
                 models["bert_base"], dtype="bfloat16", adapter={"peft_type": "LORA", "r": 2}
             ),
+            "instance_loss": 0.5,
         },
         "head": {
             "model": "bert_base",

@@ -55,6 +55,12 @@ LINEAR_AND_NORM = [
     *(f"{part}.{kind}" for part in ("attention.output", "output") for kind in ("dense", "LayerNorm")),
     "intermediate.dense",
 ]
+ADAPTER = {
+    f"net.instance_encoder.model.encoder.layer.{layer}.attention.self.{part}.lora_{side}.default.weight"
+    for layer in (0, 1)
+    for part in ("query", "value")
+    for side in "AB"
+}
 SAVED: dict[str, set[str]] = {
     **dict.fromkeys(
         ["lopa", "lopa_add", "lopa_concat", "lopa_max", "lopa_deep", "lopa_trained_encoder", "lopa_paper_nlu"],
@@ -73,14 +79,11 @@ SAVED: dict[str, set[str]] = {
         for part in ("query", "value")
         for side in "AB"
     },
-    "lopa_adapted_encoder": SOFT
+    "lopa_adapted_encoder": SOFT | in_prompt_encoder(*HEADS) | ADAPTER,
+    "lopa_taught_encoder": SOFT
     | in_prompt_encoder(*HEADS)
-    | {
-        f"net.instance_encoder.model.encoder.layer.{layer}.attention.self.{part}.lora_{side}.default.weight"
-        for layer in (0, 1)
-        for part in ("query", "value")
-        for side in "AB"
-    },
+    | ADAPTER
+    | {"net.instance_readout.weight", "net.instance_readout.bias"},
     "encoder_alone": {
         f"net.backbone.model.encoder.layer.{layer}.attention.self.{part}.lora_{side}.default.weight"
         for layer in (0, 1)

@@ -1,0 +1,119 @@
+"""A second loss teaches the instance encoder the labels: its value, where it acts, and what is kept of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from torch.nn import functional as F
+
+from lopa_lightning import IDPG, InstanceEncoderSpec, LoPALightningModule, PromptTuning
+from lopa_lightning.errors import LoPAError
+from lopa_lightning.serving.export import export_bundle
+from tests.modules.helpers import LoPATiny, module, reviews, trainer
+
+Tiny = Callable[[str], str]
+
+ADAPTED = InstanceEncoderSpec(adapter={"peft_type": "LORA", "r": 2})
+STILL = functools.partial(LoPATiny, dropout=0.0)  # which passes nothing of the instance on at its first step
+
+
+class Gradients(Callback):
+    """Keeps the gradients of the first step, and its batch."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = batch
+        self.start = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def fitted(folder: Path, model: Any, **options: Any) -> tuple[Any, Gradients]:
+    seen = Gradients()
+    run = trainer(folder, callbacks=[seen], max_steps=1, num_sanity_val_steps=0, **options)
+    run.fit(model, reviews(folder, rows=12, batch_size=12))
+    return run, seen
+
+
+def taught(backbone: str, weight: float = 0.5, **options: Any) -> Any:
+    seed_everything(1)
+    given = {"instance_encoder": ADAPTED, "prompt_encoder": STILL, "objective": "head", **options}
+    return module(backbone, instance_loss=weight, **given)
+
+
+def test_it_is_the_weighted_cross_entropy_of_a_linear_layer_on_the_vector(tiny: Tiny, tmp_path: Path) -> None:
+    model = taught(tiny("bert_base"), weight=0.25)
+    run, seen = fitted(tmp_path, model, limit_val_batches=0)
+    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+    weight, bias = (seen.start[f"net.instance_readout.{name}"].requires_grad_() for name in ("weight", "bias"))
+    model.load_state_dict(seen.start)
+    with torch.no_grad():
+        outputs, vectors, none = model.eval().net(seen.batch)
+    assert none is None  # it is for training alone
+    labels = seen.batch["labels"]
+    of_vectors = F.cross_entropy(vectors @ weight.T + bias, labels)
+    of_vectors.backward()
+    assert metrics["train/loss"] == pytest.approx(float(F.cross_entropy(outputs, labels)), abs=1e-6)
+    assert metrics["train/instance_loss"] == pytest.approx(of_vectors.item(), abs=1e-6)
+    for name, wanted in (("weight", weight.grad), ("bias", bias.grad)):
+        torch.testing.assert_close(seen.grads[f"net.instance_readout.{name}"], 0.25 * wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_it_reaches_the_encoder_at_the_first_step_where_the_soft_prompt_does_not(tiny: Tiny, tmp_path: Path) -> None:
+    found = {}
+    for weight in (0.0, 1.0):
+        _, seen = fitted(tmp_path, taught(tiny("bert_base"), weight), limit_val_batches=0)
+        found[weight] = max(float(grad.abs().max()) for name, grad in seen.grads.items() if "lora_B" in name)
+    assert found[0.0] == 0.0
+    assert found[1.0] > 1e-4
+
+
+def test_the_layer_is_saved_and_resumed_and_not_exported(tiny: Tiny, tmp_path: Path) -> None:
+    model = taught(tiny("bert_base"))
+    run, _ = fitted(tmp_path, model)
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    again: Any = LoPALightningModule.load_from_checkpoint(tmp_path / "saved.ckpt")
+    assert torch.equal(again.net.instance_readout.weight, model.net.instance_readout.weight)
+    seed_everything(1)
+    more = trainer(tmp_path, epochs=2, callbacks=[], max_steps=2, limit_val_batches=0)
+    more.fit(again, reviews(tmp_path, rows=12, batch_size=12), ckpt_path=tmp_path / "saved.ckpt")
+    assert more.global_step == 2
+
+    bundle = export_bundle(tmp_path / "saved.ckpt")
+    assert not [name for name in bundle.tensors if "instance_readout" in name]
+    bundle.save_pretrained(tmp_path / "bundle")
+    texts = ["the film was great", "it was terrible"]
+    loaded: Any = LoPALightningModule.load_from_checkpoint(tmp_path / "saved.ckpt")
+    shared: Any = type(bundle).from_pretrained(tmp_path / "bundle").module()
+    assert shared.predict(texts) == loaded.predict(texts)
+    assert shared.net.instance_readout is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -1.0}, "instance_loss must be at least 0 and finite, got -1.0"),
+        ({"weight": float("nan")}, "instance_loss must be at least 0 and finite, got nan"),
+        ({"instance_encoder": InstanceEncoderSpec()}, "it needs its trainable: true or its adapter"),
+        ({"loss_over": "vocabulary", "objective": "masked_lm"}, "instance_loss needs loss_over: labels"),
+        (
+            {"prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=2)},
+            "instance_loss needs a prompt encoder that reads an instance vector, such as LoPA",
+        ),
+    ],
+)
+def test_what_it_cannot_teach_is_refused(tiny: Tiny, tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(LoPAError, match=message):
+        fitted(tmp_path, taught(tiny("bert"), **options))
+
+
+def test_any_prompt_encoder_that_reads_an_instance_goes_with_it(tiny: Tiny, tmp_path: Path) -> None:
+    prompt = functools.partial(IDPG, num_virtual_tokens=2, hidden_dim=4)
+    run, _ = fitted(tmp_path, taught(tiny("bert_base"), prompt_encoder=prompt), limit_val_batches=0)
+    assert run.callback_metrics["train/instance_loss"] > 0
