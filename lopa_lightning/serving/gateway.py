@@ -34,6 +34,7 @@ from lopa_lightning.serving.gateway_calls import (
     checked,
     event,
     kept_headers,
+    of_the_api,
     parsed,
     passed,
     read_json,
@@ -152,7 +153,9 @@ class Gateway:
         async with await self._send("GET", "/v1/models", call) as response:
             if response.status != 200:
                 return await passed(response)
-            cards = [card for card in (await read_json(response)).data or () if card.id not in self.bundles]
+            listed = await read_json(response)
+        with of_the_api():
+            cards = [card for card in listed.data or () if card.id not in self.bundles]
         own = {"object": "model", "created": 0, "owned_by": "lopa"}
         found = [{"id": name, **own, "parent": served.backbone} for name, served in self.bundles.items()] + cards
         if (name := request.path_params.get("name")) is None:
@@ -171,7 +174,8 @@ class Gateway:
                     raise PassedError(await passed(response))
                 cards = (await read_json(response)).data or []
             try:
-                self._names[served.backbone] = chosen_model(cards, served.backbone)
+                with of_the_api():
+                    self._names[served.backbone] = chosen_model(cards, served.backbone)
             except LoPAError as error:
                 raise GatewayError(502, f"{error}, as lopa serve --model") from error
         return self._names[served.backbone]
@@ -250,7 +254,8 @@ class Gateway:
             for options in labelling:
                 extra = options.pop("extra_body")
                 answer, headers = await self._answer(call, made, {**options, **extra, **model})
-                labelling.add(answer)
+                with of_the_api():
+                    labelling.add(answer)
             record = labelling.record()
         except PromptDroppedError:
             raise

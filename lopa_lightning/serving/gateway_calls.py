@@ -8,7 +8,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -177,16 +178,30 @@ async def passed(response: aiohttp.ClientResponse) -> Response:
     return Response(await response.read(), response.status, kept_headers(response.headers))
 
 
+@contextmanager
+def of_the_api() -> Iterator[None]:
+    """Reads what a server says.
+
+    Raises:
+        GatewayError: If it is not what the OpenAI API has there.
+    """
+    try:
+        yield
+    except (GatewayError, LoPAError):
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise GatewayError(502, f"the server's answer is none of the OpenAI API: {one_line(error)}") from error
+
+
 async def read_json(response: aiohttp.ClientResponse) -> Fields:
     """Returns the server's JSON.
 
     Raises:
-        GatewayError: If it is none.
+        GatewayError: If it is no object.
     """
-    try:
-        found = json.loads(await response.read(), object_hook=Fields)
-    except ValueError:
-        found = None
+    raw = await response.read()
+    with of_the_api():
+        found = json.loads(raw, object_hook=Fields)
     if not isinstance(found, Fields):
         raise GatewayError(502, "the server's answer is no JSON object")
     return found
@@ -301,12 +316,14 @@ async def checked(content: aiohttp.StreamReader, seen: Usage, model: str) -> Asy
         if data == line or data == b"[DONE]":  # a comment, or the end
             yield line + b"\n\n"
             continue
-        chunk = json.loads(data, object_hook=Fields)
-        if "error" in chunk:
-            yield event(data)
+        with of_the_api():
+            chunk = json.loads(data, object_hook=Fields)
+            is_error, is_shown = "error" in chunk, "error" not in chunk and seen.shows(chunk)
+            told = data if is_error else json.dumps({**chunk, "model": model}).encode()
+        if is_error or is_shown:
+            yield event(told)
+        if is_error:
             return
-        if seen.shows(chunk):
-            yield event(json.dumps({**chunk, "model": model}).encode())
     seen.check_end()
 
 

@@ -100,7 +100,7 @@ class ServedRequest:
             PromptDroppedError: If ``prompt_tokens`` is not that of text and soft prompt together.
         """
         m, own = self.virtual_tokens, len(self.ids)
-        read = None if usage is None else usage.prompt_tokens
+        read = getattr(usage, "prompt_tokens", None)
         if read == m + own:
             return
         wanted = f"expected {m + own}: {m} virtual and {own} of the text"

@@ -284,6 +284,26 @@ def test_a_dropped_soft_prompt_is_a_502(stream: bool, client: Any, upstream: Any
     assert metric(gateway, "lopa_prompts_dropped_total") == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("says", ["{", "[]", '{"usage": []}', "[" * 100_000, '{"usage": 7, "choices": []}'])
+def test_what_is_none_of_the_api_is_a_502(says: str, stream: bool, client: Any, upstream: Any) -> None:
+    client.chat.completions.create(model="support", messages=asked("the film"))  # it knows the server's name now
+    upstream.says = says
+    with pytest.raises(openai.InternalServerError, match="the server's answer is no|does not say how many") as error:
+        list(client.chat.completions.create(model="support", messages=asked("the film"), stream=stream))
+    assert error.value.status_code == 502
+
+
+@pytest.mark.parametrize("lists", ["[]", '{"data": 5}', '{"data": [5]}'])
+def test_models_that_are_none_are_a_502(lists: str, client: Any, upstream: Any) -> None:
+    upstream.lists = lists
+    with pytest.raises(openai.InternalServerError, match="the server's answer is no") as error:
+        client.models.list()
+    assert error.value.status_code == 502
+    with pytest.raises(openai.InternalServerError, match="the server's answer is no"):
+        client.chat.completions.create(model="support", messages=asked("the film"))
+
+
 def test_a_stream_that_never_says_what_was_read_ends_in_an_error(client: Any, upstream: Any) -> None:
     upstream.says_usage = False
     with pytest.raises(openai.APIError, match="does not say how many tokens"):

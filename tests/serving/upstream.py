@@ -42,6 +42,8 @@ class Upstream(ThreadingHTTPServer):
         self.version: str | None = "0.32.0"
         self.name, self.key, self.takes_prompts, self.tokenizes, self.most = "tiny", "", True, True, 2**30
         self.extra_tokens, self.reverses = 0, False
+        self.says: str | None = None  # in place of any answer
+        self.lists: str | None = None  # in place of its models
 
     @property
     def url(self) -> str:
@@ -113,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
             self._reply(401, json.dumps({"error": "Unauthorized"}))
             return
+        if self.server.lists is not None:
+            self._reply(200, self.server.lists)
+            return
         base = {"id": self.server.name, "parent": None, "object": "model", "max_model_len": 64}
         cards = [{"id": "lora", "parent": "tiny", "object": "model"}, base]
         self._reply(200, json.dumps({"object": "list", "data": cards}))
@@ -128,6 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
             status = 413
         if status != 200:
             self._reply(status, json.dumps({"error": {"message": "no"}}))
+            return
+        if self.server.says is not None:
+            kind = "text/event-stream" if body.get("stream") else "application/json"
+            self._reply(200, f"data: {self.server.says}\n\n" if body.get("stream") else self.server.says, kind)
             return
         if self.path.endswith("/tokenize"):
             self._tokenize(body)
