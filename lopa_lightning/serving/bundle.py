@@ -32,6 +32,14 @@ PROMPTS, IMAGES = "prompts", "images"  # names in the last one
 _PROBES = ("A café costs 12.50 €;\n\tis it   OK?", "你好 <s>[MASK]</s> <|im_start|>")
 
 
+def check_repo_id(name: str) -> None:
+    """Raises a LoPAError if a name cannot be that of a repository on the hub."""
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except ValueError as error:
+        raise LoPAError(f"no repository on the hub can be called {shown(name)}: {one_line(error)}") from error
+
+
 @dataclass(frozen=True, eq=False)
 class Bundle:
     """A trained soft prompt to share. Read one by :meth:`from_pretrained`, make one by ``lopa export``.
@@ -78,6 +86,8 @@ class Bundle:
             LoPAError: If there is none, or it is no bundle.
         """
         folder = Path(name)
+        if folder.is_dir() and revision is not None:
+            raise LoPAError(f"a folder has no revision: {str(name)!r} is read as it is, got revision {shown(revision)}")
         if folder.is_file():
             raise LoPAError(f"{str(name)!r} is a file, and a bundle is a folder; lopa export makes one of a checkpoint")
         if not folder.is_dir():
@@ -144,14 +154,21 @@ class Bundle:
 
         Returns:
             The commit's address.
+
+        Raises:
+            LoPAError: If it cannot be uploaded.
         """
+        check_repo_id(repo_id)
         api = huggingface_hub.HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as scratch:
-            self.save_pretrained(Path(scratch, "bundle"))
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=Path(scratch, "bundle"), revision=revision, commit_message=commit_message
-            )
+            self.save_pretrained(bundle := Path(scratch, "bundle"))
+            try:
+                repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                commit = api.upload_folder(
+                    repo_id=repo, folder_path=bundle, revision=revision, commit_message=commit_message
+                )
+            except Exception as error:  # of the hub's client, the network or the account
+                raise LoPAError(f"the bundle cannot be uploaded to {shown(repo_id)}: {one_line(error)}") from error
         return str(commit.commit_url)
 
     # What can be done with it

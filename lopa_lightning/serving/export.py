@@ -26,7 +26,7 @@ from lopa_lightning.files import check_new
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.modules.predict import batches, check_rows, row_encoder
 from lopa_lightning.plain import without_defaults
-from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
+from lopa_lightning.serving.bundle import Bundle, check_repo_id, tokenizer_facts
 from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
 from lopa_lightning.serving.peft_export import write_peft
 from lopa_lightning.signals import stoppable
@@ -72,6 +72,8 @@ def main(args: Sequence[str]) -> None:
     given = options().parse_args(args)
     if given.private and not given.push:
         raise UsageError("--private goes with --push, of whose repository it is said")
+    if given.push:
+        check_repo_id(given.push)
     with stoppable():
         out = Path(given.out)
         check_new(out, "OUT")

@@ -179,6 +179,7 @@ def test_a_folder_that_is_there_is_refused_before_weights_are_read(
     [
         (["--to", "peft", "--text", "x", "--license", "mit"], "--text, --license goes with --to bundle, got --to peft"),
         (["--private"], "--private goes with --push"),
+        (["--push", "a/b/c"], "no repository on the hub can be called 'a/b/c'"),
     ],
 )
 def test_options_that_would_be_passed_over_are_refused(
@@ -205,6 +206,8 @@ def test_what_ends_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     bundle.save_pretrained(tmp_path / "empty")
     assert len(list((tmp_path / "empty").iterdir())) == 5
+    with pytest.raises(LoPAError, match=r"a folder has no revision: '.*empty' is read as it is, got revision 'v2'"):
+        Bundle.from_pretrained(tmp_path / "empty", revision="v2")
 
 
 # It may be anybody's
