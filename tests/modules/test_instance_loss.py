@@ -12,10 +12,20 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from torch.nn import functional as F
 
-from lopa_lightning import IDPG, InstanceEncoderSpec, LoPALightningModule, PromptTuning
+from lopa_lightning import (
+    IDPG,
+    ImageClassificationDataModule,
+    ImageClassificationModule,
+    InstanceEncoderSpec,
+    LoPALightningModule,
+    PretrainedSpec,
+    PromptTuning,
+)
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.export import export_bundle
+from tests.data.image_files import write_images
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
+from tests.tiny_images import save_vision, vision_model
 
 Tiny = Callable[[str], str]
 
@@ -93,6 +103,17 @@ def test_the_layer_is_saved_and_resumed_and_not_exported(tiny: Tiny, tmp_path: P
     shared: Any = type(bundle).from_pretrained(tmp_path / "bundle").module()
     assert shared.predict(texts) == loaded.predict(texts)
     assert shared.net.instance_readout is None
+
+
+def test_images_go_the_same_way(tmp_path: Path) -> None:
+    save_vision(vision_model("vit"), tmp_path / "vit")
+    write_images(str(tmp_path / "images"))
+    encoder = InstanceEncoderSpec(adapter={"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]})
+    options: Any = {"prompt_encoder": STILL, "instance_encoder": encoder, "instance_loss": 1.0}
+    model = ImageClassificationModule(backbone=PretrainedSpec(str(tmp_path / "vit")), **options)
+    run = trainer(tmp_path, callbacks=[], max_steps=1, limit_val_batches=0)
+    run.fit(model, ImageClassificationDataModule(path=str(tmp_path / "images"), batch_size=4))
+    assert run.callback_metrics["train/instance_loss"] > 0
 
 
 @pytest.mark.parametrize(
