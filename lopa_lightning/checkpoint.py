@@ -28,6 +28,9 @@ from lopa_lightning.prompts.base import PromptEncoder
 _MODELS = ("backbone", "instance_encoder")
 _SAMPLED_VALUES = 16
 _SHOWN = 6
+
+OF_TRAINING = "net.instance_readout."
+"""How names of tensors begin that serve training alone, and are in no bundle."""
 # Config entries that say where a model came from or how it is run, not what it computes.
 _INCIDENTAL = {
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
@@ -166,9 +169,10 @@ def check_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 
     Raises:
         LoPAError: If names are missing, too many, shapes differ, or values are not finite in the dtype here; the
-            message lists them.
+            message lists them. What is for training alone may be missing, as it is in a bundle.
     """
-    lines = [f"{name}: missing in the checkpoint" for name in wanted if name not in saved]
+    needed = [name for name in wanted if not name.startswith(OF_TRAINING)]
+    lines = [f"{name}: missing in the checkpoint" for name in needed if name not in saved]
     lines += [f"{shown(name)[1:-1]}: not trained here" for name in saved if name not in wanted]
     for name in [name for name in wanted if name in saved]:
         ours, theirs = wanted[name], saved[name]

@@ -51,7 +51,7 @@ def adapted(backbone: str, folder: Path, batch_size: int, **devices: Any) -> dic
     # Without Adam's scale, little reaches an encoder behind MLPs that start near 0.
     rates = {"low_rank": 3.0, "instance_encoder": 1e3}
     options: dict[str, Any] = {"objective": "head", "optimizer": SGD, "learning_rates": rates}
-    model = module(backbone, instance_encoder=encoder, prompt_encoder=prompt, instance_loss=1e-3, **options)
+    model = module(backbone, instance_encoder=encoder, prompt_encoder=prompt, **options)
     run = trainer(folder, epochs=4, num_sanity_val_steps=0, limit_val_batches=0, **devices)
     run.fit(model, reviews(folder, rows=12, batch_size=batch_size))
     return model.state_dict()

@@ -181,8 +181,8 @@ def sizes(module: LoPALightningModule, step: Step) -> Sizes:
     batch, tracker = _batch(module, net, step), StepTracker([*net.parameters(), *net.buffers()])
     with tracker:
         with precision.forward_context():
-            loss = module.loss(net(batch)[0], batch)
-        torch.autograd.backward(loss)
+            losses = module.training_losses(net(batch), batch)
+        torch.autograd.backward(list(losses.values()))
     trained = [p for p in net.parameters() if p.requires_grad]
     frozen = [p for p in net.parameters() if not p.requires_grad]
     optimizer = module.make_optimizer(with_rates(net.parameter_groups(), {}))

@@ -32,7 +32,7 @@ from lopa_lightning.modules.builder import Builder, Parts
 from lopa_lightning.modules.checkpoint_loading import rebuilt
 from lopa_lightning.modules.nonfinite_loss import LossGuard, OnNonfinite
 from lopa_lightning.modules.optimizer_groups import OptimizerByGroup, with_rates
-from lopa_lightning.modules.prompted_model import PromptedModel
+from lopa_lightning.modules.prompted_model import Outputs, PromptedModel
 from lopa_lightning.modules.resume import ResumePoint
 from lopa_lightning.modules.resume_check import check_resume
 from lopa_lightning.modules.schedule import schedule
@@ -73,7 +73,8 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         warmup: Optimizer steps over which learning rates rise linearly; below 1 a share of the run as it was when it
             began: a resumed run keeps the number of steps.
         learning_rates: Learning rates by group, over the optimizer's own: ``shared_prompt`` (Z_S),
-            ``low_rank`` (LoPA's heads), ``head``, ``instance_encoder`` and ``backbone`` (all of it or its adapter).
+            ``low_rank`` (LoPA's heads), ``head``, ``instance_readout``, ``instance_encoder`` and ``backbone`` (all of
+            it or its adapter).
         optimizers: Optimizers by group, in place of ``optimizer``, with the same group names.
         nonfinite_loss: What a training loss that is NaN or infinite does: ``stop`` the run, naming step and rows, or
             ``skip`` the optimizer step, with all batches that it accumulates, counted in ``train/skipped_steps``.
@@ -229,7 +230,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
     def _assembled(self, parts: Parts) -> PromptedModel:
         readout = self.configure_readout(parts.backbone)
         of_instance = None
-        if parts.instance_encoder is not None:
+        if self.instance_loss and parts.instance_encoder is not None:
             of_instance = self.configure_instance_readout(self.builder.instance_dim(parts.backbone))
         net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone, of_instance)
         return net.train()  # transformers hands models over in eval mode; what is frozen stays in it
@@ -245,15 +246,25 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of a batch, weighted as it counts among the batches of its optimizer step."""
-        outputs, _, of_instance = self._net()(batch)
-        loss, size = self.loss(outputs, batch), self.loss_weight(outputs, batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
-        if of_instance is not None:
-            second = self.loss(of_instance, batch)
-            self.log("train/instance_loss", second, batch_size=len(batch["index"]))
-            loss = loss + self.instance_loss * second
+        found = self._net()(batch)
+        losses, size = self.training_losses(found, batch), self.loss_weight(found.outputs, batch)
+        for name, each in losses.items():
+            self.log(f"train/{name}", each, prog_bar=name == "loss", batch_size=len(batch["index"]))
+        loss = losses["loss"] + self.instance_loss * losses.get("instance_loss", 0.0)
         everywhere = self.loss_guard.look_at(loss, batch, batch_idx, self.trainer, size)
         return self.window.add(loss, size, everywhere, batch, batch_idx, self.trainer)
+
+    def training_losses(self, found: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Returns ``loss``, of the answers, and ``instance_loss``, where one is asked for; training takes their sum.
+
+        Args:
+            found: What the model computed, in training.
+            batch: The batch.
+        """
+        losses = {"loss": self.loss(found.outputs, batch)}
+        if found.of_instance is not None:
+            losses["instance_loss"] = self.loss(found.of_instance, batch)
+        return losses
 
     def on_after_backward(self) -> None:
         """Scales the gradient of a step's batches: before others see it, or clip it."""

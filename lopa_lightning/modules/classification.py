@@ -40,9 +40,9 @@ class ClassificationModule(LoPALightningModule):
         task: Labels, words and metrics; None to take the data module's.
         loss_over: What the cross entropy of a label's word is taken over: the words of all ``labels``, or the whole
             ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
-        instance_loss: Weight of a second loss in training: of the label as a linear layer reads it from the instance
-            vector. A trained or adapted instance encoder learns from it at once what it is to tell, and slowly by way
-            of the soft prompt. The layer is in checkpoints, and not in what is exported.
+        instance_loss: Weight of a second loss in training: that of a linear layer which reads the label from the
+            instance vector. A trained or adapted instance encoder learns the labels from it directly, and not by way of
+            the soft prompt alone. The layer is in checkpoints, and not in what is exported.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:

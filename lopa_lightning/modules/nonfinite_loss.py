@@ -59,7 +59,7 @@ class LossGuard:
         if mine:
             what, rows = str(float(loss.detach())), ", ".join(map(str, batch["index"].tolist()))
         step = f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}), rows {rows}"
-        where = f"train/loss is {what} at {step}"
+        where = f"the training loss is {what} at {step}"
         if self.action == "stop":
             raise LoPAError(f"{where}; try a lower learning rate or float32, or go on with nonfinite_loss: skip")
         rank_zero_warn(f"{where}: the step is skipped, with all batches that it accumulates")

@@ -21,8 +21,8 @@ class Outputs(NamedTuple):
 
     Attributes:
         outputs: The read-out's, ``[B, ...]``.
-        instance: Instance vectors ``[B, e]``; None without an instance encoder.
-        of_instance: In training, what is read from the instance vectors themselves, ``[B, ...]``; None if nothing is.
+        instance: Instance vectors that made the soft prompts, ``[B, e]``; None without an instance encoder.
+        of_instance: In training, what is read from each example's own vector, ``[B, ...]``; None if nothing is.
     """
 
     outputs: Tensor
@@ -60,11 +60,12 @@ class PromptedModel(nn.Module):
         self.backbone = backbone
 
     def encode_instance(self, batch: Batch) -> Tensor | None:
-        """Returns instance vectors ``[B, e]``: the batch's own or computed ones, or a control's in their place."""
+        """Returns each example's own instance vector, ``[B, e]``, from the batch or computed."""
         if self.instance_encoder is None:
             return None
         vectors = batch["instance"] if "instance" in batch else self.instance_encoder(batch)
-        return controlled(vectors, self.instance_encoder.spec.control)
+        # A backbone in bfloat16 goes with a prompt encoder in float32.
+        return vectors.to(next(self.prompt_encoder.parameters()).dtype)
 
     def forward(self, batch: Batch) -> Outputs:
         """Computes outputs.
@@ -72,11 +73,12 @@ class PromptedModel(nn.Module):
         Args:
             batch: What the backbone reads, and ``instance [B, e]`` or what the instance encoder reads.
         """
-        prompt, instance = self.soft_prompt(batch)
+        own = self.encode_instance(batch)
+        prompt, instance = self._prompted(own)
         prompt = self.prompt_encoder.for_batch(prompt, len(batch[self.backbone.input_keys[0]]))
         states = self.backbone(prompt, batch, self.prompt_encoder.token_offset())
-        read = self.instance_readout if self.training and instance is not None else None
-        return Outputs(self.readout(states, self.backbone, batch), instance, None if read is None else read(instance))
+        of_instance = self.instance_readout(own) if self.instance_readout is not None and self.training else None
+        return Outputs(self.readout(states, self.backbone, batch), instance, of_instance)
 
     def run(self, function: Callable[[], Result]) -> Result:
         """Calls a function that uses parts of this model by themselves, such as one that generates.
@@ -90,10 +92,13 @@ class PromptedModel(nn.Module):
 
     def soft_prompt(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Returns soft prompts ``[B, m, d]`` (or ``[1, m, d]`` for all), and the instance vectors that made them."""
-        instance = self.encode_instance(batch)
-        if instance is not None:  # a backbone in bfloat16 goes with a prompt encoder in float32
-            instance = instance.to(next(self.prompt_encoder.parameters()).dtype)
-        return self.prompt_encoder(instance), instance
+        return self._prompted(self.encode_instance(batch))
+
+    def _prompted(self, own: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns soft prompts, and the vectors that made them: each example's own, or a control's."""
+        if own is not None and self.instance_encoder is not None:
+            own = controlled(own, self.instance_encoder.spec.control)
+        return self.prompt_encoder(own), own
 
     def pretrained_models(self) -> list[PreTrainedModel]:
         """Returns the pretrained models in it, each once."""
@@ -101,13 +106,16 @@ class PromptedModel(nn.Module):
         return [self.backbone.model, *([] if own is None else [own])]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Returns trained parameters by group: the prompt encoder's, ``head``, ``instance_encoder``, ``backbone``."""
+        """Returns trained parameters by group: the prompt encoder's, and those of the other parts."""
         groups = dict(self.prompt_encoder.parameter_groups())
-        rest = {"head": self.readout, "instance_encoder": self.instance_encoder, "backbone": self.backbone}
+        rest = {
+            "head": self.readout,
+            "instance_readout": self.instance_readout,
+            "instance_encoder": self.instance_encoder,
+            "backbone": self.backbone,
+        }
         for name, part in rest.items():
             trained = [p for p in part.parameters() if p.requires_grad] if part is not None else []
             if trained:
                 groups[name] = trained
-        if self.instance_readout is not None:
-            groups["head"] = [*groups.get("head", []), *self.instance_readout.parameters()]
         return groups

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _BUILT: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}
 _BY_GROUP = "optimizers."
+_LOSSES = ("loss_over", "instance_loss")
 
 
 def check_resume(saved: dict[str, Any], module: LoPALightningModule, stage: str) -> None:
@@ -47,6 +48,10 @@ def check_resume(saved: dict[str, Any], module: LoPALightningModule, stage: str)
         return
     if lines := ckpt.differences(_settings(saved[ckpt.HYPERPARAMETERS]), _settings(module.hparams)):
         rank_zero_warn(f"a resumed run keeps the checkpoint's optimizer settings: {ckpt.joined(lines)}")
+    both = _whole(saved[ckpt.HYPERPARAMETERS]), _whole(module.hparams)
+    was, now = ({key: each.get(key) for key in _LOSSES} for each in both)
+    if lines := ckpt.differences(was, now):
+        rank_zero_warn(f"the resumed run is trained by another loss from here on: {ckpt.joined(lines)}")
     loop, accumulated = saved["loops"]["fit_loop"], module.trainer.accumulate_grad_batches
     progress = loop["epoch_loop.batch_progress"]
     if progress.get("is_last_batch", True):
@@ -96,10 +101,16 @@ def check_restored(saved: dict[str, Any], module: LoPALightningModule, stage: st
         raise LoPAError(f"the checkpoint cannot be resumed: {one_line(error)}") from error
 
 
+def _whole(hparams: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns hyperparameters with the defaults of their class, where it is known."""
+    with contextlib.suppress(LoPAError):
+        return {**defaults(find_class(hparams.get("_class_path"), LightningModule)), **hparams}
+    return hparams
+
+
 def _settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of training with their defaults; classes by bare name, wherever they are imported from."""
-    with contextlib.suppress(LoPAError):
-        hparams = {**defaults(find_class(hparams.get("_class_path"), LightningModule)), **hparams}
+    hparams = _whole(hparams)
     found = {key: hparams.get(key) for key in ("learning_rates", "warmup")}
     by_group = hparams.get("optimizers")
     by_group = {f"{_BY_GROUP}{name}": spec for name, spec in by_group.items()} if isinstance(by_group, Mapping) else {}

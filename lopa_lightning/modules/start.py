@@ -43,7 +43,7 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     """
     module.input_spec  # noqa: B018 - raises where input and models do not fit
     own = module.builder.skeleton.prompt_encoder.parameter_groups()
-    groups = {*own, "head", "instance_encoder", "backbone"}
+    groups = {*own, "head", "instance_readout", "instance_encoder", "backbone"}
     for option, given in (("learning_rates", module.learning_rates), ("optimizers", module.group_optimizers)):
         if unknown := sorted(set(given) - groups):
             raise LoPAError(f"{option} names {', '.join(unknown)}; the groups are {', '.join(sorted(groups))}")
@@ -73,7 +73,8 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
         scheduler = check_optimization(module)
         check_cosine(scheduler, trainer)
         keys = ["loss", "score", *metrics, *module.more_logged()]
-        logged = ["train/loss", *(f"val{suffix}/{key}" for suffix in module.eval_suffixes for key in keys)]
+        second = ["train/instance_loss"] if module.instance_loss else []
+        logged = ["train/loss", *second, *(f"val{suffix}/{key}" for suffix in module.eval_suffixes for key in keys)]
         check_monitors(module, monitored(scheduler), logged)
     if (saved := module.will_load) is not None:
         ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)

@@ -49,7 +49,9 @@ class TaskHooks(ABC):
     """Weight, beside the loss of the answers, of the loss of what is read from instance vectors."""
 
     def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
-        """Builds what reads outputs from instance vectors in training, for a second loss; None for none.
+        """Builds what reads outputs from instance vectors, where ``instance_loss`` is above 0; None for none.
+
+        It is for training alone: it is saved, and not exported.
 
         Args:
             instance_dim: Width e of an instance vector.

@@ -333,14 +333,16 @@ def chosen_model(cards: Sequence[Any], backbone: str) -> str:
         backbone: What the bundle calls it.
 
     Raises:
-        LoPAError: If there are several, and none by the backbone's name.
+        LoPAError: If there are several, and none by the backbone's name, or it has no name.
     """
     bases = [card for card in cards if getattr(card, "parent", None) is None]
     named = [card for card in bases if backbone in (card.id, getattr(card, "root", None))]
     if len(bases) != 1 and not named:
         names = ", ".join(card.id for card in bases) or "none"
         raise LoPAError(f"the server has not {backbone!r} among its models ({names}); give model")
-    return str((named or bases)[0].id)
+    if not isinstance(name := (named or bases)[0].id, str):
+        raise LoPAError(f"the server's model has no name, got {name!r}")
+    return name
 
 
 def _openai() -> Any:

@@ -116,8 +116,7 @@ def export_bundle(
         raise LoPAError(f"{type(module).__name__} is no task on texts or images, of which bundles are made")
     if reads_images and texts is not None:
         raise LoPAError("--text goes with a model of texts, and this one reads images")
-    of_training = "net.instance_readout."
-    state = {name: value for name, value in module.state_dict().items() if not name.startswith(of_training)}
+    state = {name: value for name, value in module.state_dict().items() if not name.startswith(ckpt.OF_TRAINING)}
     tensors = {name: value.detach().cpu() for name, value in state.items()}
     bundle = Bundle(_config(module, names or {}, metrics_in(saved)), tensors, "", [])
     rows, prompts, unserved = _rows(module, texts), None, None

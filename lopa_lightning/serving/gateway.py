@@ -30,6 +30,7 @@ from lopa_lightning.serving.gateway_calls import (
     Metrics,
     PassedError,
     Stream,
+    answer_of,
     chat_of,
     checked,
     event,
@@ -155,14 +156,14 @@ class Gateway:
                 return await passed(response)
             listed = await read_json(response)
         with of_the_api():
-            cards = [card for card in listed.data or () if card.id not in self.bundles]
+            cards = [card for card in listed.data or () if str(card["id"]) not in self.bundles]
         own = {"object": "model", "created": 0, "owned_by": "lopa"}
         found = [{"id": name, **own, "parent": served.backbone} for name, served in self.bundles.items()] + cards
         if (name := request.path_params.get("name")) is None:
-            return JSONResponse({"object": "list", "data": found})
+            return answer_of({"object": "list", "data": found})
         if not (named := [card for card in found if card["id"] == name]):
             raise GatewayError(404, f"there is no model {shown(name)}")
-        return JSONResponse(named[0])
+        return answer_of(named[0])
 
     async def _name(self, served: ServedPrompter, call: Call) -> str:
         """What the server calls a bundle's backbone."""
@@ -215,7 +216,7 @@ class Gateway:
         if body.get("stream"):
             return await self._streamed(call, made, options, body)
         answer, headers = await self._answer(call, made, options)
-        return JSONResponse({**answer, "model": call.model}, headers=headers)
+        return answer_of({**answer, "model": call.model}, headers)
 
     async def _answer(
         self, call: Call, made: ServedRequest, options: Mapping[str, Any]
@@ -256,7 +257,8 @@ class Gateway:
                 answer, headers = await self._answer(call, made, {**options, **extra, **model})
                 with of_the_api():
                     labelling.add(answer)
-            record = labelling.record()
+            with of_the_api():
+                record = labelling.record()
         except PromptDroppedError:
             raise
         except LoPAError as error:
@@ -266,7 +268,7 @@ class Gateway:
         choice, message = {"index": 0, "finish_reason": "stop"}, {"role": "assistant", "content": record["label"]}
         if not body.get("stream"):
             found = {**common, "object": "chat.completion", "choices": [{**choice, "message": message}]}
-            return JSONResponse({**found, "usage": answer["usage"]}, headers=headers)
+            return answer_of({**found, "usage": answer["usage"]}, headers)
         chunk = {**common, "object": "chat.completion.chunk", "choices": [{**choice, "delta": message}]}
         shows, _ = stream_options(body)
         chunks = [chunk, {**chunk, "choices": [], "usage": answer["usage"]}] if shows else [chunk]

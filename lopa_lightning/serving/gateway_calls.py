@@ -194,17 +194,31 @@ def of_the_api() -> Iterator[None]:
 
 
 async def read_json(response: aiohttp.ClientResponse) -> Fields:
-    """Returns the server's JSON.
+    """Returns the server's JSON; see :func:`of_server`."""
+    return of_server(await response.read())
+
+
+def of_server(raw: bytes) -> Fields:
+    """Returns the JSON of a server's answer, or of a part of it.
 
     Raises:
         GatewayError: If it is no object.
     """
-    raw = await response.read()
     with of_the_api():
-        found = json.loads(raw, object_hook=Fields)
+        found = json.loads(raw, object_hook=Fields, parse_constant=_no_number)
     if not isinstance(found, Fields):
         raise GatewayError(502, "the server's answer is no JSON object")
     return found
+
+
+def answer_of(content: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Returns an answer that is made of a server's.
+
+    Raises:
+        GatewayError: If the server's cannot be sent on, such as half a character.
+    """
+    with of_the_api():
+        return JSONResponse(content, headers=headers)
 
 
 def refusal(error: GatewayError, request_id: str) -> JSONResponse:
@@ -240,7 +254,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    raise GatewayError(400, f"the request must not have {name}")
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def chat_of(messages: Any) -> list[dict[str, Any]]:
@@ -316,14 +330,14 @@ async def checked(content: aiohttp.StreamReader, seen: Usage, model: str) -> Asy
         if data == line or data == b"[DONE]":  # a comment, or the end
             yield line + b"\n\n"
             continue
-        with of_the_api():
-            chunk = json.loads(data, object_hook=Fields)
-            is_error, is_shown = "error" in chunk, "error" not in chunk and seen.shows(chunk)
-            told = data if is_error else json.dumps({**chunk, "model": model}).encode()
-        if is_error or is_shown:
-            yield event(told)
-        if is_error:
+        chunk = of_server(data)
+        if "error" in chunk:
+            yield event(data)
             return
+        with of_the_api():
+            is_shown, told = seen.shows(chunk), json.dumps({**chunk, "model": model}).encode()
+        if is_shown:
+            yield event(told)
     seen.check_end()
 
 

@@ -112,7 +112,7 @@ def test_learning_rates_by_group(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_learning_rate_for_no_group_is_refused_before_weights_are_loaded(tiny: Tiny, tmp_path: Path) -> None:
     model = module(tiny("bert"), learning_rates={"low_rnak": 1e-3})
-    groups = "backbone, head, instance_encoder, low_rank, shared_prompt"
+    groups = "backbone, head, instance_encoder, instance_readout, low_rank, shared_prompt"
     with pytest.raises(LoPAError, match=f"low_rnak; the groups are {groups}"):
         trainer(tmp_path).fit(model, reviews(tmp_path))
     assert model.net is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lopa_lightning import (
     PretrainedSpec,
     PromptTuning,
 )
+from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.export import export_bundle
 from tests.data.image_files import write_images
@@ -28,6 +30,8 @@ from tests.modules.helpers import LoPATiny, module, reviews, trainer
 from tests.tiny_images import save_vision, vision_model
 
 Tiny = Callable[[str], str]
+
+ROOT = Path(__file__).parents[2]
 
 ADAPTED = InstanceEncoderSpec(adapter={"peft_type": "LORA", "r": 2})
 STILL = functools.partial(LoPATiny, dropout=0.0)  # which passes nothing of the instance on at its first step
@@ -84,16 +88,23 @@ def test_it_reaches_the_encoder_at_the_first_step_where_the_soft_prompt_does_not
     assert found[1.0] > 1e-4
 
 
-def test_the_layer_is_saved_and_resumed_and_not_exported(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_layer_is_saved_and_resumed_and_not_exported(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = taught(tiny("bert_base"))
     run, _ = fitted(tmp_path, model)
     run.save_checkpoint(tmp_path / "saved.ckpt")
-    again: Any = LoPALightningModule.load_from_checkpoint(tmp_path / "saved.ckpt")
-    assert torch.equal(again.net.instance_readout.weight, model.net.instance_readout.weight)
-    seed_everything(1)
-    more = trainer(tmp_path, epochs=2, callbacks=[], max_steps=2, limit_val_batches=0)
-    more.fit(again, reviews(tmp_path, rows=12, batch_size=12), ckpt_path=tmp_path / "saved.ckpt")
-    assert more.global_step == 2
+    states = []
+    for resume in (None, tmp_path / "saved.ckpt"):
+        again = taught(tiny("bert_base"), 0.5)
+        seed_everything(1)
+        more = trainer(tmp_path, epochs=2, callbacks=[], limit_val_batches=0)
+        more.fit(again, reviews(tmp_path, rows=12, batch_size=12), ckpt_path=resume)
+        states.append(again.state_dict())
+    assert "net.instance_readout.weight" in states[0]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    with pytest.warns(UserWarning, match=r"by another loss .*instance_loss: the checkpoint has 0.5, this run 0.1"):
+        more.fit(taught(tiny("bert_base"), 0.1), reviews(tmp_path, rows=12, batch_size=12), ckpt_path=resume)
 
     bundle = export_bundle(tmp_path / "saved.ckpt")
     assert not [name for name in bundle.tensors if "instance_readout" in name]
@@ -103,6 +114,22 @@ def test_the_layer_is_saved_and_resumed_and_not_exported(tiny: Tiny, tmp_path: P
     shared: Any = type(bundle).from_pretrained(tmp_path / "bundle").module()
     assert shared.predict(texts) == loaded.predict(texts)
     assert shared.net.instance_readout is None
+    # A bundle goes with the configuration of its run.
+    monkeypatch.chdir(tmp_path)
+    configs = [str(ROOT / "configs" / name) for name in ("own_csv.yaml", "methods/lopa_taught_encoder.yaml")]
+    options: dict[str, Any] = {
+        "data": {"init_args": {"data_files": {"train": "train.csv", "validation": "validation.csv"}}},
+        "model": {"init_args": {"backbone": {"name": tiny("bert_base")}, "instance_encoder": {"name": "backbone"}}},
+        "trainer": {"logger": False, "accelerator": "cpu"},
+    }
+    options["data"]["init_args"]["labels"] = ["good", "bad"]
+    sizes = {"num_virtual_tokens": 3, "rank": 2, "hidden_dim": 8, "dropout": 0.0}
+    options["model"]["init_args"]["instance_encoder"]["adapter"] = {"peft_type": "LORA", "r": 2}
+    options["model"]["init_args"]["prompt_encoder"] = {"class_path": "lopa_lightning.LoPA", "init_args": sizes}
+    Path("mine.yaml").write_text(json.dumps(options))
+    for option in ([], ["--model.instance_loss=0"]):
+        named = [f"--config={name}" for name in [*configs, "mine.yaml"]]
+        main(["validate", *named, "--ckpt_path=bundle", *option])
 
 
 def test_images_go_the_same_way(tmp_path: Path) -> None:
@@ -132,6 +159,15 @@ def test_images_go_the_same_way(tmp_path: Path) -> None:
 def test_what_it_cannot_teach_is_refused(tiny: Tiny, tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(LoPAError, match=message):
         fitted(tmp_path, taught(tiny("bert"), **options))
+
+
+def test_it_reads_each_examples_own_vector_also_under_a_control(tiny: Tiny, tmp_path: Path) -> None:
+    found = []
+    for control in (None, "shuffled"):
+        spec = InstanceEncoderSpec(adapter={"peft_type": "LORA", "r": 2}, control=control)  # type: ignore[arg-type]
+        run, _ = fitted(tmp_path, taught(tiny("bert_base"), instance_encoder=spec), limit_val_batches=0)
+        found.append(float(run.callback_metrics["train/instance_loss"]))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_any_prompt_encoder_that_reads_an_instance_goes_with_it(tiny: Tiny, tmp_path: Path) -> None:

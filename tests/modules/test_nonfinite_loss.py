@@ -54,7 +54,7 @@ def spoilt(tiny: Tiny, **kwargs: Any) -> Spoilt:
 def test_it_stops_the_run_with_step_and_rows(tiny: Tiny, tmp_path: Path) -> None:
     values = Values()
     run = trainer(tmp_path, callbacks=[values], enable_checkpointing=False)
-    with pytest.raises(LoPAError, match="train/loss is nan") as error:
+    with pytest.raises(LoPAError, match="the training loss is nan") as error:
         run.fit(spoilt(tiny), reviews(tmp_path))
     rows = ", ".join(map(str, values.rows[SPOILT]))
     assert f"at step {SPOILT} (epoch 0, batch {SPOILT}), rows {rows};" in str(error.value)

@@ -189,7 +189,7 @@ def test_a_checkpoint_holds_them_and_goes_on_with_no_others(tiny: Tiny, tmp_path
 @pytest.mark.parametrize(
     ("optimizers", "message"),
     [
-        ({"prompts": MOMENTUM}, "optimizers names prompts; the groups are backbone, head, instance_encoder, low_rank"),
+        ({"prompts": MOMENTUM}, "optimizers names prompts; the groups are backbone, head, instance_encoder, "),
         ({"head": functools.partial(SGD, momentum=-1)}, "optimizer: Invalid momentum value: -1"),
         ({"head": torch.optim.LBFGS}, "optimizer: TypeError: LBFGS.step() missing 1 required positional argument"),
     ],

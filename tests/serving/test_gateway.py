@@ -285,7 +285,9 @@ def test_a_dropped_soft_prompt_is_a_502(stream: bool, client: Any, upstream: Any
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("says", ["{", "[]", '{"usage": []}', "[" * 100_000, '{"usage": 7, "choices": []}'])
+@pytest.mark.parametrize(
+    "says", ["{", "[]", '"an error"', '{"usage": []}', "[" * 100_000, '{"usage": 7, "choices": []}', '{"usage": NaN}']
+)
 def test_what_is_none_of_the_api_is_a_502(says: str, stream: bool, client: Any, upstream: Any) -> None:
     client.chat.completions.create(model="support", messages=asked("the film"))  # it knows the server's name now
     upstream.says = says
@@ -294,13 +296,13 @@ def test_what_is_none_of_the_api_is_a_502(says: str, stream: bool, client: Any, 
     assert error.value.status_code == 502
 
 
-@pytest.mark.parametrize("lists", ["[]", '{"data": 5}', '{"data": [5]}'])
+@pytest.mark.parametrize("lists", ["[]", '{"data": 5}', '{"data": [5]}', '{"data": [{}]}'])
 def test_models_that_are_none_are_a_502(lists: str, client: Any, upstream: Any) -> None:
     upstream.lists = lists
     with pytest.raises(openai.InternalServerError, match="the server's answer is no") as error:
         client.models.list()
     assert error.value.status_code == 502
-    with pytest.raises(openai.InternalServerError, match="the server's answer is no"):
+    with pytest.raises(openai.InternalServerError, match=r"the server's (answer is no|model has no name)"):
         client.chat.completions.create(model="support", messages=asked("the film"))
 
 
@@ -418,7 +420,7 @@ def test_what_cannot_be_right_is_refused_and_not_sent(options: Any, said: str, c
     ("raw", "said"),
     [
         (b'{"model": "support", "model": "tiny"}', "has a key twice"),
-        (b'{"model": "support", "temperature": NaN}', "must not have NaN"),
+        (b'{"model": "support", "temperature": NaN}', "NaN is no number of JSON"),
         (b'{"model": ', "not JSON"),
         (b"[" * 10_000, "not JSON"),
         (b"[]", "must be a JSON object"),
