@@ -110,7 +110,7 @@ def measured(case: str, batch: dict[str, torch.Tensor]) -> dict[str, int]:
     module, _ = built([*arguments(case), *EAGER])
     module.configure_model()
     with module.trainer.precision_plugin.forward_context(), FlopCounterMode(display=False) as flops:
-        module.loss(module.net(batch)[0], batch).backward()
+        torch.stack([*module.training_losses(module.net(batch), batch).values()]).sum().backward()
     module, _ = built(arguments(case))
     with tempfile.TemporaryDirectory() as folder:
         memory, path = SecondStep(), Path(folder, "last.ckpt")

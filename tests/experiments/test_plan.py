@@ -67,11 +67,11 @@ def step_of(module: Any) -> tuple[int, int]:
         batch["labels"] = torch.where((to_come < COMPLETED) & (mask == 1), ids, -100)
     precision = module.trainer.precision_plugin
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops, precision.forward_context():
-        module.loss(module.net(batch)[0], batch).backward()
+        torch.stack([*module.training_losses(module.net(batch), batch).values()]).sum().backward()
     module.zero_grad(set_to_none=True)
     with StepTracker([*module.net.parameters(), *module.net.buffers()]) as tracked:
         with precision.forward_context():
-            loss = module.loss(module.net(batch)[0], batch)
+            loss = torch.stack([*module.training_losses(module.net(batch), batch).values()]).sum()
         loss.backward()
     return flops.get_total_flops(), tracked.peak
 
@@ -91,7 +91,7 @@ MORE = pytest.mark.slow  # another case beside it has more than it
         pytest.param("llama", ("--trainer.precision=bf16-true",), marks=MORE),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
         pytest.param("bert_base", ("--model.instance_encoder.cache=false",), marks=MORE),
-        ("bert_base", ("--model.instance_encoder.adapter={peft_type: LORA, r: 2}",)),
+        ("bert_base", ("--model.instance_encoder.adapter={peft_type: LORA, r: 2}", "--model.instance_loss=0.5")),
     ],
 )
 def test_it_says_what_a_step_takes(
