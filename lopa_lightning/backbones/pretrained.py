@@ -98,7 +98,13 @@ class PretrainedSpec:
         return str(path)
 
     def source_options(self) -> dict[str, Any]:
-        """Returns what every ``from_pretrained`` is told of where the files come from."""
+        """Returns what every ``from_pretrained`` is told of where the files come from.
+
+        Raises:
+            LoPAError: If a revision is given for a folder, which has none.
+        """
+        if self.revision is not None and os.path.isdir(folder := self.location()):
+            raise LoPAError(f"revision is of a model on the hub, and {folder!r} is a folder; got {self.revision!r}")
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 

@@ -68,6 +68,8 @@ def read_rows(
             f"path {real!r} has *, ? or [ in its name, by which other folders could be meant; rename it, or name its "
             "files in data_files"
         )
+    if is_there and revision is not None:
+        raise LoPAError(f"revision is of a data set on the hub, and path {folder!r} is a folder; got {revision!r}")
     return _loaded(repr(path), {"path": folder, "name": name, "revision": revision, **options}, is_there)
 
 

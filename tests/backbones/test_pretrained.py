@@ -107,6 +107,11 @@ def test_an_unknown_revision_is_named_as_well() -> None:
         load_config(PretrainedSpec("nobody/no-such-model", revision="v2"))
 
 
+def test_a_folder_has_no_revision(tiny: Tiny) -> None:
+    with pytest.raises(LoPAError, match=r"revision is of a model on the hub, and '.*' is a folder; got 'v2'"):
+        load_config(PretrainedSpec(tiny("bert"), revision="v2"))
+
+
 @pytest.mark.parametrize("read", READERS)
 def test_a_folder_that_holds_no_model_is_an_error_that_names_it(read: Callable, tmp_path: Path) -> None:
     with pytest.raises(LoPAError, match=tmp_path.name):

@@ -436,6 +436,12 @@ def test_a_path_of_no_data(path: str, message: str, spec: TextSpec, refused: Ref
         prepared(spec, "test", path=path)
 
 
+def test_a_folder_has_no_revision(spec: TextSpec, refused: Refused) -> None:
+    write("folder/test.csv", ROWS)
+    with refused("revision is of a data set on the hub, and path 'folder' is a folder; got 'v2'"):
+        prepared(spec, "test", path="folder", revision="v2")
+
+
 # Arguments
 
 
