@@ -169,9 +169,10 @@ def check_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 
     Raises:
         LoPAError: If names are missing, too many, shapes differ, or values are not finite in the dtype here; the
-            message lists them. What is for training alone may be missing, as it is in a bundle.
+            message lists them. All that is for training alone may be missing, as it is in a bundle.
     """
-    needed = [name for name in wanted if not name.startswith(OF_TRAINING)]
+    is_whole = any(name.startswith(OF_TRAINING) for name in saved)
+    needed = [name for name in wanted if is_whole or not name.startswith(OF_TRAINING)]
     lines = [f"{name}: missing in the checkpoint" for name in needed if name not in saved]
     lines += [f"{shown(name)[1:-1]}: not trained here" for name in saved if name not in wanted]
     for name in [name for name in wanted if name in saved]:

@@ -255,7 +255,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         return self.window.add(loss, size, everywhere, batch, batch_idx, self.trainer)
 
     def training_losses(self, found: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Returns ``loss``, of the answers, and ``instance_loss``, where one is asked for; training takes their sum.
+        """Returns ``loss``, of the answers, and where one is asked for ``instance_loss``, before it is weighted.
 
         Args:
             found: What the model computed, in training.

@@ -164,8 +164,8 @@ class ClassificationModule(LoPALightningModule):
         return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
-        """Builds a linear layer, where there is an ``instance_loss``."""
-        return linear_head(instance_dim, self.required_task().num_outputs) if self.instance_loss else None
+        """Builds a linear layer."""
+        return linear_head(instance_dim, self.required_task().num_outputs)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Returns the cross entropy of the label, or on average of several labels; of a number the squared error.

@@ -83,7 +83,7 @@ class Bundle:
             local_files_only: Whether nothing is downloaded.
 
         Raises:
-            LoPAError: If there is none, or it is no bundle.
+            LoPAError: If there is none, it is no bundle, or a revision of a folder is asked for.
         """
         folder = Path(name)
         if folder.is_dir() and revision is not None:

@@ -106,6 +106,12 @@ def test_the_layer_is_saved_and_resumed_and_not_exported(
     with pytest.warns(UserWarning, match=r"by another loss .*instance_loss: the checkpoint has 0.5, this run 0.1"):
         more.fit(taught(tiny("bert_base"), 0.1), reviews(tmp_path, rows=12, batch_size=12), ckpt_path=resume)
 
+    for was, now in ((0.5, 0.0), (0.0, 0.5)):  # with the layer and without it
+        path = tmp_path / f"of_{was}.ckpt"
+        fitted(tmp_path, taught(tiny("bert_base"), was), limit_val_batches=0)[0].save_checkpoint(path)
+        with pytest.raises(LoPAError, match=r"instance_readout|cannot be resumed"):
+            more.fit(taught(tiny("bert_base"), now), reviews(tmp_path, rows=12, batch_size=12), ckpt_path=path)
+
     bundle = export_bundle(tmp_path / "saved.ckpt")
     assert not [name for name in bundle.tensors if "instance_readout" in name]
     bundle.save_pretrained(tmp_path / "bundle")
