@@ -111,13 +111,14 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "model": "bert",
             "gradient_checkpointing": True,
             "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
+            "instance_loss": 0.5,
         },
         "adapted": {
             "model": "bert",
             "instance_encoder": InstanceEncoderSpec(
                 models["bert_base"], dtype="bfloat16", adapter={"peft_type": "LORA", "r": 2}
             ),
-            "instance_loss": 0.5,
+            "instance_answer": True,
         },
         "head": {
             "model": "bert_base",
