@@ -232,10 +232,10 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         of_instance = None
         if (self.instance_loss or self.instance_answer) and parts.instance_encoder is not None:
             of_instance = self.configure_instance_readout(self.builder.instance_dim(parts.backbone))
-        encoder, both = parts.instance_encoder, self.instance_answer
+        encoder = parts.instance_encoder
         if self.instance_answer and of_instance is None:
             raise LoPAError("instance_answer needs a prompt encoder that reads an instance vector, such as LoPA")
-        net = PromptedModel(parts.prompt_encoder, readout, encoder, parts.backbone, of_instance, both)
+        net = PromptedModel(parts.prompt_encoder, readout, encoder, parts.backbone, of_instance, self.instance_answer)
         return net.train()  # transformers hands models over in eval mode; what is frozen stays in it
 
     def _net(self) -> PromptedModel:
