@@ -76,7 +76,7 @@ class BundleConfig:
         identity: Which frozen models, method and task it belongs to, as in a checkpoint.
         tokenizers: Of ``backbone`` and ``instance_encoder``; None for an encoder that is not there or reads images,
             whose processing is in ``identity``.
-        answer: ``objective``; of classes ``labels``, their ``words`` and ``word_ids``, and ``instance_answer``.
+        answer: ``objective``; of classes ``labels``, their ``words`` and ``word_ids``.
         metrics: Of the run's best validation; empty where they are not known.
     """
 

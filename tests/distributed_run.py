@@ -30,7 +30,7 @@ MATCHING: dict[str, Any] = {
     "generation": {"max_new_tokens": 3},
 }
 
-TAUGHT: list[dict[str, Any]] = [{}, {"instance_loss": 0.5}, {"instance_answer": True}]
+INSTANCE_LOSSES = (0.0, 0.5)
 
 # A step as large as the gradient, where AdamW makes a whole step of a gradient that is all rounding.
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -46,16 +46,16 @@ def encoder_at_every_step(backbone: str, folder: Path) -> dict[str, torch.Tensor
 
 
 def adapted(
-    backbone: str, folder: Path, batch_size: int, taught: dict[str, Any], **devices: Any
+    backbone: str, folder: Path, batch_size: int, instance_loss: float = 0.0, **devices: Any
 ) -> dict[str, torch.Tensor]:
     """A fit of an adapted instance encoder, without dropout, whose every step reads all rows."""
     seed_everything(3)
     encoder = InstanceEncoderSpec(adapter={"peft_type": "LORA", "r": 2})
     prompt = functools.partial(LoPATiny, dropout=0.0)
     # Without Adam's scale, little reaches an encoder behind MLPs that start near 0.
-    rates = {"low_rank": 3.0, "instance_encoder": 1.0 if taught else 1e3}
+    rates = {"low_rank": 3.0, "instance_encoder": 1.0 if instance_loss else 1e3}
     options: dict[str, Any] = {"objective": "head", "optimizer": SGD, "learning_rates": rates}
-    options |= {"instance_encoder": encoder, "prompt_encoder": prompt, **taught}
+    options |= {"instance_encoder": encoder, "prompt_encoder": prompt, "instance_loss": instance_loss}
     model = module(backbone, **options)
     run = trainer(folder, epochs=4, num_sanity_val_steps=0, limit_val_batches=0, **devices)
     run.fit(model, reviews(folder, rows=12, batch_size=batch_size))
@@ -125,17 +125,17 @@ def fit_and_evaluate(backbone: str, causal_backbone: str, folder: Path) -> None:
             "ignored": ignored,
             "plain_state": plain_state,
             "encoded": sum(encoded),
-            "adapted": [
-                adapted(
+            "adapted": {
+                weight: adapted(
                     backbone,
                     folder / "adapted",
                     6,
-                    taught,
+                    weight,
                     devices=2,
                     strategy=DDPStrategy(process_group_backend="gloo"),
                 )
-                for taught in TAUGHT
-            ],
+                for weight in INSTANCE_LOSSES
+            },
             "of_images": of_images(folder / "photos", 6, devices=2, strategy=DDPStrategy(process_group_backend="gloo")),
             "accumulated": [accumulated(causal_backbone, folder / "unequal", size) for size in SIZES],
         },

@@ -111,14 +111,13 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "model": "bert",
             "gradient_checkpointing": True,
             "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
-            "instance_loss": 0.5,
         },
         "adapted": {
             "model": "bert",
             "instance_encoder": InstanceEncoderSpec(
                 models["bert_base"], dtype="bfloat16", adapter={"peft_type": "LORA", "r": 2}
             ),
-            "instance_answer": True,
+            "instance_loss": 0.5,
         },
         "head": {
             "model": "bert_base",

@@ -16,7 +16,7 @@ from torch.distributed import run as torchrun
 from lopa_lightning import LoPALightningModule, NoPrompt
 from lopa_lightning.cli import main
 from tests.data.image_files import write_images
-from tests.distributed_run import MATCHING, TAUGHT, adapted, fit_and_evaluate, of_images
+from tests.distributed_run import INSTANCE_LOSSES, MATCHING, adapted, fit_and_evaluate, of_images
 from tests.modules.helpers import causal, completions, reviews, trainer
 from tests.modules.test_window import OPTIONS, SIZES, UNEQUAL, as_one_batch, rows_of
 from tests.processes import forked, logs, on_two
@@ -117,13 +117,13 @@ def test_one_process_encodes_each_text_and_training_is_as_if_all_had(ranks: Rank
             torch.testing.assert_close(result["state"][name], value, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("number", range(len(TAUGHT)))
-def test_an_adapted_encoder_on_two_processes_is_that_of_one(ranks: Ranks, tiny: Tiny, number: int) -> None:
-    alone = adapted(tiny("bert_base"), ranks[0] / "adapted", 12, TAUGHT[number])
-    assert any("net.instance_" in name and "lora" not in name for name in alone) == (number > 0)
+@pytest.mark.parametrize("instance_loss", INSTANCE_LOSSES)
+def test_an_adapted_encoder_on_two_processes_is_that_of_one(ranks: Ranks, tiny: Tiny, instance_loss: float) -> None:
+    alone = adapted(tiny("bert_base"), ranks[0] / "adapted", 12, instance_loss)
+    assert ("net.instance_readout.weight" in alone) == (instance_loss > 0)
     assert max(float(value.abs().max()) for name, value in alone.items() if "lora_B" in name) > 1e-5
     for result in ranks[1]:
-        found = result["adapted"][number]
+        found = result["adapted"][instance_loss]
         assert set(found) == set(alone)
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)

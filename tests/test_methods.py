@@ -80,10 +80,6 @@ SAVED: dict[str, set[str]] = {
         for side in "AB"
     },
     "lopa_adapted_encoder": SOFT | in_prompt_encoder(*HEADS) | ADAPTER,
-    "lopa_joint": SOFT
-    | in_prompt_encoder(*HEADS)
-    | ADAPTER
-    | {"net.instance_answer.weight", "net.instance_answer.bias"},
     "lopa_taught_encoder": SOFT
     | in_prompt_encoder(*HEADS)
     | ADAPTER

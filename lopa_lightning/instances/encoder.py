@@ -44,7 +44,7 @@ class InstanceEncoderSpec:
             is trained, and of the encoder it alone is saved; the backbone is left as it is.
         control: For experiments that ask whether the instance matters, in training and evaluation alike: each example
             is given the vector of the one before it in its batch (``shuffled``), or all get one (``constant``), to
-            make its soft prompt of; ``instance_loss`` and ``instance_answer`` read its own all the same.
+            make its soft prompt of; ``instance_loss`` reads its own all the same.
         max_length: Tokens of the text that it reads at most; None for as many as it has positions.
         revision: Branch, tag or commit on the hub.
         dtype: Dtype of the weights; ``auto`` takes the one they were saved in.

@@ -230,12 +230,9 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
     def _assembled(self, parts: Parts) -> PromptedModel:
         readout = self.configure_readout(parts.backbone)
         of_instance = None
-        if (self.instance_loss or self.instance_answer) and parts.instance_encoder is not None:
+        if self.instance_loss and parts.instance_encoder is not None:
             of_instance = self.configure_instance_readout(self.builder.instance_dim(parts.backbone))
-        encoder = parts.instance_encoder
-        if self.instance_answer and of_instance is None:
-            raise LoPAError("instance_answer needs a prompt encoder that reads an instance vector, such as LoPA")
-        net = PromptedModel(parts.prompt_encoder, readout, encoder, parts.backbone, of_instance, self.instance_answer)
+        net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone, of_instance)
         return net.train()  # transformers hands models over in eval mode; what is frozen stays in it
 
     def _net(self) -> PromptedModel:
@@ -265,7 +262,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
             batch: The batch.
         """
         losses = {"loss": self.loss(found.outputs, batch)}
-        if self.instance_loss and found.of_instance is not None:
+        if found.of_instance is not None:
             losses["instance_loss"] = self.loss(found.of_instance, batch)
         return losses
 

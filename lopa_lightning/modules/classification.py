@@ -42,16 +42,12 @@ class ClassificationModule(LoPALightningModule):
             ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
         instance_loss: Weight of a second loss in training: that of a linear layer which reads the label from the
             instance vector. A trained or adapted instance encoder learns the labels from it directly, and not by way of
-            the soft prompt alone. The layer is in checkpoints, and not in what is exported, if it does not answer too.
-        instance_answer: Whether both models answer: what a linear layer reads from the instance vector is added to what
-            the backbone answers, logit to logit or number to number. The layer is trained with the rest, and exported;
-            an ``instance_loss`` is then a loss of the same layer.
+            the soft prompt alone. The layer is in checkpoints, and not in what is exported.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
         LoPAError: If ``objective``, ``head_pooling`` or ``loss_over`` is unknown, a head is to have a loss over the
-            vocabulary; if ``instance_loss`` is negative or the instance encoder frozen; or if the instance vector is to
-            answer and the loss is over the vocabulary, each word has a label, or no such vector is read.
+            vocabulary, or ``instance_loss`` is negative or goes with a frozen instance encoder.
     """
 
     short_name = "classification"
@@ -66,7 +62,6 @@ class ClassificationModule(LoPALightningModule):
         task: Task | None = None,
         loss_over: LossOver = "labels",
         instance_loss: float = 0.0,
-        instance_answer: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -79,18 +74,13 @@ class ClassificationModule(LoPALightningModule):
             raise LoPAError(f"instance_loss must be at least 0 and finite, got {instance_loss}")
         if instance_loss and not self.instance_spec.is_trained:
             raise LoPAError("instance_loss teaches the instance encoder: it needs its trainable: true or its adapter")
-        self.instance_loss, self.instance_answer = instance_loss, instance_answer
-        if self._reads_instance and loss_over == "vocabulary":
-            raise LoPAError(f"{self._reads_instance} needs loss_over: labels; an instance vector has no vocabulary")
+        if instance_loss and loss_over == "vocabulary":
+            raise LoPAError("instance_loss needs loss_over: labels; an instance vector has no vocabulary")
         self.objective = objective
         self.loss_over = loss_over
+        self.instance_loss = instance_loss
         self.head_pooling: str = head_pooling
         self._set_task(task)
-
-    @property
-    def _reads_instance(self) -> str | None:
-        """Names the option by which an answer is read from the instance vector; None if none is."""
-        return "instance_answer" if self.instance_answer else "instance_loss" if self.instance_loss else None
 
     def _set_task(self, task: Task | None) -> None:
         self.task = task
@@ -131,22 +121,18 @@ class ClassificationModule(LoPALightningModule):
             lines = ckpt.differences(self._reading(task), self._reading(data_task), between=("the model", "the data"))
             if lines:
                 raise LoPAError("the data's task is not the model's:\n  " + "\n  ".join(lines))
-        reads = self._reads_instance
-        if reads and not self.builder.skeleton.prompt_encoder.uses_instance:
-            raise LoPAError(f"{reads} needs a prompt encoder that reads an instance vector, such as LoPA")
+        if self.instance_loss and not self.builder.skeleton.prompt_encoder.uses_instance:
+            raise LoPAError("instance_loss needs a prompt encoder that reads an instance vector, such as LoPA")
         if task.per_word:
             self._check_answer_per_word()
-            self._check_instance_answers()
         elif self.objective != "head":
             self._check_words(task)
 
     def _check_answer_per_word(self) -> None:
         if self.objective != "head" or self.head_pooling != "mean":
             raise LoPAError("a label for each word needs objective: head, and no head_pooling: each is read by itself")
-
-    def _check_instance_answers(self) -> None:
-        if self.required_task().per_word and (reads := self._reads_instance):
-            raise LoPAError(f"{reads} needs one answer for a text, and here each word has a label")
+        if self.instance_loss:
+            raise LoPAError("instance_loss needs one answer for a text, and here each word has a label")
 
     def _check_words(self, task: Task) -> None:
         if task.is_regression:
@@ -178,12 +164,7 @@ class ClassificationModule(LoPALightningModule):
         return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
-        """Builds a linear layer.
-
-        Raises:
-            LoPAError: If each word has a label.
-        """
-        self._check_instance_answers()
+        """Builds a linear layer."""
         return linear_head(instance_dim, self.required_task().num_outputs)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -285,8 +266,7 @@ class ClassificationModule(LoPALightningModule):
 
     def task_identity(self) -> dict[str, Any]:
         """Returns objective, labels and what reads them."""
-        instance = {"instance_answer": True} if self.instance_answer else {}
-        return {"objective": self.objective, **instance, **self._reading(self.required_task())}
+        return {"objective": self.objective, **self._reading(self.required_task())}
 
     def _reading(self, task: Task) -> dict[str, Any]:
         """Returns what of a task shapes what is learned for it."""

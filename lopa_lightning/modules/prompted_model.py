@@ -22,8 +22,7 @@ class Outputs(NamedTuple):
     Attributes:
         outputs: The read-out's, ``[B, ...]``.
         instance: Instance vectors that made the soft prompts, ``[B, e]``; None without an instance encoder.
-        of_instance: What is read from each example's own vector, ``[B, ...]``; None if nothing is. Where it is no part
-            of the outputs, it is read in training alone.
+        of_instance: In training, what is read from each example's own vector, ``[B, ...]``; None if nothing is.
     """
 
     outputs: Tensor
@@ -42,8 +41,7 @@ class PromptedModel(nn.Module):
         readout: Reads the answer.
         instance_encoder: Makes instance vectors; None if the prompt encoder reads none.
         backbone: The frozen model.
-        instance_readout: Reads an answer from instance vectors; None for none.
-        adds_instance: Whether that is added to the outputs, in place of being for a loss in training alone.
+        instance_readout: Reads an answer from instance vectors in training, for a loss of its own; None for none.
     """
 
     def __init__(
@@ -53,13 +51,11 @@ class PromptedModel(nn.Module):
         instance_encoder: InstanceEncoder | None,
         backbone: Backbone,
         instance_readout: nn.Module | None = None,
-        adds_instance: bool = False,
     ) -> None:
         super().__init__()
         self.prompt_encoder = prompt_encoder
         self.readout = readout
-        self.instance_readout = None if adds_instance else instance_readout
-        self.instance_answer = instance_readout if adds_instance else None
+        self.instance_readout = instance_readout
         self.instance_encoder = instance_encoder
         self.backbone = backbone
 
@@ -81,12 +77,8 @@ class PromptedModel(nn.Module):
         prompt, instance = self._prompted(own)
         prompt = self.prompt_encoder.for_batch(prompt, len(batch[self.backbone.input_keys[0]]))
         states = self.backbone(prompt, batch, self.prompt_encoder.token_offset())
-        outputs = self.readout(states, self.backbone, batch)
-        if self.instance_answer is not None:
-            of_instance = self.instance_answer(own)
-            return Outputs(outputs + of_instance, instance, of_instance)
         of_instance = self.instance_readout(own) if self.instance_readout is not None and self.training else None
-        return Outputs(outputs, instance, of_instance)
+        return Outputs(self.readout(states, self.backbone, batch), instance, of_instance)
 
     def run(self, function: Callable[[], Result]) -> Result:
         """Calls a function that uses parts of this model by themselves, such as one that generates.
@@ -116,10 +108,9 @@ class PromptedModel(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Returns trained parameters by group: the prompt encoder's, and those of the other parts."""
         groups = dict(self.prompt_encoder.parameter_groups())
-        reads_instance = self.instance_readout if self.instance_answer is None else self.instance_answer
         rest = {
             "head": self.readout,
-            "instance_readout": reads_instance,
+            "instance_readout": self.instance_readout,
             "instance_encoder": self.instance_encoder,
             "backbone": self.backbone,
         }

@@ -48,13 +48,10 @@ class TaskHooks(ABC):
     instance_loss: float = 0.0
     """Weight, beside the loss of the answers, of the loss of what is read from instance vectors."""
 
-    instance_answer: bool = False
-    """Whether what is read from instance vectors is added to the outputs."""
-
     def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
-        """Builds what reads outputs from instance vectors, for ``instance_loss`` or ``instance_answer``; None for none.
+        """Builds what reads outputs from instance vectors, where ``instance_loss`` is above 0; None for none.
 
-        For a loss alone it is saved, and not exported.
+        It is for training alone: it is saved, and not exported.
 
         Args:
             instance_dim: Width e of an instance vector.

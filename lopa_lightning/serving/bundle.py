@@ -14,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import bundle_file, checkpoint
@@ -28,7 +28,6 @@ from lopa_lightning.prompts.base import PromptEncoder
 
 CARD, PARITY, PARITY_TENSORS = "README.md", "parity.json", "parity.safetensors"
 FILES = (bundle_file.CONFIG, bundle_file.TENSORS, CARD, PARITY, PARITY_TENSORS)
-ANSWER = "instance_answer"  # part of the model, and what of its rows is added
 PROMPTS, IMAGES = "prompts", "images"  # names in the last one
 _PROBES = ("A café costs 12.50 €;\n\tis it   OK?", "你好 <s>[MASK]</s> <|im_start|>")
 
@@ -50,8 +49,7 @@ class Bundle:
         tensors: What was trained, by the names of a checkpoint.
         card: The model card, Markdown.
         rows: To compare with elsewhere: for each, ``input`` and the module's answer: a record of ``predict``, or for
-            completions ``first_tokens``: the ``ids`` of the likeliest and their ``log_probabilities``. With
-            ``instance_answer`` also that: what the instance encoder adds to each label's logit.
+            completions ``first_tokens``: the ``ids`` of the likeliest and their ``log_probabilities``.
         images: What the rows of a task on images name by number, in uint8 ``[N, H, W, 3]``; None of another task.
         prompts: The rows' soft prompts ``[N, m, d]``; None where :meth:`check_prompts` refuses.
     """
@@ -239,27 +237,11 @@ class Bundle:
             raise LoPAError(f"the bundle's prompt says num_virtual_tokens {said}, and its method makes {got}")
         return encoder.requires_grad_(False).eval()
 
-    def instance_answer(self) -> nn.Module | None:
-        """Builds what reads an answer from instance vectors, in eval mode; None where the backbone alone answers.
-
-        Raises:
-            LoPAError: If the trained tensors are not those of the task's labels.
-        """
-        prefix, module, layer = f"net.{ANSWER}.", self.unloaded, None
-        if module.instance_answer:
-            layer = module.configure_instance_readout(self.config.prompt.instance_dim)
-        shapes = {} if layer is None else {f"{prefix}{name}": each for name, each in layer.named_parameters()}
-        checkpoint.check_tensors({key: each for key, each in self.tensors.items() if key.startswith(prefix)}, shapes)
-        if layer is None:
-            return None
-        layer.load_state_dict(self.part(ANSWER))
-        return layer.requires_grad_(False).eval()
-
     def part(self, name: str) -> dict[str, Tensor]:
         """Returns the trained tensors of a part of the model, by their names in it.
 
         Args:
-            name: ``prompt_encoder``, ``readout``, ``instance_answer``, ``instance_encoder`` or ``backbone``.
+            name: ``prompt_encoder``, ``readout``, ``instance_encoder`` or ``backbone``.
         """
         prefix = f"net.{name}."
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}

@@ -22,7 +22,6 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _SERVED = "A vLLM server of the backbone takes the soft prompts: `vllm serve {name} --enable-prompt-embeds`. {how}"
 _IN_CHATS = "`LoPAClient` of LoPA Lightning puts them into chat messages."
 _WHOLE = "`LoPAClient` of LoPA Lightning sends them with the embeddings of the whole text to its `/v1/completions`."
-_ADDED = "Its `classify` adds what the instance encoder answers to the log probabilities of the labels' words."
 _BODY = """# A soft prompt for {backbone}
 
 {what}
@@ -88,8 +87,6 @@ def _serving(config: BundleConfig, backbone: str, unserved: str | None) -> str:
     if unserved:
         return f"Not by an inference server: {unserved}."
     how = _IN_CHATS if config.prompt.placement in CHAT_PLACEMENTS else _WHOLE
-    if config.answer.get("instance_answer"):
-        how += " " + _ADDED
     return _SERVED.format(name=backbone, how=how)
 
 

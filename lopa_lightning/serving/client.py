@@ -214,7 +214,7 @@ class LoPAClient(_Client):
             self.model = chosen_model(self._retried(self.openai.models.list).data, self.served.backbone)
 
     def _label(self, request: ServedRequest) -> dict[str, Any]:
-        labelling = Labelling(self.served.words, request.path, request.of_instance)
+        labelling = Labelling(self.served.words, request.path)
         for options in labelling:
             labelling.add(self._answer(request, options))
         return labelling.record()
@@ -300,7 +300,7 @@ class AsyncLoPAClient(_Client):
             self.model = chosen_model((await self._retried(self.openai.models.list)).data, self.served.backbone)
 
     async def _label(self, request: ServedRequest) -> dict[str, Any]:
-        labelling = Labelling(self.served.words, request.path, request.of_instance)
+        labelling = Labelling(self.served.words, request.path)
         for options in labelling:
             labelling.add(await self._answer(request, options))
         return labelling.record()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lopa_lightning import __version__
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.base import Batch
 from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
@@ -26,9 +25,8 @@ from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_new
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.modules.predict import batches, check_rows, row_encoder
-from lopa_lightning.modules.prompted_model import PromptedModel
 from lopa_lightning.plain import without_defaults
-from lopa_lightning.serving.bundle import ANSWER, Bundle, check_repo_id, tokenizer_facts
+from lopa_lightning.serving.bundle import Bundle, check_repo_id, tokenizer_facts
 from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
 from lopa_lightning.serving.peft_export import write_peft
 from lopa_lightning.signals import stoppable
@@ -173,7 +171,7 @@ def _config(
     answer: dict[str, Any] = {"objective": module.task_identity()["objective"]}
     if isinstance(module, ClassificationModule):
         task = module.required_task()
-        answer |= {"labels": task.labels, **({ANSWER: True} if module.instance_answer else {})}
+        answer |= {"labels": task.labels}
         if module.objective != "head" and task.words is not None:
             answer |= {"words": task.words, "word_ids": module.word_ids(task.words)}
     return BundleConfig(
@@ -213,8 +211,7 @@ def _rows(
         for number, image in enumerate(example_images().numpy()):
             (batch,) = module.image_batches([image], 1)
             (record,) = module.predict(image)
-            row = {"input": {"image": number}, **record, **_added(net, batch)}
-            found.append((row, net.soft_prompt(batch)[0].cpu()))
+            found.append(({"input": {"image": number}, **record}, net.soft_prompt(batch)[0].cpu()))
         return found
     if isinstance(module, CausalLMModule):
         check_rows({"text": list(texts or _TEXTS)})
@@ -229,14 +226,8 @@ def _rows(
         row = {name: [value] for name, value in zip(columns, values)}
         (batch,) = batches(module, encoder, row, 0, 1)
         (record,) = module.predict(dict(zip(columns, values)))
-        row = {"input": dict(zip(columns, values)), **record, **_added(net, batch)}
-        found.append((row, net.soft_prompt(batch)[0].cpu()))
+        found.append(({"input": dict(zip(columns, values)), **record}, net.soft_prompt(batch)[0].cpu()))
     return found
-
-
-def _added(net: PromptedModel, batch: Batch) -> dict[str, Any]:
-    """What a row says of the instance encoder's part of the answer, if it has one."""
-    return {} if net.instance_answer is None else {ANSWER: net.instance_answer(net.encode_instance(batch))[0].tolist()}
 
 
 def example_images() -> Tensor:

@@ -250,7 +250,7 @@ class Gateway:
         self, call: Call, served: ServedPrompter, made: ServedRequest, model: Mapping[str, str], body: Mapping[str, Any]
     ) -> Response:
         """A label as the answer of a chat, with all labels' probabilities beside it."""
-        labelling = Labelling(served.words, made.path, made.of_instance)
+        labelling = Labelling(served.words, made.path)
         try:
             for options in labelling:
                 extra = options.pop("extra_body")

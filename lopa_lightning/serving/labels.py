@@ -22,16 +22,10 @@ class Labelling:
     Args:
         words: Token of each label's word.
         path: Of the requests, see :class:`~lopa_lightning.serving.requests.ServedRequest`.
-        of_instance: Of the request, what is added to each word's log probability; None for nothing.
     """
 
-    def __init__(
-        self,
-        words: Mapping[str, int],
-        path: str = "chat/completions",
-        of_instance: Sequence[float] | None = None,
-    ) -> None:
-        self.words, self.path, self.of_instance, self.requests = words, path, of_instance, 0
+    def __init__(self, words: Mapping[str, int], path: str = "chat/completions") -> None:
+        self.words, self.path, self.requests = words, path, 0
         self._asked: Sequence[int] = ()
         self._found: dict[int, float] = {}
 
@@ -68,8 +62,6 @@ class Labelling:
                 f"the label words' probabilities sum to {math.exp(values.logsumexp(0)):.3g} over {self.requests} "
                 "requests: the server must run with --logprobs-mode raw_logprobs, its default"
             )
-        if self.of_instance is not None:
-            values = values + torch.tensor(self.of_instance, dtype=torch.float64)
         named = dict(zip(self.words, values.softmax(0).tolist()))
         return {"label": max(named, key=lambda label: named[label]), "probabilities": named}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,9 +48,7 @@ class LoPAPrompter(nn.Module):
             raise LoPAError(f"{type(module).__name__} reads another kind of input than texts and images")
         self.bundle, self.reads_images = bundle, isinstance(kind, ImageKind)
         self.task = module.required_task() if isinstance(module, ClassificationModule) else None
-        self.prompt_encoder, self.instance_answer = bundle.prompt_encoder(), bundle.instance_answer()
-        if self.instance_answer is not None and not self.prompt_encoder.uses_instance:
-            raise LoPAError("the bundle says instance_answer, and its prompt encoder reads no instance vector")
+        self.prompt_encoder = bundle.prompt_encoder()
         self.encoder: InstanceEncoder | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.max_tokens: int | None = None
@@ -102,24 +100,9 @@ class LoPAPrompter(nn.Module):
         """Where it is."""
         return next(self.prompt_encoder.parameters()).device
 
+    @torch.no_grad()
     def forward(self, inputs: Any, batch_size: int = 32) -> Tensor:
         """Makes the soft prompts of texts or images.
-
-        Args:
-            inputs: See :meth:`with_answers`.
-            batch_size: See :meth:`with_answers`.
-
-        Returns:
-            Z ``[B, m, d]`` in the order of the inputs, in the prompt encoder's dtype.
-
-        Raises:
-            LoPAError: See :meth:`with_answers`.
-        """
-        return self.with_answers(inputs, batch_size)[0]
-
-    @torch.no_grad()
-    def with_answers(self, inputs: Any, batch_size: int = 32) -> tuple[Tensor, Tensor | None]:
-        """Makes the soft prompts of texts or images, and what is to be added to the backbone's answers.
 
         Args:
             inputs: A text or a list of them: what the instance encoder reads. For a classifier, also of images, rows as
@@ -127,51 +110,38 @@ class LoPAPrompter(nn.Module):
             batch_size: Texts, of like lengths, or images at a time.
 
         Returns:
-            Z ``[B, m, d]`` in the order of the inputs, in the prompt encoder's dtype, and with ``instance_answer`` what
-            is added to each label's logit ``[B, labels]``, else None.
+            Z ``[B, m, d]`` in the order of the inputs, in the prompt encoder's dtype.
 
         Raises:
             LoPAError: If a row has not what is read, or an image is broken.
         """
         at_least(1, batch_size=batch_size)
-        count, parts = self._parts(inputs, batch_size)
-        if self.encoder is None:
-            shared: Tensor = self.prompt_encoder(None)
-            return shared.expand(count, -1, -1).clone(), None
-        shape, like = self.bundle.config.prompt, next(self.prompt_encoder.parameters())
-        prompts = like.new_empty(count, shape.num_virtual_tokens, shape.embedding_dim)
-        answers = None
-        if self.instance_answer is not None:
-            answers = like.new_empty(count, len(next(self.instance_answer.parameters())))
-        for rows, vectors in parts:
-            vectors = vectors.to(like.dtype)
-            prompts[rows] = self.prompt_encoder(controlled(vectors, self.encoder.spec.control))
-            if answers is not None and self.instance_answer is not None:
-                answers[rows] = self.instance_answer(vectors)
-        return prompts, answers
-
-    def _parts(self, inputs: Any, batch_size: int) -> tuple[int, Iterator[tuple[Any, Tensor]]]:
-        """The number of inputs; and rows with their instance vectors, a batch at a time, which needs an encoder."""
         if self.reads_images:
             images = image_sources(inputs)
-            return len(images), self._of_images(images, batch_size)
-        rows = rows_of(inputs, task_template(self.task).columns if self.task is not None else ["text"])
-        check_rows(rows)
-        return len(next(iter(rows.values()))), self._of_texts(rows, batch_size)
-
-    def _of_images(self, images: list[Any], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self.encoder is not None
-        assert self.processing is not None
-        for batch in image_batches(images, {"pixels": self.processing}, batch_size, self.device):
-            yield batch.pop("index"), self.encoder(batch)
-
-    def _of_texts(self, rows: Mapping[str, Sequence[str]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        count = len(next(iter(rows.values())))
-        encoded = self._encoded(rows) if count else {}
+            count = len(images)
+        else:
+            rows = rows_of(inputs, task_template(self.task).columns if self.task is not None else ["text"])
+            check_rows(rows)
+            count = len(next(iter(rows.values())))
+        if self.encoder is None:
+            shared: Tensor = self.prompt_encoder(None)
+            return shared.expand(count, -1, -1).clone()
+        shape = self.bundle.config.prompt
+        dtype = next(self.prompt_encoder.parameters()).dtype
+        found = torch.empty(count, shape.num_virtual_tokens, shape.embedding_dim, dtype=dtype, device=self.device)
+        if count == 0:
+            return found
+        if self.processing is not None:
+            for batch in image_batches(images, {"pixels": self.processing}, batch_size, self.device):
+                found[batch.pop("index")] = self._prompts(self.encoder(batch))
+            return found
+        encoded = self._encoded(rows)
         order = sorted(range(count), key=lambda row: -len(encoded["input_ids"][row]))
-        for first in range(0, len(order), batch_size):
+        for first in range(0, count, batch_size):
             part = order[first : first + batch_size]
-            yield part, self.vectors({key: [values[row] for row in part] for key, values in encoded.items()})
+            chosen = {key: [values[row] for row in part] for key, values in encoded.items()}
+            found[part] = self._prompts(self.vectors(chosen))
+        return found
 
     def _encoded(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Token ids for the instance encoder, as in training; how many texts were cut is said."""
@@ -197,6 +167,12 @@ class LoPAPrompter(nn.Module):
         assert self.tokenizer is not None
         found: Tensor = self.encoder(instance_batch(self.tokenizer, encoded, self.device))
         return found
+
+    def _prompts(self, vectors: Tensor) -> Tensor:
+        assert self.encoder is not None
+        vectors = controlled(vectors, self.encoder.spec.control)
+        prompts: Tensor = self.prompt_encoder(vectors.to(next(self.prompt_encoder.parameters()).dtype))
+        return prompts
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         wanted = self.bundle.config.tokenizers.get("instance_encoder")

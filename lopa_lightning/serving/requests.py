@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,15 +67,12 @@ class ServedRequest:
         virtual_tokens: m.
         ids: Tokens of the text or the rendered chat beside them.
         position: How many of these stand before the virtual tokens.
-        of_instance: What is to be added to the log probability of each label's word, see ``instance_answer`` of
-            :class:`~lopa_lightning.modules.classification.ClassificationModule`; None if nothing is.
     """
 
     body: dict[str, Any]
     virtual_tokens: int
     ids: list[int]
     position: int
-    of_instance: list[float] | None = None
 
     @property
     def path(self) -> str:
@@ -216,27 +212,20 @@ class ServedPrompter:
             longest, room = max(map(len, ids)), self.spec.max_tokens
             if room is not None and longest > room:
                 raise LoPAError(f"a text has {longest} tokens, and beside the virtual ones is room for {room}")
-            prompts, added = self.prompter.with_answers({name: list(texts) for name, texts in rows.items()})
-        answers = [None] * len(prompts) if added is None else added.tolist()
-        return [self._request(*each) for each in zip(asked, prompts, ids, positions, answers)]
+            prompts = self.prompter({name: list(texts) for name, texts in rows.items()})
+        return [self._request(*each) for each in zip(asked, prompts, ids, positions)]
 
-    def _request(
-        self, asked: str | Chat, prompt: Tensor, ids: list[int], position: int, of_instance: list[float] | None
-    ) -> ServedRequest:
-        if of_instance is not None and not all(map(math.isfinite, of_instance)):
-            raise LoPAError(
-                "what the instance encoder adds to the labels' log probabilities is NaN or infinite in part"
-            )
+    def _request(self, asked: str | Chat, prompt: Tensor, ids: list[int], position: int) -> ServedRequest:
         sent = prompt
         if self._table is not None:
             text, position = self._table(ids), int(self.facts.placement == "after_first")
             sent = torch.cat([text[:position], prompt.to(text), text[position:]])
         data = encoded_tensor(sent * self.scale, self.dtype, self.max_prompt_bytes)
         if self._table is not None:
-            return ServedRequest({"prompt_embeds": data}, len(prompt), ids, position, of_instance)
+            return ServedRequest({"prompt_embeds": data}, len(prompt), ids, position)
         chat = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         messages = self.spec.chat.sent(chat, {"type": "prompt_embeds", "data": data})
-        return ServedRequest({"messages": messages}, len(prompt), ids, position, of_instance)
+        return ServedRequest({"messages": messages}, len(prompt), ids, position)
 
 
 def build_messages(source: ServedPrompter | LoPAPrompter | Bundle | str | Path, messages: Any) -> list[dict[str, Any]]:
@@ -249,8 +238,7 @@ def build_messages(source: ServedPrompter | LoPAPrompter | Bundle | str | Path, 
         messages: A text or a chat; for a classifier a row as ``predict`` takes it.
 
     Raises:
-        LoPAError: See :class:`ServedPrompter`; or if it is not one chat, or the soft prompt does not stand in one, or
-            is not all that answers (``instance_answer``).
+        LoPAError: See :class:`ServedPrompter`; or if it is not one chat, or the soft prompt does not stand in one.
     """
     return _one(source, messages).messages
 
@@ -266,8 +254,7 @@ def build_prompt_embeds(source: ServedPrompter | LoPAPrompter | Bundle | str | P
         text: A text or a chat; for a classifier a row as ``predict`` takes it.
 
     Raises:
-        LoPAError: See :class:`ServedPrompter`; or if it is not one text, the soft prompt stands in a chat, or is not
-            all that answers (``instance_answer``).
+        LoPAError: See :class:`ServedPrompter`; or if it is not one text, or the soft prompt stands in a chat.
     """
     found = _one(source, text)
     if "messages" in found.body:
@@ -277,8 +264,6 @@ def build_prompt_embeds(source: ServedPrompter | LoPAPrompter | Bundle | str | P
 
 def _one(source: ServedPrompter | LoPAPrompter | Bundle | str | Path, asked: Any) -> ServedRequest:
     served = source if isinstance(source, ServedPrompter) else ServedPrompter(source)
-    if served.prompter.instance_answer is not None:
-        raise LoPAError("the bundle's labels are read from the instance as well (instance_answer); use classify")
     found = served.requests(asked)
     if len(found) != 1:
         raise LoPAError(f"there must be one text or one chat, got {len(found)}")

@@ -92,7 +92,6 @@ MORE = pytest.mark.slow  # another case beside it has more than it
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
         pytest.param("bert_base", ("--model.instance_encoder.cache=false",), marks=MORE),
         ("bert_base", ("--model.instance_encoder.adapter={peft_type: LORA, r: 2}", "--model.instance_loss=0.5")),
-        ("bert_base", ("--model.instance_answer=true",)),
     ],
 )
 def test_it_says_what_a_step_takes(

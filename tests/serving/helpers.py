@@ -38,7 +38,6 @@ _KINDS: dict[str, dict[str, Any]] = {
         "prompt_encoder": functools.partial(LoPATiny, heads_init="normal"),  # a gradient at the first step
         "reads": {"adapter": {"peft_type": "LORA", "r": 2}},
     },
-    "words of both": {"objective": "causal_lm", "instance_answer": True},
     "control": {"objective": "causal_lm", "reads": {"control": "constant"}},
     "soft": {"prompt_encoder": _SOFT},
     "soft words": {"prompt_encoder": _SOFT, "objective": "causal_lm"},

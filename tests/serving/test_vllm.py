@@ -219,9 +219,8 @@ def test_a_server_of_the_backbone_passes_every_check(server: str, placement: str
     assert parity.status == "FAIL"
 
 
-@pytest.mark.parametrize(("placement", "both"), [("system", False), ("system", True), ("before", True)])
-def test_a_label_is_the_word_that_the_server_chooses(server: str, placement: str, both: bool, tmp_path: Path) -> None:
-    """With ``both``, to whose log probability the instance encoder's logit is added here."""
+@pytest.mark.parametrize("placement", ["system", "before"])
+def test_a_label_is_the_word_that_the_server_chooses(server: str, placement: str, tmp_path: Path) -> None:
     texts = [
         "a dull film",
         "great fun",
@@ -240,7 +239,6 @@ def test_a_label_is_the_word_that_the_server_chooses(server: str, placement: str
         prompt_encoder=functools.partial(LoPA, num_virtual_tokens=M, rank=4, hidden_dim=64),
         objective="causal_lm",
         placement=placement,
-        instance_answer=both,
     )
     data = TextClassificationDataModule(
         data_files=dict.fromkeys(("train", "test"), str(tmp_path / "new.csv")),
@@ -254,7 +252,7 @@ def test_a_label_is_the_word_that_the_server_chooses(server: str, placement: str
     for record, own in zip(records, model.predict(texts), strict=True):
         assert record["label"] == own["label"]
         assert record["probabilities"] == pytest.approx(own["probabilities"], abs=1e-4)
-    if both:
+    if placement == "before":
         return
     words = model.word_ids(["no", "yes"])
     for index, (text, prompt) in enumerate(zip(texts, soft_prompts(model, texts))):
