@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from lightning.pytorch import seed_everything
 from torch.nn import functional as F
 
-from lopa_lightning import ClassificationModule, LoPALightningModule, TextClassificationDataModule
+from lopa_lightning import ClassificationModule, InstanceEncoderSpec, LoPALightningModule, TextClassificationDataModule
 from lopa_lightning.cli import main
 from lopa_lightning.data.word_rows import word_rows
 from lopa_lightning.errors import LoPAError
@@ -161,6 +161,11 @@ def test_settings_that_cannot_be_right_are_refused(tiny: Tiny, tmp_path: Path) -
     for settings, options, message in (
         ({"objective": "masked_lm"}, {}, "a label for each word needs objective: head, and no head_pooling"),
         ({"objective": "head", "head_pooling": "last"}, {}, "a label for each word needs objective: head"),
+        (
+            {"objective": "head", "instance_loss": 1.0, "instance_encoder": InstanceEncoderSpec(trainable=True)},
+            {},
+            "instance_loss needs one answer for a text, and here each word has a label",
+        ),
         (
             {"objective": "head"},
             {"metrics": ["span_f2"]},

@@ -131,7 +131,10 @@ class ClassificationModule(LoPALightningModule):
     def _check_answer_per_word(self) -> None:
         if self.objective != "head" or self.head_pooling != "mean":
             raise LoPAError("a label for each word needs objective: head, and no head_pooling: each is read by itself")
-        if self.instance_loss:
+        self._check_instance_loss()
+
+    def _check_instance_loss(self) -> None:
+        if self.instance_loss and self.required_task().per_word:
             raise LoPAError("instance_loss needs one answer for a text, and here each word has a label")
 
     def _check_words(self, task: Task) -> None:
@@ -164,7 +167,12 @@ class ClassificationModule(LoPALightningModule):
         return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
-        """Builds a linear layer."""
+        """Builds a linear layer.
+
+        Raises:
+            LoPAError: If each word has a label.
+        """
+        self._check_instance_loss()
         return linear_head(instance_dim, self.required_task().num_outputs)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:

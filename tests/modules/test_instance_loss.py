@@ -25,6 +25,7 @@ from lopa_lightning import (
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.export import export_bundle
+from lopa_lightning.task import Task
 from tests.data.image_files import write_images
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
 from tests.tiny_images import save_vision, vision_model
@@ -165,6 +166,13 @@ def test_images_go_the_same_way(tmp_path: Path) -> None:
 def test_what_it_cannot_teach_is_refused(tiny: Tiny, tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(LoPAError, match=message):
         fitted(tmp_path, taught(tiny("bert"), **options))
+
+
+def test_a_label_for_each_word_does_not_go_with_it(tiny: Tiny) -> None:
+    """Also outside of a run, which refuses it before weights are loaded (tests/test_words.py)."""
+    model = taught(tiny("bert_base"), task=Task(labels=["good", "bad"], per_word=True))
+    with pytest.raises(LoPAError, match="instance_loss needs one answer for a text, and here each word has a label"):
+        model.configure_model()
 
 
 def test_it_reads_each_examples_own_vector_also_under_a_control(tiny: Tiny, tmp_path: Path) -> None:
