@@ -351,7 +351,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a text for a flag": ({"frozen_dropout": "yes"}, "frozen_dropout must be bool, got 'yes'"),
     "another choice": (
         {"placement": ESCAPE},
-        "placement must be one of before, after_first, every_layer, system, user, got '",
+        "placement must be one of before, after_first, after, every_layer, system, user, got '",
     ),
     "a method for a backbone": ({"backbone": {"class_path": "lopa", "init_args": {}}}, "backbone must be of name, "),
     "a backbone without a name": ({"backbone": {"dtype": "auto"}}, "backbone lacks name"),

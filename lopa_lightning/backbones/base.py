@@ -33,7 +33,8 @@ class States:
 
     Attributes:
         hidden: Last hidden states ``[B, L, h]``; L is m + T, or T with virtual tokens in every layer.
-        content_mask: 1 at the input's own tokens, 0 at virtual tokens and padding, ``[B, L]``.
+        content_mask: 1 at the input's own tokens, 0 at virtual tokens and padding, ``[B, L]``. With placement ``after``
+            1 at the virtual tokens alone: the others have not seen them.
         positions: Where each of the input's T tokens is among the L hidden states, ``[B, T]``.
 
     Example:

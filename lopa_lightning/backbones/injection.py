@@ -1,6 +1,6 @@
 """Where virtual tokens go among the tokens of a text. Pure functions on tensors.
 
-Virtual tokens sit before a text's first token or at a position within it, wherever the padding is:
+Virtual tokens sit before a text's first token, at a position within it or after its last, wherever the padding is:
 ``prompt, text, pad, pad`` and ``pad, pad, prompt, text``, never ``prompt, pad, pad, text``. All that
 goes with a token (embedding, mask, token type, label) is moved by one layout.
 """
@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Placement = Literal["before", "after_first", "every_layer", "system", "user"]
+Placement = Literal["before", "after_first", "after", "every_layer", "system", "user"]
 """Where virtual tokens go: ``before`` a text's first token (as published), ``after_first``, between a ``[CLS]``
-or ``<s>`` and the rest, in ``every_layer`` as keys and values, see :mod:`~lopa_lightning.backbones.prefix`, or in a
-chat's ``system`` message or before its ``user``'s text, see :mod:`~lopa_lightning.backbones.chat`."""
+or ``<s>`` and the rest, ``after`` the text and before its answer (of a causal model), in ``every_layer`` as keys and
+values, see :mod:`~lopa_lightning.backbones.prefix`, or in a chat's ``system`` message or before its ``user``'s text,
+see :mod:`~lopa_lightning.backbones.chat`."""
 CHAT_PLACEMENTS = ("system", "user")
 """The placements at a position that each example has of its own."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
 from lopa_lightning.backbones.injection import (
@@ -32,6 +32,7 @@ from lopa_lightning.backbones.pretrained import (
     is_causal,
     max_positions,
 )
+from lopa_lightning.backbones.text_first import TwoParts, reads_in_parts
 from lopa_lightning.backbones.tokens import vocabulary
 from lopa_lightning.errors import LoPAError, one_of
 from lopa_lightning.prompts.base import Vocabulary
@@ -56,8 +57,8 @@ class TextBackbone(Backbone, LanguageModel):
 
     Raises:
         LoPAError: If ``placement`` is unknown, or the architecture cannot be fed embeddings, takes no
-            attention mask, or cannot have virtual tokens in every layer where that is asked for; or if
-            these are to be computed a second time or compiled.
+            attention mask, or cannot have virtual tokens in every layer, or after the text, where that is
+            asked for; or if every layer's are to be computed a second time or compiled.
     """
 
     input_keys = ("input_ids", "attention_mask", "token_type_ids", "prompt_position")
@@ -74,6 +75,11 @@ class TextBackbone(Backbone, LanguageModel):
             if placement == "every_layer" and settings.get(setting):
                 raise LoPAError(reason)
         super().__init__(model, placement=placement, **settings)
+        if placement == "after" and not is_causal(self.body):
+            raise LoPAError(
+                f"placement 'after' is for causal language models, and {type(self.body).__name__} does not say that it "
+                "is one; use 'before' or 'after_first'"
+            )
         self._accepts = accepted_inputs(self.body)
         if missing := {"inputs_embeds", "attention_mask"} - self._accepts:
             names = " and no ".join(sorted(missing))
@@ -83,6 +89,8 @@ class TextBackbone(Backbone, LanguageModel):
         self.tokenizer = tokenizer
         self._checked_sides: set[Side] = set()
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
+        as_one = settings.get("compiled") or settings.get("gradient_checkpointing") or self._has_token_types
+        self._reads_in_parts = placement == "after" and not as_one and reads_in_parts(self.body)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [VocabularyHead(model)]
 
@@ -149,8 +157,9 @@ class TextBackbone(Backbone, LanguageModel):
         Args:
             prompt: Soft prompts Z ``[B, m, d]``, or ``[1, m, d]`` for all.
             batch: Token ids ``input_ids`` ``[B, T]``, padded on either side; ``attention_mask`` ``[B, T]``, 1 at the
-                text's tokens; perhaps ``token_type_ids`` ``[B, T]``: virtual tokens belong to the first segment; for
-                a placement in a chat ``prompt_position`` ``[B]``, the number of tokens before the virtual ones.
+                text's tokens; perhaps ``token_type_ids`` ``[B, T]``: virtual tokens belong to the first segment;
+                ``prompt_position`` ``[B]``, the number of tokens before the virtual ones, for a placement in a chat,
+                and for ``after`` where a text goes on after them.
             offset: Added to the embeddings of the text's first s tokens, ``[s, d]``.
 
         Returns:
@@ -175,6 +184,8 @@ class TextBackbone(Backbone, LanguageModel):
             )
             here = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             return States(hidden, attention_mask, here)
+        if m and self._reads_in_parts and torch.is_grad_enabled():  # without a backward pass, two parts spare nothing
+            return self._read_in_parts(virtual, embedded, batch)
         layout = self._layout(batch, m)
         prompted = insert(layout, virtual, embedded)
         types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
@@ -184,11 +195,30 @@ class TextBackbone(Backbone, LanguageModel):
         else:
             mask = insert(layout, 1, attention_mask)
             hidden = self._run(prompted, position_ids(mask, first_position(self.body)), types, attention_mask=mask)
+        if m and self.placement == "after":  # the text's own tokens have not seen the soft prompt
+            return States(hidden, insert(layout, 1, torch.zeros_like(attention_mask)), layout.positions)
         return States(hidden, insert(layout, 0, attention_mask), layout.positions)
 
+    def _read_in_parts(self, virtual: Tensor, embedded: Tensor, batch: Batch) -> States:
+        """Reads what stands before the virtual tokens, and then these and the rest, see :mod:`~.text_first`."""
+        m, parts = virtual.shape[1], TwoParts.of(batch["attention_mask"], batch.get("prompt_position"))
+        first, cache = first_position(self.body), {str(cache_input(self.body)): DynamicCache(), "use_cache": True}
+        before, mask = embedded[:, : parts.first_mask.shape[1]], parts.first_mask
+        text = self._run(before, position_ids(mask, first), None, attention_mask=mask, **cache)
+        rest = embedded.gather(1, parts.rest.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
+        read = torch.cat([virtual, rest], dim=1)
+        places = first + parts.before.unsqueeze(1) + torch.arange(read.shape[1], device=read.device)
+        seen = torch.cat([F.pad(mask, (0, m), value=1), parts.rest_mask], dim=1)
+        hidden = torch.cat([text, self._run(read, places, None, attention_mask=seen, **cache)], dim=1)
+        is_virtual = F.pad(mask.new_zeros(mask.shape), (0, m), value=1)
+        return States(hidden, F.pad(is_virtual, (0, rest.shape[1])), parts.positions(m))
+
     def _layout(self, batch: Batch, num_virtual_tokens: int) -> Layout:
-        in_chat = self.placement in CHAT_PLACEMENTS
-        position = batch["prompt_position"] if in_chat else int(self.placement == "after_first")
+        position: Tensor | int = int(self.placement == "after_first")
+        if self.placement in CHAT_PLACEMENTS:
+            position = batch["prompt_position"]
+        elif self.placement == "after":
+            position = batch["prompt_position"] if "prompt_position" in batch else batch["attention_mask"].sum(dim=1)
         return prompt_layout(batch["attention_mask"], num_virtual_tokens, position)
 
     def _embedded(self, prompt: Tensor, batch: Batch, offset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -227,8 +257,8 @@ class TextBackbone(Backbone, LanguageModel):
         if token_type_ids is not None and self._has_token_types:
             options["token_type_ids"] = token_type_ids
         if "use_cache" in self._accepts:
-            # Nothing is generated here, and a cache that is returned holds every layer's keys and values.
-            options["use_cache"] = False
+            # Unless it is asked for, a cache that is returned holds every layer's keys and values for nothing.
+            options.setdefault("use_cache", False)
         hidden: Tensor = self.body(inputs_embeds=embedded, **options).last_hidden_state
         return hidden
 

@@ -71,10 +71,11 @@ class TextSpec(InputSpec):
             prompts: Where the soft prompt stands in a chat, a text is one message of the user.
 
         Returns:
-            The tokens of each, and how many of them stand before a soft prompt in a chat.
+            The tokens of each, and how many of them stand before a soft prompt in a chat, or after the text.
         """
         found = [self._prompt_ids(prompt) for prompt in prompts]
-        return [ids for ids, _ in found], [position for _, position in found]
+        is_last = self.placement == "after"
+        return [ids for ids, _ in found], [len(ids) if is_last else position for ids, position in found]
 
     def _prompt_ids(self, prompt: str | Chat) -> tuple[list[int], int]:
         if isinstance(prompt, str) and not self.chat.holds_prompt:
@@ -173,7 +174,7 @@ class TextKind(InputKind):
         ids = torch.zeros(examples, tokens, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, 1:][-1:] = 0
-        return {"input_ids": ids, "attention_mask": mask, "prompt_position": ids.new_zeros(examples)}
+        return {"input_ids": ids, "attention_mask": mask, "prompt_position": mask.sum(dim=1)}
 
     def blank_instances(self, examples: int, tokens: int) -> dict[str, Tensor]:
         """Returns ids and mask, without padding."""

@@ -60,8 +60,9 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         backbone: The frozen model.
         prompt_encoder: Makes soft prompts; a class or partial that still wants ``(embedding_dim, instance_dim)``.
         instance_encoder: The model that reads instances, frozen unless it says otherwise; by default the backbone.
-        placement: Where virtual tokens go: ``before`` the text's first token, ``after_first``, in ``every_layer``
-            (prefix tuning, P-tuning v2), or in a chat: as its ``system`` message, or before its ``user``'s text.
+        placement: Where virtual tokens go: ``before`` the text's first token, ``after_first``, ``after`` the text and
+            before its answer, in ``every_layer`` (prefix tuning, P-tuning v2), or in a chat: as its ``system`` message,
+            or before its ``user``'s text.
         adapter: A PEFT adapter in the backbone, as in ``adapter_config.json``, such as
             ``{peft_type: LORA, r: 8}``; a baseline.
         train_backbone: Which weights of the backbone are trained, as a baseline: ``true`` for all, ``bias`` for its

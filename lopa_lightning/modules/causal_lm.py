@@ -215,7 +215,10 @@ class CausalLMModule(LoPALightningModule):
         ids, positions = prompts
         room = self._room(int(config.max_new_tokens))
         spec.chat.check_fits(max(map(len, ids)), room)
-        read, mask = padded(cut_left(ids, room, len(spec.start_ids)), int(config.pad_token_id), "left", self.device)
+        ids = cut_left(ids, room, len(spec.start_ids))
+        if backbone.placement == "after":
+            positions = list(map(len, ids))
+        read, mask = padded(ids, int(config.pad_token_id), "left", self.device)
         texts = {"input_ids": read, "attention_mask": mask, "prompt_position": torch.tensor(positions).to(read.device)}
 
         def generated() -> list[list[str]]:

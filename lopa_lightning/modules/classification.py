@@ -34,9 +34,10 @@ class ClassificationModule(LoPALightningModule):
 
     Args:
         objective: ``masked_lm``: the label words' logits at the template's mask, the published setting;
-            ``causal_lm``: the same at the last position; ``head``: a trained linear layer, for backbones
-            without a language model head, and for regression.
-        head_pooling: What the trained head reads, over the text's own tokens.
+            ``causal_lm``: the same at the last position, of the text or of virtual tokens after it;
+            ``head``: a trained linear layer, for backbones without a language model head, and for regression.
+        head_pooling: What the trained head reads, over the text's own tokens; with placement ``after`` over the virtual
+            ones, which alone have seen both.
         task: Labels, words and metrics; None to take the data module's.
         loss_over: What the cross entropy of a label's word is taken over: the words of all ``labels``, or the whole
             ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
@@ -131,6 +132,8 @@ class ClassificationModule(LoPALightningModule):
     def _check_answer_per_word(self) -> None:
         if self.objective != "head" or self.head_pooling != "mean":
             raise LoPAError("a label for each word needs objective: head, and no head_pooling: each is read by itself")
+        if self.placement == "after":
+            raise LoPAError("a label for each word needs a soft prompt that the words see, and placement is 'after'")
         self._check_instance_loss()
 
     def _check_instance_loss(self) -> None:

@@ -70,7 +70,7 @@ def linear_head(width: int, num_outputs: int) -> nn.Linear:
 
 
 class HeadReadout(Readout):
-    """Applies a trained linear layer to the pooled hidden states of the input's own tokens.
+    """Applies a trained linear layer to the pooled hidden states that ``content_mask`` names.
 
     Args:
         hidden_dim: Width h of the hidden states.

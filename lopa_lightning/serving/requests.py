@@ -218,7 +218,7 @@ class ServedPrompter:
     def _request(self, asked: str | Chat, prompt: Tensor, ids: list[int], position: int) -> ServedRequest:
         sent = prompt
         if self._table is not None:
-            text, position = self._table(ids), int(self.facts.placement == "after_first")
+            text, position = self._table(ids), {"after_first": 1, "after": len(ids)}.get(self.facts.placement, 0)
             sent = torch.cat([text[:position], prompt.to(text), text[position:]])
         data = encoded_tensor(sent * self.scale, self.dtype, self.max_prompt_bytes)
         if self._table is not None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PretrainedConfig, PreTrainedModel
 
 from lopa_lightning.backbones.base import States
@@ -19,7 +21,8 @@ from tests.backbones.conftest import FAMILIES, Load
 from tests.tiny import run
 
 KINDS = list(FAMILIES)
-PLACEMENTS = ["before", "after_first", "system"]
+CAUSAL = [kind for kind, family in FAMILIES.items() if family == "causal_lm"]
+PLACEMENTS = ["before", "after_first", "after", "system"]
 M, WIDTH, WORDS = 3, 32, 100
 
 
@@ -38,9 +41,11 @@ def padded(texts: list[Tensor], side: str, generator: torch.Generator) -> tuple[
     return ids, mask
 
 
+CASES = [(kind, placement) for kind in KINDS for placement in PLACEMENTS if placement != "after" or kind in CAUSAL]
+
+
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "placement"), CASES)
 def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, load: Load) -> None:
     backbone = TextBackbone(load(kind), placement=placement)
 
@@ -62,31 +67,40 @@ def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, l
 
     with torch.no_grad():
         check()
+    if placement == "after":  # with gradients it reads in two parts
+        check()
 
 
 def assert_same_item(together: States, row: int, item: States) -> None:
     own = together.content_mask[row] == 1
-    assert together.spread(torch.ones_like(together.positions))[row, own].all()
+    text = together.spread(torch.ones_like(together.positions))[row, own]
+    assert text.all() or not text.any()  # the text's own tokens, or the virtual ones after it
     torch.testing.assert_close(together.hidden[row, own], item.hidden[item.content_mask == 1], atol=1e-5, rtol=1e-5)
     for pooling in ("cls", "last", "mean", "max"):
         read = pool(together.hidden, together.content_mask, pooling)[row]
         torch.testing.assert_close(read, pool(item.hidden, item.content_mask, pooling)[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "placement"), CASES)
 def test_states_and_gradients_are_those_of_a_plain_concatenation(kind: str, placement: str, load: Load) -> None:
     model = load(kind)
     torch.manual_seed(0)
     ids = torch.randint(WORDS, (1, 9))
     prompt = torch.randn(1, M, WIDTH, requires_grad=True)
-    cut = {"before": 0, "after_first": 1, "system": 5}[placement]
-    states = run(TextBackbone(model, placement=placement), prompt, ids, ones(ids), position=torch.tensor([5]))
+    cut = {"before": 0, "after_first": 1, "after": 9, "system": 5}[placement]
+    states = run(
+        TextBackbone(model, placement=placement),
+        prompt,
+        ids,
+        ones(ids),
+        position=None if placement == "after" else torch.tensor([5]),
+    )
 
     embedded = model.get_input_embeddings()(ids)
     raw = model.base_model(inputs_embeds=torch.cat([embedded[:, :cut], prompt, embedded[:, cut:]], dim=1))
     torch.testing.assert_close(states.hidden, raw.last_hidden_state, atol=1e-5, rtol=1e-5)
-    assert states.content_mask.tolist() == [[1] * cut + [0] * M + [1] * (9 - cut)]
+    is_read = [[0] * 9 + [1] * M] if placement == "after" else [[1] * cut + [0] * M + [1] * (9 - cut)]
+    assert states.content_mask.tolist() == is_read
     assert states.positions.tolist() == [[*range(cut), *range(cut + M, 9 + M)]]
 
     upstream = torch.randn(states.hidden.shape)
@@ -226,9 +240,9 @@ def test_a_model_that_takes_no_embeddings_is_refused() -> None:
         TextBackbone(IdsOnly(PretrainedConfig()))
 
 
-@pytest.mark.parametrize("placement", ["after", "", "Before"])
+@pytest.mark.parametrize("placement", ["behind", "", "Before"])
 def test_unknown_placement_is_an_error_that_lists_the_choices(placement: str, load: Load) -> None:
-    with pytest.raises(LoPAError, match=f"before, after_first, every_layer, system, user, got '{placement}'"):
+    with pytest.raises(LoPAError, match=f"before, after_first, after, every_layer, system, user, got '{placement}'"):
         TextBackbone(load("bert"), placement=placement)
 
 
@@ -254,3 +268,45 @@ def test_the_last_layer_is_trained_with_the_norm_after_it(kind: str, norm: str, 
     last = {name for name, _ in model.named_parameters() if ".1." in name}
     assert trained == last | {f"{norm}.{name}" for name, _ in model.get_submodule(norm).named_parameters()}
     assert backbone.dropout
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_reading_in_two_parts_is_reading_at_once(kind: str, side: str, load: Load) -> None:
+    backbone, generator = TextBackbone(load(kind), placement="after"), torch.Generator().manual_seed(0)
+    assert backbone._reads_in_parts
+    ids, mask = padded([torch.randint(WORDS, (n,), generator=generator) for n in (7, 3, 5)], side, generator)
+    prompt = torch.randn(3, M, WIDTH, generator=generator, requires_grad=True)
+    for position in (None, torch.tensor([7, 3, 5]), torch.tensor([2, 3, 1]), torch.tensor([0, 0, 0])):
+        parts = run(backbone, prompt, ids, mask, position=position)
+        with mock.patch.object(backbone, "_reads_in_parts", False):
+            whole = run(backbone, prompt, ids, mask, position=position)
+        upstream = torch.randn(parts.aligned().shape, generator=generator) * mask.unsqueeze(-1)
+        seen = torch.randn(3, M, WIDTH, generator=generator)
+        found = [
+            torch.autograd.grad((states.aligned() * upstream).sum() + (virtual(states) * seen).sum(), prompt)[0]
+            for states in (parts, whole)
+        ]
+        torch.testing.assert_close(virtual(parts), virtual(whole), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(parts.aligned()[mask == 1], whole.aligned()[mask == 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+def virtual(states: States) -> Tensor:
+    """The hidden states of virtual tokens after a text, ``[B, m, h]``."""
+    return states.hidden[states.content_mask == 1].view(len(states.hidden), -1, states.hidden.shape[-1])
+
+
+def test_a_text_before_its_virtual_tokens_has_no_backward_pass(load: Load) -> None:
+    backbone = TextBackbone(load("llama"), placement="after")
+    ids, prompt = torch.randint(WORDS, (2, 60)), torch.randn(2, M, WIDTH, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        hidden = run(backbone, prompt, ids, ones(ids)).hidden
+    with FlopCounterMode(display=False) as backward:
+        hidden.sum().backward()
+    assert 0 < backward.get_total_flops() < 0.15 * forward.get_total_flops()
+
+
+def test_virtual_tokens_after_a_text_need_a_causal_model(load: Load) -> None:
+    with pytest.raises(LoPAError, match=r"placement 'after' is for causal language models, and RobertaModel does not"):
+        TextBackbone(load("roberta"), placement="after")

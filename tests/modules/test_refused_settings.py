@@ -105,7 +105,7 @@ def fit_checked(model: str, method: Any) -> None:
         ({"learning_rates": {"low_rnk": 1e-3}}, "learning_rates names low_rnk; the groups are backbone, head"),
         (
             {"placement": "behind"},
-            "placement must be one of before, after_first, every_layer, system, user, got 'behind'",
+            "placement must be one of before, after_first, after, every_layer, system, user, got 'behind'",
         ),
         ({"head_pooling": "sum"}, "head_pooling must be one of cls, mean, last, max, got 'sum'"),
         ({"objective": "mlm"}, "objective must be one of masked_lm, causal_lm, head, got 'mlm'"),
