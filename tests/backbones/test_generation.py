@@ -77,7 +77,7 @@ def by_hand(backbone: TextBackbone, tokenizer: PreTrainedTokenizerBase, prompt: 
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("placement", ["before", "after_first", "every_layer", "system"])
+@pytest.mark.parametrize("placement", ["before", "after_first", "after", "every_layer", "system"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_generates_what_each_text_does_alone_and_without_a_cache(
     kind: str, placement: Placement, load: Load, tokenizer: PreTrainedTokenizerBase

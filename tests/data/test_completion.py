@@ -198,6 +198,18 @@ def test_chats_are_read_around_a_soft_prompt(placement: str, chat_spec: Any, tok
     ]
 
 
+@pytest.mark.parametrize("limit", [None, 6])
+def test_after_a_prompt_the_soft_prompt_stands_before_the_completion(limit: int | None, text_spec: SpecOf) -> None:
+    spec = dataclasses.replace(text_spec("llama", "causal_lm", max_tokens=limit), placement="after")
+    rows = [{"prompt": "a very long story about the film was", "completion": " great"}]
+    for stage, role in (("validate", "val"), ("test", "test"), ("predict", "predict")):
+        (read,) = rows_of(prepared(spec, rows, stage), role)
+        labels = read.get("labels", [IGNORED] * len(read["input_ids"]))
+        assert read["prompt_position"] == labels.count(IGNORED) > 1
+        assert all(label == IGNORED for label in labels[: read["prompt_position"]])
+        assert len(read["input_ids"]) <= (limit or 99)
+
+
 def test_a_prompt_and_its_completion_are_a_chat_around_a_soft_prompt(chat_spec: Any) -> None:
     chats = [{"messages": CHATS[0]}]
     pairs = [{"prompt": "the film was", "completion": "great"}]

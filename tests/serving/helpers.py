@@ -47,6 +47,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "backbone": {"encoder": "backbone"},
     "every layer": {"placement": "every_layer"},
     "after first": {"placement": "after_first", "prompt_encoder": _SOFT},
+    "after": {"placement": "after"},
+    "words after": {"placement": "after", "objective": "causal_lm"},
     "chat system": {"placement": "system"},
     "chat user": {"placement": "user"},
     "chat words": {"placement": "system", "objective": "causal_lm"},

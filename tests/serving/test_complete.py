@@ -76,7 +76,7 @@ def read_by(module: Any, text: str) -> torch.Tensor:
 
 @pytest.mark.sampled(2)
 @BOTH
-@pytest.mark.parametrize("kind", ["completion", "after first"])
+@pytest.mark.parametrize("kind", ["completion", "after first", "after"])
 def test_a_text_is_sent_as_the_module_reads_it(client: str, kind: str, made: Any, upstream: Upstream) -> None:
     module, source = made(kind)
     answer = called(client, upstream, source, "complete", TEXTS[0], n=2, max_tokens=4, extra_body={"min_tokens": 1})
@@ -87,10 +87,10 @@ def test_a_text_is_sent_as_the_module_reads_it(client: str, kind: str, made: Any
     sent = decoded(body.pop("prompt_embeds"))
     assert body == {"model": "tiny", "n": 2, "max_tokens": 4, "min_tokens": 1, "prompt": None}
     wanted = read_by(module, TEXTS[0])
-    at = int(kind == "after first")
+    at = {"completion": 0, "after first": 1, "after": len(wanted) - M}[kind]
     texts = [[*range(at), *range(at + M, len(wanted))], [*range(at, at + M)]]
     assert torch.equal(sent[texts[0]], wanted[texts[0]])
-    torch.testing.assert_close(sent[texts[1]], wanted[texts[1]], rtol=0, atol=1e-6 if kind == "completion" else 0)
+    torch.testing.assert_close(sent[texts[1]], wanted[texts[1]], rtol=0, atol=0 if kind == "after first" else 1e-6)
     assert answer.usage.prompt_tokens == len(wanted)
     assert torch.equal(decoded(build_prompt_embeds(source, TEXTS[0])), sent)
 
@@ -111,9 +111,9 @@ def test_many_texts_are_answered_in_order_and_streams_are_checked(client: str, m
 
 @pytest.mark.sampled(2)
 @BOTH
-@pytest.mark.parametrize("knows_ids", [True, False])
-def test_labels_are_those_of_predict(client: str, knows_ids: bool, made: Any, upstream: Upstream) -> None:
-    module, source = made("words")
+@pytest.mark.parametrize(("kind", "knows_ids"), [("words", True), ("words", False), ("words after", True)])
+def test_labels_are_those_of_predict(client: str, kind: str, knows_ids: bool, made: Any, upstream: Upstream) -> None:
+    module, source = made(kind)
     upstream.knows_ids = knows_ids
     records = called(client, upstream, source, "classify", [*TEXTS, "a long story " * 30])
     for record, own in zip(records, module.predict([*TEXTS, "a long story " * 30]), strict=True):
@@ -121,7 +121,8 @@ def test_labels_are_those_of_predict(client: str, knows_ids: bool, made: Any, up
         assert record["probabilities"] == pytest.approx(own["probabilities"], abs=1e-5)
     encoder, rows = row_encoder(module, [TEXTS[0]])
     (batch,) = batches(module, encoder, rows, 0, 1)
-    sent = {decoded(body["prompt_embeds"])[M:].numpy().tobytes() for body in upstream.asked}
+    text = slice(M, None) if kind == "words" else slice(-M)
+    sent = {decoded(body["prompt_embeds"])[text].numpy().tobytes() for body in upstream.asked}
     table = module.net.backbone.embedding_table()
     assert table[batch["input_ids"][0]].numpy().tobytes() in sent
 

@@ -207,7 +207,7 @@ def test_whole_embeddings_are_completed_as_generate_does(server: str) -> None:
     assert chats == [text for (text,) in model.generate(CHATS)]
 
 
-@pytest.mark.parametrize("placement", ["before", "after_first", "system", "user"])
+@pytest.mark.parametrize("placement", ["before", "after_first", "after", "system", "user"])
 def test_a_server_of_the_backbone_passes_every_check(server: str, placement: str) -> None:
     source = ServedPrompter(bundle_of(module(placement), TEXTS[:3]), max_prompt_bytes=2**22)
     found = list(findings(LoPAClient(server, source, max_retries=0)))
@@ -219,7 +219,7 @@ def test_a_server_of_the_backbone_passes_every_check(server: str, placement: str
     assert parity.status == "FAIL"
 
 
-@pytest.mark.parametrize("placement", ["system", "before"])
+@pytest.mark.parametrize("placement", ["system", "before", "after"])
 def test_a_label_is_the_word_that_the_server_chooses(server: str, placement: str, tmp_path: Path) -> None:
     texts = [
         "a dull film",
@@ -252,7 +252,7 @@ def test_a_label_is_the_word_that_the_server_chooses(server: str, placement: str
     for record, own in zip(records, model.predict(texts), strict=True):
         assert record["label"] == own["label"]
         assert record["probabilities"] == pytest.approx(own["probabilities"], abs=1e-4)
-    if placement == "before":
+    if placement != "system":
         return
     words = model.word_ids(["no", "yes"])
     for index, (text, prompt) in enumerate(zip(texts, soft_prompts(model, texts))):
