@@ -107,6 +107,7 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
     """A module of each kind that is sharded in its own way."""
     options: dict[str, Any] = {
         "decoder": {"model": "llama", "objective": "causal_lm", "dtype": "bfloat16"},
+        "after": {"model": "llama", "objective": "causal_lm", "placement": "after"},
         "encoder": {
             "model": "bert",
             "gradient_checkpointing": True,
@@ -197,7 +198,7 @@ def fit(
 def fit_all(folder: Path, models: dict[str, str], asked_for: set[str]) -> None:
     """Fits what is asked for: kinds of :func:`made`, and ``stock`` for Lightning's own strategy."""
     results: dict[str, Any] = {}
-    for kind in ("decoder", "encoder", "adapted", "lora", "image"):
+    for kind in ("decoder", "after", "encoder", "adapted", "lora", "image"):
         for how in ("ddp", "fsdp") if kind in asked_for else ():
             results[f"{kind}-{how}"] = fit(kind, how, models, folder)
     runs = [

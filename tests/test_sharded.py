@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 KINDS = {
     "decoder": ["", "backbone.model.model.layers.0", "backbone.model.model.layers.1"],
+    "after": ["", "backbone.model.model.layers.0", "backbone.model.model.layers.1"],
     "encoder": [
         *("", "instance_encoder.model.encoder.layer.0", "instance_encoder.model.encoder.layer.1"),
         *("backbone.model.bert.encoder.layer.0", "backbone.model.bert.encoder.layer.1"),

@@ -32,7 +32,6 @@ from lopa_lightning.backbones.pretrained import (
     is_causal,
     max_positions,
 )
-from lopa_lightning.backbones.sharding import is_sharded
 from lopa_lightning.backbones.text_first import TwoParts, reads_in_parts
 from lopa_lightning.backbones.tokens import vocabulary
 from lopa_lightning.errors import LoPAError, one_of
@@ -185,7 +184,7 @@ class TextBackbone(Backbone, LanguageModel):
             )
             here = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             return States(hidden, attention_mask, here)
-        if m and self._spares_by_parts():
+        if m and self._reads_in_parts and torch.is_grad_enabled():  # without a backward pass, two parts spare nothing
             return self._read_in_parts(virtual, embedded, batch)
         layout = self._layout(batch, m)
         prompted = insert(layout, virtual, embedded)
@@ -199,10 +198,6 @@ class TextBackbone(Backbone, LanguageModel):
         if m and self.placement == "after":  # the text's own tokens have not seen the soft prompt
             return States(hidden, insert(layout, 1, torch.zeros_like(attention_mask)), layout.positions)
         return States(hidden, insert(layout, 0, attention_mask), layout.positions)
-
-    def _spares_by_parts(self) -> bool:
-        """Whether the text's backward pass is to be spared: sharded layers would be gathered once more for it."""
-        return self._reads_in_parts and torch.is_grad_enabled() and not any(map(is_sharded, self.body.modules()))
 
     def _read_in_parts(self, virtual: Tensor, embedded: Tensor, batch: Batch) -> States:
         """Reads what stands before the virtual tokens, and then these and the rest, see :mod:`~.text_first`."""
