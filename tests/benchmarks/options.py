@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compile": {"backbone": {"compile": True}},
     "bfloat16": {"backbone": {"dtype": "bfloat16"}},
     "adapted_encoder": {"instance_encoder": {"adapter": {"peft_type": "LORA", "r": 8}}},
+    "after": {"placement": "after"},
 }
 _COLUMNS = {
     "case": "case",
@@ -36,27 +37,32 @@ _COLUMNS = {
 }
 
 
-def a_batch(case: Case, places: Places, pool: int) -> tuple[Batch, Any]:
+def a_batch(case: Case, places: Places, pool: int, **options: Any) -> tuple[Batch, Any]:
     """A training batch with what the instance encoder reads, and what it is to be classified into.
 
     Args:
         case: Which.
         places: Where models and data are.
         pool: Examples that it is drawn from, so that texts are of like length.
+        **options: As of :func:`with_options`.
     """
-    config = case.model_config(places)
-    config["init_args"]["instance_encoder"]["cache"] = False
+    config = with_options(case, places, instance_encoder={"cache": False}, **options)
     turns, module = Turns(), build_module(config)
     fit(module, case.data(places, pool), 1, turns, limit_train_batches=1)
     return turns.batches[0], getattr(module, "task", None)
 
 
-def loaded(case: Case, places: Places, task: Any, **options: dict[str, Any]) -> LoPALightningModule:
-    """A case's module with weights, the trained ones always the same, and with more options of its parts."""
-    config = copy.deepcopy(case.model_config(places))
+def with_options(case: Case, places: Places, **options: Any) -> dict[str, Any]:
+    """A case's module in a YAML, with other options, or more of those of its parts."""
+    config: dict[str, Any] = copy.deepcopy(case.model_config(places))
     for part, more in options.items():
-        config["init_args"][part] |= more
-    module = build_module(config)
+        config["init_args"][part] = {**config["init_args"][part], **more} if isinstance(more, dict) else more
+    return config
+
+
+def loaded(case: Case, places: Places, task: Any, **options: Any) -> LoPALightningModule:
+    """A case's module with weights, the trained ones always the same, and with options."""
+    module = build_module(with_options(case, places, **options))
     if task is not None:
         module.task = task
     torch.manual_seed(0)
@@ -82,13 +88,16 @@ def measure(case: Case, places: Places, pool: int, names: list[str], rounds: int
     batches = {
         name: batch if "instance_encoder" in OPTIONS.get(name, {}) else with_vectors for name in ["plain", *names]
     }
+    if "after" in names:  # of a completion, with where it begins
+        batches["after"] = {**a_batch(case, places, pool, placement="after")[0], "instance": with_vectors["instance"]}
     exact, rows = gradient(modules["plain"], with_vectors), {}
     for name in names:
         modules[name] = loaded(case, places, task, **OPTIONS[name])
         start = now()
         found = gradient(modules[name], batches[name])
         first = now() - start
-        difference = float((found - exact).norm() / exact.norm()) if len(found) == len(exact) else None
+        is_same = len(found) == len(exact) and name != "after"
+        difference = float((found - exact).norm() / exact.norm()) if is_same else None
         rows[name] = {"case": case.name, "option": name, "padding": padding, "first": first, "difference": difference}
     seconds = take_turns({name: functools.partial(gradient, modules[name], batches[name]) for name in modules}, rounds)
     step = {name: summary([1000 * each for each in values]) for name, values in seconds.items()}

@@ -37,18 +37,20 @@ def losses_by_hand(model: CausalLMModule, row: dict[str, str], plain: Any, token
         mean = plain.base_model(input_ids=prompt).last_hidden_state.mean(1)
         instance = mean / mean.square().mean(1, keepdim=True).sqrt()
         soft = model.net.prompt_encoder(instance)
-        embedded = plain.get_input_embeddings()(torch.cat([prompt, answer], 1))
-        logits = plain(inputs_embeds=torch.cat([soft, embedded], 1)).logits[0, -answer.shape[1] - 1 : -1]
+        read, learned = plain.get_input_embeddings()(prompt), plain.get_input_embeddings()(answer)
+        parts = [read, soft, learned] if model.placement == "after" else [soft, read, learned]
+        logits = plain(inputs_embeds=torch.cat(parts, 1)).logits[0, -answer.shape[1] - 1 : -1]
     return F.cross_entropy(logits, answer[0], reduction="none"), logits.argmax(-1) == answer[0]
 
 
 @pytest.mark.sampled(2)
+@pytest.mark.parametrize("placement", ["before", "after"])
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_every_completion_token_counts_once_and_nothing_else(
-    tiny: Tiny, tmp_path: Path, kind: str, padding_side: Any
+    tiny: Tiny, tmp_path: Path, kind: str, padding_side: Any, placement: str
 ) -> None:
-    model, data = causal(tiny(kind)), completions(tmp_path, padding_side=padding_side)
+    model, data = causal(tiny(kind), placement=placement), completions(tmp_path, padding_side=padding_side)
     run = trainer(tmp_path)
     run.fit(model, data)
     (logged,) = run.validate(model, data, verbose=False)
@@ -71,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"prompt_encoder": functools.partial(PromptTuning, num_virtual_tokens=3)},
     "dept": {"prompt_encoder": functools.partial(DePT, num_virtual_tokens=3, max_length=8, rank=2)},
     "every_layer": {"placement": "every_layer"},
+    "after": {"placement": "after"},
     "lora": {"prompt_encoder": NoPrompt, "adapter": {"peft_type": "LORA", "r": 2}},
     "full": {"prompt_encoder": NoPrompt, "train_backbone": True},
 }
@@ -96,6 +99,12 @@ def test_every_method_learns_and_writes_the_same_once_loaded(tiny: Tiny, tmp_pat
     assert again.generate(["the film was", "It"]) == written
     if method == "full":
         assert written[0] == [" great"]  # and the end token ended it
+
+
+def test_after_a_prompt_a_batch_must_say_where_its_completion_begins(tiny: Tiny) -> None:
+    model = causal(tiny("llama"), placement="after")
+    with pytest.raises(LoPAError, match=r"'after' a batch must have prompt_position, .* it has input_ids, labels$"):
+        model.loss(torch.ones(1, 3), {"input_ids": torch.ones(1, 4), "labels": torch.ones(1, 4)})
 
 
 def test_an_instance_encoder_of_its_own_reads_the_prompt_alone(tiny: Tiny, tmp_path: Path) -> None:
