@@ -23,8 +23,9 @@ _WIDEST = 1024  # the window of local attention that a check still looks across,
 def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, pad_id: int) -> None:
     """Compares the states of a short text alone and padded to a longer one; warns if the model itself mixes padding in.
 
-    Two short forward passes, or three with virtual tokens in every layer; two more where states differ. It is to be
-    called on all processes, and with weights.
+    Two short forward passes, or three with virtual tokens in every layer; two more where states differ. If they do so
+    only because a text is read in two parts, with its padding between them, it is read at once from then on. It is to
+    be called on all processes, and with weights.
 
     Args:
         backbone: The model and where its virtual tokens go.
@@ -37,7 +38,11 @@ def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, p
     """
     name, allowed, m = type(backbone.body).__name__, tolerance(backbone.body), min(num_virtual_tokens, _VIRTUAL)
     with in_eval_mode(backbone):
-        if (found := _change(backbone, m, side, pad_id)) <= allowed:
+        found = _change(backbone, m, side, pad_id)
+        if found > allowed and backbone.reads_in_parts:
+            backbone.reads_in_parts = False
+            found = _change(backbone, m, side, pad_id)
+        if found <= allowed:
             return
         own = _change(backbone, 0, side, pad_id)
     if own <= allowed:
@@ -142,12 +147,14 @@ def _change(backbone: TextBackbone, m: int, side: Side, pad_id: int) -> float:
     virtual = backbone.virtual_tokens(tokens).detach() if m else weight.new_zeros(0, backbone.prompt_dim)
 
     def states(ids: Tensor, mask: Tensor) -> Tensor:
-        positions = mask.new_ones(len(mask))  # which placements in a chat alone read
-        found = backbone(virtual[None], {"input_ids": ids, "attention_mask": mask, "prompt_position": positions})
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if backbone.placement != "after":  # which is after all of a text; placements in a chat alone read it
+            batch["prompt_position"] = mask.new_ones(len(mask))
+        found = backbone(virtual[None], batch)
         own: Tensor = found.hidden[0][found.content_mask[0] == 1]
         return own
 
-    gap = _window(backbone) if m and backbone.placement == "every_layer" else 0
+    gap = _window(backbone) if m and backbone.placement in ("every_layer", "after") else 0
     room = None if limit is None else limit - m
     return change_by_padding(states, len(weight), side, pad_id, room, gap, weight.device)
 

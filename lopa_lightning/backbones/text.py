@@ -75,7 +75,8 @@ class TextBackbone(Backbone, LanguageModel):
             if placement == "every_layer" and settings.get(setting):
                 raise LoPAError(reason)
         super().__init__(model, placement=placement, **settings)
-        if placement == "after" and not is_causal(self.body):
+        self._is_causal = is_causal(self.body)
+        if placement == "after" and not self._is_causal:
             raise LoPAError(
                 f"placement 'after' is for causal language models, and {type(self.body).__name__} does not say that it "
                 "is one; use 'before' or 'after_first'"
@@ -85,12 +86,11 @@ class TextBackbone(Backbone, LanguageModel):
             names = " and no ".join(sorted(missing))
             raise LoPAError(f"{type(model).__name__} takes no {names}, so it cannot be given soft prompts")
         self._has_token_types = has_token_types(self.body)
-        self._is_causal = is_causal(self.body)
         self.tokenizer = tokenizer
         self._checked_sides: set[Side] = set()
         self._layers = layer_prompts(self.body) if placement == "every_layer" else None
         as_one = settings.get("compiled") or settings.get("gradient_checkpointing") or self._has_token_types
-        self._reads_in_parts = placement == "after" and not as_one and reads_in_parts(self.body)
+        self.reads_in_parts = placement == "after" and not as_one and reads_in_parts(self.body)
         # In a list, so that torch does not register the head's weights a second time.
         self._heads = [] if self.body is model else [VocabularyHead(model)]
 
@@ -184,34 +184,44 @@ class TextBackbone(Backbone, LanguageModel):
             )
             here = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             return States(hidden, attention_mask, here)
-        if m and self._reads_in_parts and torch.is_grad_enabled():  # without a backward pass, two parts spare nothing
-            return self._read_in_parts(virtual, embedded, batch)
-        layout = self._layout(batch, m)
+        layout, is_after = self._layout(batch, m), m > 0 and self.placement == "after"
         prompted = insert(layout, virtual, embedded)
         types = None if token_type_ids is None else insert(layout, 0, token_type_ids)
-        if self._is_causal and layout.start is not None:
+        if is_after and self.reads_in_parts:
+            # Where all of each text comes first, the sizes of both parts are known.
+            sizes = None if "prompt_position" in batch else (input_ids.shape[1], m)
+            start = (layout.index == 0).int().argmax(dim=1)
+            parts = TwoParts.of(insert(layout, 1, attention_mask), start, sizes)
+            hidden = self._read_in_parts(embedded, prompted, parts)
+        elif self._is_causal and layout.start is not None:
             # All padding comes after the tokens that are read, which see nothing of it: attention without a mask.
             hidden = self._run(prompted, None, types, attention_mask=None)
         else:
             mask = insert(layout, 1, attention_mask)
             hidden = self._run(prompted, position_ids(mask, first_position(self.body)), types, attention_mask=mask)
-        if m and self.placement == "after":  # the text's own tokens have not seen the soft prompt
+        if is_after:  # the text's own tokens have not seen the soft prompt
             return States(hidden, insert(layout, 1, torch.zeros_like(attention_mask)), layout.positions)
         return States(hidden, insert(layout, 0, attention_mask), layout.positions)
 
-    def _read_in_parts(self, virtual: Tensor, embedded: Tensor, batch: Batch) -> States:
-        """Reads what stands before the virtual tokens, and then these and the rest, see :mod:`~.text_first`."""
-        m, parts = virtual.shape[1], TwoParts.of(batch["attention_mask"], batch.get("prompt_position"))
-        first, cache = first_position(self.body), {str(cache_input(self.body)): DynamicCache(), "use_cache": True}
-        before, mask = embedded[:, : parts.first_mask.shape[1]], parts.first_mask
-        text = self._run(before, position_ids(mask, first), None, attention_mask=mask, **cache)
-        rest = embedded.gather(1, parts.rest.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
-        read = torch.cat([virtual, rest], dim=1)
-        places = first + parts.before.unsqueeze(1) + torch.arange(read.shape[1], device=read.device)
-        seen = torch.cat([F.pad(mask, (0, m), value=1), parts.rest_mask], dim=1)
-        hidden = torch.cat([text, self._run(read, places, None, attention_mask=seen, **cache)], dim=1)
-        is_virtual = F.pad(mask.new_zeros(mask.shape), (0, m), value=1)
-        return States(hidden, F.pad(is_virtual, (0, rest.shape[1])), parts.positions(m))
+    def _read_in_parts(self, embedded: Tensor, prompted: Tensor, parts: TwoParts) -> Tensor:
+        """Reads what stands before virtual tokens, then these and the rest; returns the hidden states of all.
+
+        Args:
+            embedded: The text, ``[B, T, d]``: no gradient goes to it from the soft prompt.
+            prompted: With virtual tokens in it, ``[B, L, d]``.
+            parts: How to split it.
+        """
+
+        def at(values: Tensor, columns: Tensor) -> Tensor:
+            return values.gather(1, columns.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+        cache = {str(cache_input(self.body)): DynamicCache(), "use_cache": True}
+        seen = torch.cat([parts.mask, parts.rest_mask], dim=1)
+        places = position_ids(seen, first_position(self.body))
+        before = embedded[:, : parts.first]
+        text = self._run(before, places[:, : parts.first], None, attention_mask=parts.mask, **cache)
+        after = self._run(at(prompted, parts.rest), places[:, parts.first :], None, attention_mask=seen, **cache)
+        return at(torch.cat([text, after], dim=1), parts.columns)
 
     def _layout(self, batch: Batch, num_virtual_tokens: int) -> Layout:
         position: Tensor | int = int(self.placement == "after_first")
@@ -257,7 +267,7 @@ class TextBackbone(Backbone, LanguageModel):
         if token_type_ids is not None and self._has_token_types:
             options["token_type_ids"] = token_type_ids
         if "use_cache" in self._accepts:
-            # Unless it is asked for, a cache that is returned holds every layer's keys and values for nothing.
+            # Unless it is read again, a cache that is returned holds every layer's keys and values for nothing.
             options.setdefault("use_cache", False)
         hidden: Tensor = self.body(inputs_embeds=embedded, **options).last_hidden_state
         return hidden

@@ -174,7 +174,7 @@ class TextKind(InputKind):
         ids = torch.zeros(examples, tokens, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, 1:][-1:] = 0
-        return {"input_ids": ids, "attention_mask": mask, "prompt_position": mask.sum(dim=1)}
+        return {"input_ids": ids, "attention_mask": mask, "prompt_position": ids.new_zeros(examples)}
 
     def blank_instances(self, examples: int, tokens: int) -> dict[str, Tensor]:
         """Returns ids and mask, without padding."""

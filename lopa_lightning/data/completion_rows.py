@@ -181,7 +181,7 @@ class EncodeCompletions:
         if self.spec.chat.holds_prompt:
             columns["prompt_position"] = positions
         elif self.spec.placement == "after":
-            columns["prompt_position"] = [labels.count(IGNORED) for labels in (row["labels"] for row in encoded)]
+            columns["prompt_position"] = [row["labels"].count(IGNORED) for row in encoded]
         if self.spec.instance_tokenizer is not None:
             instances = [example.instance for example in examples]
             read = end_of(self.spec.instance_tokenizer, instances, self.spec.instance_max_tokens)

@@ -241,10 +241,14 @@ def _batch(module: LoPALightningModule, net: Any, step: Step) -> dict[str, Tenso
     """Makes a batch that means nothing."""
     kind, rows = module.builder.kind, torch.zeros(step.examples, dtype=torch.long)
     read, labels = kind.blank_batch(step.examples, step.tokens), rows
+    if module.placement == "after":  # all of a text comes before virtual tokens, but of a completion
+        read.pop("prompt_position", None)
     if isinstance(net.readout, CompletionReadout):
         mask = read["attention_mask"]
         to_come = mask.flip(1).cumsum(1).flip(1)
         labels = torch.where((to_come <= step.completion_tokens) & (mask == 1), 0, IGNORED)
+        if module.placement == "after":
+            read["prompt_position"] = ((labels == IGNORED) & (mask == 1)).sum(dim=1)
     elif isinstance(module, ClassificationModule) and (task := module.required_task()).multi_label:
         labels = torch.zeros(step.examples, len(task.labels), dtype=torch.long)
     elif isinstance(net.readout, WordReadout):

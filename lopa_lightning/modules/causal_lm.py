@@ -95,16 +95,7 @@ class CausalLMModule(LoPALightningModule):
         return CompletionReadout()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Returns the mean over the batch's labelled tokens.
-
-        Raises:
-            LoPAError: If virtual tokens stand after a prompt, and the batch does not say where its completion begins.
-        """
-        if self.placement == "after" and "prompt_position" not in batch:
-            raise LoPAError(
-                "with placement 'after' a batch must have prompt_position, how many tokens of each text stand before "
-                f"its completion; it has {', '.join(batch)}"
-            )
+        """Returns the mean over the batch's labelled tokens."""
         return outputs[:, 0].sum() / outputs[:, 1].sum().clamp(min=1)
 
     def loss_weight(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import Pooling, pool
 from lopa_lightning.task import IGNORED
 
@@ -35,7 +36,8 @@ class LabelWordReadout(Readout):
 
     Args:
         word_ids: Token id of each label's word.
-        mask_id: Read at this token (a masked LM's); None to read at the text's last token (a causal LM's).
+        mask_id: Read at this token (a masked LM's); None to read at the last token (a causal LM's), of the text
+            or of virtual tokens after it.
         over_vocabulary: Whether to return log-probabilities among the whole vocabulary, in place of logits.
             Otherwise no other token's logit is computed.
     """
@@ -109,7 +111,15 @@ class CompletionReadout(Readout):
 
         The last is 0 where gradients are taken, and it is not asked. ``labels [B, T]`` stand at the tokens
         themselves, :data:`IGNORED` at all that is not to be predicted.
+
+        Raises:
+            LoPAError: If virtual tokens stand after a prompt, and the batch does not say where its completion begins.
         """
+        if backbone.placement == "after" and "prompt_position" not in batch:
+            raise LoPAError(
+                "with placement 'after' a batch must have prompt_position, how many tokens of each text stand before "
+                f"its completion; it has {', '.join(batch)}"
+            )
         assert isinstance(backbone, LanguageModel)
         # A token is predicted at the position before it; the first has none.
         rows, tokens = ((batch["labels"] != IGNORED) & (states.positions > 0)).nonzero(as_tuple=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ MASKED: dict[str, dict[str, Any]] = {
 }
 CAUSAL: dict[str, dict[str, Any]] = {
     "Bloom": {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "CTRL": {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "dff": 48},
     "CodeGen": {**GPT, **TOKENS, "rotary_dim": 4},
     "Gemma2": {
         **SIZES,
@@ -94,6 +97,22 @@ def test_an_item_is_the_same_alone_and_in_any_batch(name: str) -> None:
         alone = run(backbone, prompt[row : row + 1], item[None], torch.ones(1, len(item), dtype=torch.long))
         for batch in batches:
             torch.testing.assert_close(own_states(batch, row), own_states(alone, 0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "Bloom"])  # which does not say that it is causal
+def test_what_is_read_in_parts_is_what_is_read_at_once(name: str) -> None:
+    backbone = TextBackbone(build(name), placement="after")
+    assert backbone.reads_in_parts == (name not in ("Gemma2", "Mistral"))  # these have sliding windows
+    prompt = torch.randn(len(ITEMS), 4, backbone.prompt_dim)
+    for left, position in itertools.product((False, True), (None, torch.tensor([2, 3, 1]))):
+        with_parts = run(backbone, prompt, *padded(left), position=position)
+        with mock.patch.object(backbone, "reads_in_parts", False):
+            whole = run(backbone, prompt, *padded(left), position=position)
+        for row in range(len(ITEMS)):
+            torch.testing.assert_close(own_states(with_parts, row), own_states(whole, row), rtol=0, atol=1e-5)
+        mask = padded(left)[1] == 1
+        torch.testing.assert_close(with_parts.aligned()[mask], whole.aligned()[mask], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*MASKED, *CAUSAL])

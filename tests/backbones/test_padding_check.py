@@ -84,6 +84,22 @@ def test_padding_between_virtual_tokens_and_text_is_refused_where_it_counts(name
     assert check(backbone, "left", m=0) == []
 
 
+@pytest.mark.parametrize(("name", "in_parts"), [("GPTNeo", False), ("GPT2", True), ("Llama", True)])
+def test_a_model_that_counts_padding_between_two_parts_reads_at_once(name: str, in_parts: bool) -> None:
+    backbone = TextBackbone(build(name), placement="after")
+    assert backbone.reads_in_parts
+    assert check(backbone, "right") == []
+    assert backbone.reads_in_parts == in_parts
+
+
+def test_rotations_that_depend_on_a_texts_length_are_computed_at_once() -> None:
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    longrope["original_max_position_embeddings"] = 12
+    for rope, in_parts in ((None, True), (longrope, False)):
+        config = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
+        assert TextBackbone(AutoModel.from_config(config), placement="after").reads_in_parts == in_parts
+
+
 @pytest.mark.parametrize(
     ("name", "sides"),
     [("ConvBert", "left right"), ("MobileBert", "left right"), ("Yoso", "left right"), ("RoFormer", "left")],

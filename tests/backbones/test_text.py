@@ -63,18 +63,16 @@ def test_an_items_states_do_not_depend_on_its_batch(kind: str, placement: str, l
         for side in ("left", "right"):
             together = run(backbone, prompts, *padded(texts, side, generator), position=positions)
             for row, item in enumerate(alone):
-                assert_same_item(together, row, item)
+                assert_same_item(together, row, item, reads_text=placement != "after")
 
     with torch.no_grad():
         check()
-    if placement == "after":  # with gradients it reads in two parts
-        check()
 
 
-def assert_same_item(together: States, row: int, item: States) -> None:
+def assert_same_item(together: States, row: int, item: States, reads_text: bool = True) -> None:
     own = together.content_mask[row] == 1
     text = together.spread(torch.ones_like(together.positions))[row, own]
-    assert text.all() or not text.any()  # the text's own tokens, or the virtual ones after it
+    assert text.all() if reads_text else not text.any()
     torch.testing.assert_close(together.hidden[row, own], item.hidden[item.content_mask == 1], atol=1e-5, rtol=1e-5)
     for pooling in ("cls", "last", "mean", "max"):
         read = pool(together.hidden, together.content_mask, pooling)[row]
@@ -274,12 +272,12 @@ def test_the_last_layer_is_trained_with_the_norm_after_it(kind: str, norm: str, 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_reading_in_two_parts_is_reading_at_once(kind: str, side: str, load: Load) -> None:
     backbone, generator = TextBackbone(load(kind), placement="after"), torch.Generator().manual_seed(0)
-    assert backbone._reads_in_parts
+    assert backbone.reads_in_parts
     ids, mask = padded([torch.randint(WORDS, (n,), generator=generator) for n in (7, 3, 5)], side, generator)
     prompt = torch.randn(3, M, WIDTH, generator=generator, requires_grad=True)
     for position in (None, torch.tensor([7, 3, 5]), torch.tensor([2, 3, 1]), torch.tensor([0, 0, 0])):
         parts = run(backbone, prompt, ids, mask, position=position)
-        with mock.patch.object(backbone, "_reads_in_parts", False):
+        with mock.patch.object(backbone, "reads_in_parts", False):
             whole = run(backbone, prompt, ids, mask, position=position)
         upstream = torch.randn(parts.aligned().shape, generator=generator) * mask.unsqueeze(-1)
         seen = torch.randn(3, M, WIDTH, generator=generator)
@@ -290,6 +288,19 @@ def test_reading_in_two_parts_is_reading_at_once(kind: str, side: str, load: Loa
         torch.testing.assert_close(virtual(parts), virtual(whole), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(parts.aligned()[mask == 1], whole.aligned()[mask == 1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_padding_after_a_long_text_takes_no_position_that_a_model_lacks(kind: str, load: Load) -> None:
+    backbone = TextBackbone(load(kind), placement="after")
+    length = (backbone.max_positions or 0) - M
+    ids, prompt = torch.randint(WORDS, (2, length)), torch.randn(2, M, WIDTH)
+    together = run(backbone, prompt, ids, ones(ids), position=torch.tensor([length - 2, 2]))
+    for row, position in enumerate((length - 2, 2)):
+        alone = run(
+            backbone, prompt[row : row + 1], ids[row : row + 1], ones(ids[:1]), position=torch.tensor([position])
+        )
+        torch.testing.assert_close(together.hidden[row], alone.hidden[0], atol=1e-5, rtol=1e-5)
 
 
 def virtual(states: States) -> Tensor:

@@ -103,8 +103,12 @@ def test_every_method_learns_and_writes_the_same_once_loaded(tiny: Tiny, tmp_pat
 
 def test_after_a_prompt_a_batch_must_say_where_its_completion_begins(tiny: Tiny) -> None:
     model = causal(tiny("llama"), placement="after")
-    with pytest.raises(LoPAError, match=r"'after' a batch must have prompt_position, .* it has input_ids, labels$"):
-        model.loss(torch.ones(1, 3), {"input_ids": torch.ones(1, 4), "labels": torch.ones(1, 4)})
+    model.configure_model()
+    ids = torch.ones(1, 4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+    states = model.net.backbone(torch.randn(1, 3, 32), batch)
+    with pytest.raises(LoPAError, match=r"'after' a batch must have prompt_position, .* has input_ids, .*, labels$"):
+        model.net.readout(states, model.net.backbone, batch)
 
 
 def test_an_instance_encoder_of_its_own_reads_the_prompt_alone(tiny: Tiny, tmp_path: Path) -> None:
