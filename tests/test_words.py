@@ -161,6 +161,7 @@ def test_settings_that_cannot_be_right_are_refused(tiny: Tiny, tmp_path: Path) -
     for settings, options, message in (
         ({"objective": "masked_lm"}, {}, "a label for each word needs objective: head, and no head_pooling"),
         ({"objective": "head", "head_pooling": "last"}, {}, "a label for each word needs objective: head"),
+        ({"objective": "head", "placement": "after"}, {}, "needs a soft prompt that the words see, and placement is"),
         (
             {"objective": "head", "instance_loss": 1.0, "instance_encoder": InstanceEncoderSpec(trainable=True)},
             {},
@@ -177,7 +178,7 @@ def test_settings_that_cannot_be_right_are_refused(tiny: Tiny, tmp_path: Path) -
     ):
         data = TextClassificationDataModule(data_files=source, **{**OPTIONS, "labels": LABELS, **options})
         with pytest.raises(LoPAError, match=message):
-            trainer(tmp_path).fit(module(tiny("bert"), **settings), data)
+            trainer(tmp_path).fit(module(tiny("llama" if "placement" in settings else "bert"), **settings), data)
     with pytest.raises(LoPAError, match="words, whose labels are not O and the B- and I- of spans, must be of"):
         build_metrics(["span_f1"], 2, word_labels=["NOUN", "VERB"])
 

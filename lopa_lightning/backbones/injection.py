@@ -19,7 +19,7 @@ or ``<s>`` and the rest, ``after`` the text and before its answer (of a causal m
 values, see :mod:`~lopa_lightning.backbones.prefix`, or in a chat's ``system`` message or before its ``user``'s text,
 see :mod:`~lopa_lightning.backbones.chat`."""
 CHAT_PLACEMENTS = ("system", "user")
-"""The placements at a position that each example has of its own."""
+"""The placements within a chat, at a position that its template decides."""
 
 
 @dataclass(frozen=True)

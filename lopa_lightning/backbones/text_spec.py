@@ -146,6 +146,10 @@ class TextKind(InputKind):
         if chat.holds_prompt and self.objective != "causal_lm":
             needs = "needs a causal language model that answers (objective: causal_lm)"
             raise LoPAError(f"placement {chat.placement!r} {needs}, got objective {self.objective!r}")
+        if backbone.placement == "after" and self.objective == "masked_lm":
+            raise LoPAError(
+                "placement 'after' needs objective: causal_lm or head; a mask has not seen what comes later"
+            )
         chat.check()
         spec = TextSpec(self.tokenizer, room, self.objective, virtual_tokens=read, placement=chat.placement)
         if encoder is None:

@@ -1,6 +1,6 @@
 """What a server is sent, and what it must answer. No network here.
 
-A soft prompt that stands in a chat is sent as a part of a message. One that stands before a text is sent with the
+A soft prompt that stands in a chat is sent as a part of a message. One that stands beside a text is sent with the
 embeddings of the whole text.
 """
 

@@ -199,15 +199,19 @@ def test_chats_are_read_around_a_soft_prompt(placement: str, chat_spec: Any, tok
 
 
 @pytest.mark.parametrize("limit", [None, 6])
-def test_after_a_prompt_the_soft_prompt_stands_before_the_completion(limit: int | None, text_spec: SpecOf) -> None:
+def test_after_a_prompt_the_soft_prompt_stands_before_the_completion(
+    limit: int | None, text_spec: SpecOf, tokenizer: TokenizerOf
+) -> None:
     spec = dataclasses.replace(text_spec("llama", "causal_lm", max_tokens=limit), placement="after")
     rows = [{"prompt": "a very long story about the film was", "completion": " great"}]
+    prompt, answer = (tokenizer("llama")(text)["input_ids"] for text in rows[0].values())
+    answer = [*answer, tokenizer("llama").eos_token_id]
     for stage, role in (("validate", "val"), ("test", "test"), ("predict", "predict")):
         (read,) = rows_of(prepared(spec, rows, stage), role)
-        labels = read.get("labels", [IGNORED] * len(read["input_ids"]))
-        assert read["prompt_position"] == labels.count(IGNORED) > 1
-        assert all(label == IGNORED for label in labels[: read["prompt_position"]])
-        assert len(read["input_ids"]) <= (limit or 99)
+        completed = [] if stage == "predict" else answer
+        kept = prompt if limit is None else prompt[len(completed) - limit :]
+        assert read["input_ids"] == [*kept, *completed]
+        assert read["prompt_position"] == len(kept)
 
 
 def test_a_prompt_and_its_completion_are_a_chat_around_a_soft_prompt(chat_spec: Any) -> None:

@@ -65,6 +65,7 @@ def step_of(module: Any) -> tuple[int, int]:
     if isinstance(module, CausalLMModule):
         to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)
         batch["labels"] = torch.where((to_come < COMPLETED) & (mask == 1), ids, -100)
+        batch["prompt_position"] = mask.sum(1) - COMPLETED
     precision = module.trainer.precision_plugin
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops, precision.forward_context():
         torch.stack([*module.training_losses(module.net(batch), batch).values()]).sum().backward()
@@ -90,6 +91,8 @@ MORE = pytest.mark.slow  # another case beside it has more than it
         ("llama", ("--trainer.precision=bf16-mixed",)),
         pytest.param("llama", ("--trainer.precision=bf16-true",), marks=MORE),
         ("gpt2", ("--model.backbone.gradient_checkpointing=true",)),
+        ("llama", ("--model.placement=after",)),
+        pytest.param("gpt2", ("--model.placement=after", "--model.backbone.gradient_checkpointing=true"), marks=MORE),
         pytest.param("bert_base", ("--model.instance_encoder.cache=false",), marks=MORE),
         ("bert_base", ("--model.instance_encoder.adapter={peft_type: LORA, r: 2}", "--model.instance_loss=0.5")),
     ],
@@ -101,12 +104,13 @@ def test_it_says_what_a_step_takes(
 
 
 @pytest.mark.slow
-def test_it_says_what_a_step_of_completions_takes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_it_says_what_a_step_of_completions_takes(tiny: Tiny, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = yaml.safe_dump(
         {
             "model": {
                 "class_path": "lopa_lightning.CausalLMModule",
-                "init_args": {"backbone": {"name": tiny("llama")}},
+                "init_args": {"backbone": {"name": tiny("llama")}, "placement": placement},
             },
             "data": {
                 "class_path": "lopa_lightning.CompletionDataModule",
