@@ -39,7 +39,7 @@ def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, p
     name, allowed, m = type(backbone.body).__name__, tolerance(backbone.body), min(num_virtual_tokens, _VIRTUAL)
     with in_eval_mode(backbone):
         found = _change(backbone, m, side, pad_id)
-        if found > allowed and backbone.reads_in_parts:
+        if not found <= allowed and backbone.reads_in_parts:
             backbone.reads_in_parts = False
             found = _change(backbone, m, side, pad_id)
         if found <= allowed:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PretrainedConfig, PreTrainedModel
 
 from lopa_lightning.backbones.base import States
-from lopa_lightning.backbones.pretrained import freeze
+from lopa_lightning.backbones.pretrained import PretrainedSpec, freeze
 from lopa_lightning.backbones.text import TextBackbone
+from lopa_lightning.backbones.text_spec import TextKind
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import pool
 from tests.backbones.conftest import FAMILIES, Load
@@ -321,3 +322,9 @@ def test_a_text_before_its_virtual_tokens_has_no_backward_pass(load: Load) -> No
 def test_virtual_tokens_after_a_text_need_a_causal_model(load: Load) -> None:
     with pytest.raises(LoPAError, match=r"placement 'after' is for causal language models, and RobertaModel does not"):
         TextBackbone(load("roberta"), placement="after")
+
+
+def test_a_mask_is_not_read_where_virtual_tokens_come_after_it(load: Load, tiny: Any) -> None:
+    kind = TextKind(PretrainedSpec(tiny("llama")), "masked_lm")
+    with pytest.raises(LoPAError, match="placement 'after' needs objective: causal_lm or head; a mask has not seen"):
+        kind.input_spec(TextBackbone(load("llama"), placement="after"), M, None, None)

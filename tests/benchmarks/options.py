@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lopa_lightning import LoPALightningModule
+from lopa_lightning.task import IGNORED
 from tests.benchmarks.cases import Case, Places, build_module, chosen, places_of, pool_of
 from tests.benchmarks.harness import Row, now, parser, ratios, report, summary, take_turns
 from tests.benchmarks.training import Batch, Turns, fit, tokens
@@ -37,16 +38,15 @@ _COLUMNS = {
 }
 
 
-def a_batch(case: Case, places: Places, pool: int, **options: Any) -> tuple[Batch, Any]:
+def a_batch(case: Case, places: Places, pool: int) -> tuple[Batch, Any]:
     """A training batch with what the instance encoder reads, and what it is to be classified into.
 
     Args:
         case: Which.
         places: Where models and data are.
         pool: Examples that it is drawn from, so that texts are of like length.
-        **options: As of :func:`with_options`.
     """
-    config = with_options(case, places, instance_encoder={"cache": False}, **options)
+    config = with_options(case, places, instance_encoder={"cache": False})
     turns, module = Turns(), build_module(config)
     fit(module, case.data(places, pool), 1, turns, limit_train_batches=1)
     return turns.batches[0], getattr(module, "task", None)
@@ -88,8 +88,9 @@ def measure(case: Case, places: Places, pool: int, names: list[str], rounds: int
     batches = {
         name: batch if "instance_encoder" in OPTIONS.get(name, {}) else with_vectors for name in ["plain", *names]
     }
-    if "after" in names:  # of a completion, with where it begins
-        batches["after"] = {**a_batch(case, places, pool, placement="after")[0], "instance": with_vectors["instance"]}
+    if "after" in names:  # the same batch, with where each completion begins
+        asked = (batch["labels"] == IGNORED) & (batch["attention_mask"] == 1)
+        batches["after"] = {**with_vectors, "prompt_position": asked.sum(dim=1)}
     exact, rows = gradient(modules["plain"], with_vectors), {}
     for name in names:
         modules[name] = loaded(case, places, task, **OPTIONS[name])
@@ -113,6 +114,11 @@ def measure(case: Case, places: Places, pool: int, names: list[str], rounds: int
     ]
 
 
+def fitting(case: Case, names: list[str]) -> list[str]:
+    """Those of the options that go with a case: virtual tokens after a text need a causal model."""
+    return [name for name in names if name != "after" or case.is_causal]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark."""
     options = parser("options", __doc__)
@@ -123,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [
         row
         for case in chosen(given)
-        for row in measure(case, places, given.examples or pool_of(case, given), given.options, rounds)
+        for row in measure(case, places, given.examples or pool_of(case, given), fitting(case, given.options), rounds)
     ]
     report("options", given, rows, _COLUMNS)
 
