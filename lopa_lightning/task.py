@@ -24,7 +24,7 @@ class Verbalizer:
         template: What the backbone reads, with ``{column}`` fields and ``{mask}``.
         causal_template: Its wording for causal LMs, where that is another.
         instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with its own
-            tokenizer's mask.
+            tokenizer's mask, and without one up to the mask, in the wording for causal LMs.
         max_length: Tokens of a text for the backbone, virtual tokens not counted; None for as many as fit.
         truncation_side: Which end of a text too long is cut.
 

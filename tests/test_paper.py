@@ -261,16 +261,21 @@ def test_wrong_choices_are_listed(make: Callable[[], Any], message: str) -> None
         make()
 
 
-def test_an_encoder_without_a_mask_cannot_read_the_template(tiny: Tiny, mini_glue: str) -> None:
+def test_an_encoder_without_a_mask_reads_the_template_as_a_causal_backbone_does(tiny: Tiny, mini_glue: str) -> None:
     from lopa_lightning import InstanceEncoderSpec, PretrainedSpec
 
     module = ClassificationModule(
-        backbone=PretrainedSpec(tiny("roberta")), instance_encoder=InstanceEncoderSpec(tiny("llama"))
+        backbone=PretrainedSpec(tiny("llama")),
+        objective="causal_lm",
+        instance_encoder=InstanceEncoderSpec(tiny("llama"), pooling="last", cache=False),
     )
     data = GLUEDataModule("rte", path=mini_glue, instance_reads="template")
     data.connect(module.input_spec)
-    with pytest.raises(LoPAError, match="needs an instance encoder whose tokenizer has a mask token"):
-        data.setup("validate")
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()[0]))
+    assert torch.equal(batch["instance_input_ids"], batch["input_ids"])
+    text = AutoTokenizer.from_pretrained(tiny("llama")).decode(batch["input_ids"][0])
+    assert "Question:" in text and text.endswith("Answer:")
 
 
 # Code

@@ -31,6 +31,11 @@ def _says(task: Task) -> Verbalizer:
     return task.verbalizer or Verbalizer()
 
 
+def _causal_template(task: Task) -> Template | None:
+    """Returns the template's wording for causal LMs, where that is another."""
+    return None if (causal := _says(task).causal_template) is None else Template((causal,))
+
+
 def task_encoder(
     task: Task, spec: TextSpec, labels: LabelLookup | None = None, allow_empty: bool = False
 ) -> EncodeRows | EncodeWords:
@@ -46,7 +51,6 @@ def task_encoder(
         LoPAError: If the template and the tokenizers do not go together.
     """
     template, says = task_template(task), _says(task)
-    causal = None if says.causal_template is None else Template((says.causal_template,))
     max_tokens = least(spec.max_tokens, says.max_length)
     to_instance = None
     if spec.instance_tokenizer is not None:
@@ -54,7 +58,7 @@ def task_encoder(
     if task.per_word:
         (column,) = template.columns
         return EncodeWords(spec.tokenizer, to_instance, column, labels, max_tokens, says.truncation_side)
-    read = backbone_template(template, causal, spec)
+    read = backbone_template(template, _causal_template(task), spec)
     chat = spec.chat if spec.chat.holds_prompt else None
     to_backbone = Tokenize(spec.tokenizer, read, max_tokens, says.truncation_side, chat)
     several = len(task.labels) if task.multi_label else 0
@@ -64,18 +68,17 @@ def task_encoder(
 def instance_encoding(task: Task, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Tokenize:
     """Builds what tokenises a task's rows for the instance encoder.
 
+    An encoder whose tokenizer has no mask reads a template as a causal LM does, up to the place of the answer.
+
     Args:
         task: The task.
         tokenizer: The instance encoder's.
         max_tokens: Tokens that it reads at most; None for no limit.
-
-    Raises:
-        LoPAError: If the template has a mask, and the tokenizer none.
     """
     template, says = task_template(task), _says(task)
     read = template if says.instance_reads == "template" else plain_template(template.columns)
     if read.has_mask and tokenizer.mask_token is None:
-        raise LoPAError("instance_reads: template needs an instance encoder whose tokenizer has a mask token")
+        read = (_causal_template(task) or template).until_mask()
     return Tokenize(tokenizer, read, max_tokens, says.truncation_side)
 
 
