@@ -275,7 +275,8 @@ def test_an_encoder_without_a_mask_reads_the_template_as_a_causal_backbone_does(
     batch = next(iter(data.val_dataloader()[0]))
     assert torch.equal(batch["instance_input_ids"], batch["input_ids"])
     text = AutoTokenizer.from_pretrained(tiny("llama")).decode(batch["input_ids"][0])
-    assert "Question:" in text and text.endswith("Answer:")
+    assert "Question:" in text
+    assert text.endswith("Answer:")
 
 
 # Code

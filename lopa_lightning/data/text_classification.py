@@ -40,8 +40,8 @@ class TextClassificationDataModule(TextDataModule):
         template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone.
         causal_template: Its wording for causal LMs.
         metrics: Official metrics, whose mean is the score.
-        instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask, and where
-            its tokenizer has none, up to it.
+        instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask,
+            which ends before the mask where its tokenizer has none.
         multi_label: Whether the label column has a list of labels, of any number.
         per_word: Whether the text column has lists of words (or texts, split at whitespace), and the label column
             lists with a label for each word. A word is read at its first token.
