@@ -108,7 +108,7 @@ class ClassificationModule(LoPALightningModule):
 
         Raises:
             LoPAError: If there is no task, the data's labels are others than the module's, or the
-                objective cannot serve the task.
+                objective or the precision cannot serve the task.
         """
         data_task = None if self.data is None else self.data.task
         if self.task is None:
@@ -124,6 +124,11 @@ class ClassificationModule(LoPALightningModule):
                 raise LoPAError("the data's task is not the model's:\n  " + "\n  ".join(lines))
         if self.instance_loss and not self.builder.skeleton.prompt_encoder.uses_instance:
             raise LoPAError("instance_loss needs a prompt encoder that reads an instance vector, such as LoPA")
+        if task.is_regression and stage != "predict" and str(self.trainer.precision).endswith("16-true"):
+            raise LoPAError(
+                f"precision {self.trainer.precision} rounds the numbers to be learned; backbone.dtype: bfloat16 with "
+                "precision 32-true or bf16-mixed does not"
+            )
         if task.per_word:
             self._check_answer_per_word()
         elif self.objective != "head":

@@ -193,6 +193,16 @@ def test_words_for_regression_are_refused(tiny: Tiny, tmp_path: Path) -> None:
         trainer(tmp_path).fit(module(tiny("bert")), data)
 
 
+def test_a_precision_that_rounds_what_a_regression_learns_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n" + "good,1001.5\nbad,1000.25\n" * 10)
+    files: Any = {"train": str(tmp_path / "train.csv")}
+    data = TextClassificationDataModule(data_files=files, labels=[])
+    model = module(tiny("bert_base"), objective="head")
+    with pytest.raises(LoPAError, match="precision bf16-true rounds the numbers to be learned"):
+        trainer(tmp_path, precision="bf16-true").fit(model, data)
+    assert model.net is None
+
+
 def test_a_model_without_language_model_head_names_the_objective_to_use(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(LoPAError, match="use objective: head"):
         trainer(tmp_path).fit(module(tiny("bert_base")), reviews(tmp_path))
