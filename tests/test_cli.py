@@ -448,6 +448,21 @@ def test_print_config_shows_the_merged_settings(capsys: pytest.CaptureFixture[st
     assert (shown["data"]["init_args"]["task"], shown["data"]["init_args"]["batch_size"]) == ("rte", 32)
 
 
+def test_null_of_an_option_within_an_option_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "quickstart.yaml"
+    nulls = (
+        "backbone.revision",
+        "instance_encoder.adapter",
+        "instance_encoder.max_length",
+        "prompt_encoder.hidden_dim",
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), *(f"--model.{name}=null" for name in nulls), "--print_config"])
+    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    model["prompt_encoder"] |= model["prompt_encoder"]["init_args"]
+    assert [model[holder][name] for holder, name in (each.split(".") for each in nulls)] == [None] * 4
+
+
 def test_numbers_of_batches_are_whole_before_they_are_shares() -> None:
     """Where another library wrote ``Union[float, int]`` before, ``Trainer`` would read 1 batch as all of them."""
     ours, lightnings = (
