@@ -42,6 +42,7 @@ TEXTS = st.one_of(st.text(), st.from_regex(r"\A[-+]?[0-9._:]*[eE]?[-+]?[0-9_]*\Z
 @given(TEXTS)
 @example("")
 @example("a: b # c\n'")
+@example("a\x85b")
 def test_a_text_is_read_as_that_text(text: str) -> None:
     assert load(dump({"a": text, "b": [text], "c": {"d": text}})) == {"a": text, "b": [text], "c": {"d": text}}
     assert load(dump({text: 1})) == {text: 1}

@@ -84,6 +84,14 @@ _Dumper.add_implicit_resolver(
 )
 
 
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Returns a text's node, in double quotes where it has a line break that is read as another one without them."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
 def dump(data: Any) -> str:
     """Writes YAML that :func:`load` reads back as it was.
 
