@@ -463,6 +463,17 @@ def test_null_of_an_option_within_an_option_is_no_text(capsys: pytest.CaptureFix
     assert [model[holder][name] for holder, name in (each.split(".") for each in nulls)] == [None] * 4
 
 
+def test_values_of_an_option_within_an_option_are_as_they_were_given(capsys: pytest.CaptureFixture[str]) -> None:
+    config, adapter = (
+        ROOT / "configs" / "quickstart.yaml",
+        {"r": 4, "rank_pattern": None, "own": ["a\nb", "é", "'"]},
+    )
+    given = f"--model.instance_encoder.adapter={json.dumps(adapter)}"
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), given, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["instance_encoder"]["adapter"] == adapter
+
+
 def test_numbers_of_batches_are_whole_before_they_are_shares() -> None:
     """Where another library wrote ``Union[float, int]`` before, ``Trainer`` would read 1 batch as all of them."""
     ours, lightnings = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib
 import inspect
@@ -68,8 +69,7 @@ class Parser(ArgumentParser):
             UsageError: If it is wrong in another way.
         """
         given = with_shipped_files(sys.argv[1:] if args is None else args)
-        # jsonargparse calls this with an option within an option, whose null it has written as Python does.
-        given = [f"{each[:-4]}null" for each in given] if len(given) == 1 and given[0].endswith("=None") else given
+        given = [_within_option(each) for each in given] if len(given) == 1 else given
         try:
             return super().parse_args(given, *rest, **kwargs)
         except UsageError as error:
@@ -133,6 +133,24 @@ class Parser(ArgumentParser):
         meant = names.get(parts[-1]) if parts else None
         is_there = meant in (None, misspelt) or (not is_whole and meant == f"model.{misspelt}")
         return None if is_there else f"Did you mean {meant}?"
+
+
+def _within_option(argument: str) -> str:
+    """Returns an option within another, of which jsonargparse has written the value as Python does, with it in YAML.
+
+    Example:
+        >>> _within_option("--revision=None"), _within_option("--adapter={'target_modules': None}")
+        ('--revision=null', '--adapter={target_modules: null}')
+        >>> _within_option("--name=['a")
+        "--name=['a"
+    """
+    name, _, value = argument.partition("=")
+    if value != "None" and value[:1] not in ("{", "["):
+        return argument
+    try:
+        return f"{name}={yaml_files.dump(ast.literal_eval(value), in_line=True)}"
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # a text that only looks like a value
+        return argument
 
 
 def with_shipped_files(args: Sequence[str]) -> list[str]:

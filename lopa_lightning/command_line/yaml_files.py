@@ -5,6 +5,7 @@ Writes it so that each text is read back as a text.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -92,19 +93,25 @@ def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text_node)
 
 
-def dump(data: Any) -> str:
+def dump(data: Any, in_line: bool = False) -> str:
     """Writes YAML that :func:`load` reads back as it was.
 
     Args:
         data: Mappings, lists, texts, numbers, truth values and None.
+        in_line: Whether it is to be one line.
 
     Example:
         >>> print(dump({"revision": "1e3", "lr": 1e-3}), end="")
         revision: '1e3'
         lr: 0.001
+        >>> dump({"lr": [1e-3, None]}, in_line=True)
+        '{lr: [0.001, null]}'
     """
-    text: str = yaml.dump(data, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
-    return text
+    width = math.inf if in_line else None
+    text: str = yaml.dump(
+        data, Dumper=_Dumper, default_flow_style=in_line, allow_unicode=True, sort_keys=False, width=width
+    )
+    return text.removesuffix("\n...\n").rstrip("\n") if in_line else text
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
