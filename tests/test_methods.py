@@ -61,6 +61,13 @@ ADAPTER = {
     for part in ("query", "value")
     for side in "AB"
 }
+COPYS_ADAPTER = {
+    f"net.instance_encoder.model.layers.{layer}.self_attn.{part}_proj.lora_{side}.default.weight"
+    for layer in (0, 1)
+    for part in "qv"
+    for side in "AB"
+}
+INSTANCE_READOUT = {"net.instance_readout.weight", "net.instance_readout.bias"}
 SAVED: dict[str, set[str]] = {
     **dict.fromkeys(
         ["lopa", "lopa_add", "lopa_concat", "lopa_max", "lopa_deep", "lopa_trained_encoder", "lopa_paper_nlu"],
@@ -80,10 +87,8 @@ SAVED: dict[str, set[str]] = {
         for side in "AB"
     },
     "lopa_adapted_encoder": SOFT | in_prompt_encoder(*HEADS) | ADAPTER,
-    "lopa_taught_encoder": SOFT
-    | in_prompt_encoder(*HEADS)
-    | ADAPTER
-    | {"net.instance_readout.weight", "net.instance_readout.bias"},
+    "lopa_taught_encoder": SOFT | in_prompt_encoder(*HEADS) | ADAPTER | INSTANCE_READOUT,
+    "lopa_adapted_copy": SOFT | in_prompt_encoder(*HEADS) | COPYS_ADAPTER | INSTANCE_READOUT,
     "encoder_alone": {
         f"net.backbone.model.encoder.layer.{layer}.attention.self.{part}.lora_{side}.default.weight"
         for layer in (0, 1)
@@ -175,8 +180,11 @@ def test_a_variants_overlay_is_taken(variant: str) -> None:
     ids=lambda path: path.stem,
 )
 def test_a_method_trains_saves_what_it_trained_and_loads(method: Path, tiny: Tiny, mini_glue: str) -> None:
+    causal = ["--model.objective=causal_lm"] if method.stem == "lopa_adapted_copy" else []
+    backbone = tiny("llama" if causal else "roberta")
+    length = 80 if causal else 40  # its template is the longer one
     check_round_trip(
-        method, f"--model.backbone.name={tiny('roberta')}", f"--data.path={mini_glue}", "--data.max_length=40"
+        method, f"--model.backbone.name={backbone}", *causal, f"--data.path={mini_glue}", f"--data.max_length={length}"
     )
 
 
