@@ -66,13 +66,23 @@ class Template:
         return _MASK in self._fields()
 
     def until_mask(self) -> Template:
-        """Returns the part before the answer, as one text: what a causal LM is to continue."""
-        before = ""
+        """Returns the part before the answer, as one text: what a causal LM is to continue.
+
+        Raises:
+            LoPAError: If it leaves out a column.
+        """
+        before, read = "", set()
         for literal, field, _, _ in string.Formatter().parse("\n".join(self.pieces)):
             before += literal.replace("{", "{{").replace("}", "}}")
             if field == _MASK:
                 break
             before += "" if field is None else f"{{{field}}}"
+            read.add(field)
+        if lost := [name for name in self.columns if name not in read]:
+            raise LoPAError(
+                f"column {', '.join(lost)} stands after {{mask}} in {list(self.pieces)}, where a model without a mask "
+                "does not read it; give a causal_template"
+            )
         return Template((before.rstrip(),))
 
     def render(self, texts: dict[str, str], mask: str = "") -> list[str]:

@@ -320,6 +320,11 @@ def test_an_answer_in_words_needs_a_mask(text_spec: SpecOf, objective: str) -> N
         backbone_template(Template(("{text}",)), None, text_spec("bert", objective))
 
 
+def test_a_column_after_the_mask_is_not_left_out(text_spec: SpecOf) -> None:
+    with pytest.raises(LoPAError, match=r"column second stands after {mask} in .*; give a causal_template"):
+        backbone_template(Template(("{first}? {mask}, {second} {{second}}",)), None, text_spec("llama", "causal_lm"))
+
+
 def test_a_mask_with_nothing_to_read_before_it_is_refused_for_causal_lms(text_spec: SpecOf) -> None:
     with pytest.raises(LoPAError, match="template"):
         backbone_template(Template(("{mask} : {text}",)), None, text_spec("gpt2", "causal_lm"))
