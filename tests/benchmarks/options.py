@@ -1,7 +1,8 @@
 """What options cost or save: our forward and backward pass with each, over the one without, on one batch.
 
 Beside the time: by how much the gradient of what is trained differs from the plain one's, as a share of its length,
-where the same is trained. The plain one has the vectors of its frozen instance encoder from before.
+where the same is trained; and its floating-point operations over the plain one's, where both use the same kernels, without
+those inside torch's attention on a CPU. The plain one has the vectors of its frozen instance encoder from before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lopa_lightning import LoPALightningModule
 from lopa_lightning.task import IGNORED
@@ -22,7 +24,9 @@ from tests.benchmarks.training import Batch, Turns, fit, tokens
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "compile": {"backbone": {"compile": True}},
+    "eager": {"backbone": {"attn_implementation": "eager"}},
     "bfloat16": {"backbone": {"dtype": "bfloat16"}},
+    "bfloat16_eager": {"backbone": {"dtype": "bfloat16", "attn_implementation": "eager"}},
     "adapted_encoder": {"instance_encoder": {"adapter": {"peft_type": "LORA", "r": 8}}},
     "after": {"placement": "after"},
 }
@@ -34,6 +38,7 @@ _COLUMNS = {
     "ours": "ms",
     "plain": "plain, ms",
     "ratio": "plain / ours",
+    "operations": "operations, ours / plain",
     "difference": "gradients differ by",
 }
 
@@ -78,6 +83,13 @@ def gradient(module: LoPALightningModule, batch: Batch) -> Tensor:
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
+def operations(module: LoPALightningModule, batch: Batch) -> int:
+    """Floating-point operations of a forward and a backward pass, without those inside torch's attention on a CPU."""
+    with FlopCounterMode(display=False) as counter:
+        gradient(module, batch)
+    return int(counter.get_total_flops())
+
+
 def measure(case: Case, places: Places, pool: int, names: list[str], rounds: int) -> list[Row]:
     """The lines of a case."""
     batch, task = a_batch(case, places, pool)
@@ -92,6 +104,7 @@ def measure(case: Case, places: Places, pool: int, names: list[str], rounds: int
         asked = (batch["labels"] == IGNORED) & (batch["attention_mask"] == 1)
         batches["after"] = {**with_vectors, "prompt_position": asked.sum(dim=1)}
     exact, rows = gradient(modules["plain"], with_vectors), {}
+    plain_operations = operations(modules["plain"], with_vectors)
     for name in names:
         modules[name] = loaded(case, places, task, **OPTIONS[name])
         start = now()
@@ -99,7 +112,10 @@ def measure(case: Case, places: Places, pool: int, names: list[str], rounds: int
         first = now() - start
         is_same = len(found) == len(exact) and name != "after"
         difference = float((found - exact).norm() / exact.norm()) if is_same else None
-        rows[name] = {"case": case.name, "option": name, "padding": padding, "first": first, "difference": difference}
+        has_other_kernels = name in ("compile", "eager", "bfloat16_eager")
+        share = None if has_other_kernels else operations(modules[name], batches[name]) / plain_operations
+        rows[name] = {"case": case.name, "option": name, "padding": padding, "first": first}
+        rows[name] |= {"operations": share, "difference": difference}
     seconds = take_turns({name: functools.partial(gradient, modules[name], batches[name]) for name in modules}, rounds)
     step = {name: summary([1000 * each for each in values]) for name, values in seconds.items()}
     return [

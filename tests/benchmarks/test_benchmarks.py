@@ -233,12 +233,14 @@ def test_cache(run: Run) -> None:
 def test_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))  # the real one: minutes
     rows = run("options", "--cases", "minilm_rte")["rows"]
-    assert [row["option"] for row in rows] == ["compile", "bfloat16", "adapted_encoder"]
+    assert [row["option"] for row in rows] == ["compile", "eager", "bfloat16", "bfloat16_eager", "adapted_encoder"]
+    assert [row["operations"] for row in rows[:4]] == [None, None, 1, None]
     for row in rows:
         check_ratio(row["ratio"], row["seconds"]["plain"], row["seconds"][row["option"]])
+    assert rows[4]["operations"] > 1  # a pass of the encoder beside the backbone's
     assert rows.pop()["difference"] is None
     for row in rows:
-        assert row["difference"] < (0.2 if row["option"] == "bfloat16" else 1e-4)
+        assert row["difference"] < (0.2 if row["option"].startswith("bfloat16") else 1e-4)
 
 
 def test_startup(run: Run) -> None:
