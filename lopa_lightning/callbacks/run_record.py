@@ -35,6 +35,7 @@ class Result:
         figures: Parameters ``trained`` and ``frozen``; ``seconds_per_step``, the median, and ``seconds`` of the whole
             run with loading and validation; ``peak_mb`` of memory, ``peak_of`` the GPU (``cuda``) or of what the
             ``process`` holds resident; ``checkpoint_mb`` of the last checkpoint. None for what is not known.
+        read_version: Of the files on this machine that it read; empty if there were none, or it is not known.
     """
 
     status: Literal["running", "done", "failed"]
@@ -43,6 +44,7 @@ class Result:
     tags: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    read_version: str = ""
 
     @property
     def done(self) -> bool:

@@ -6,6 +6,7 @@ Reads what the commands of many runs have in common.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -33,7 +34,7 @@ from lopa_lightning.command_line import yaml_files
 from lopa_lightning.command_line.parser import Parser
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import Config
-from lopa_lightning.files import Claim, write_whole
+from lopa_lightning.files import Claim, version_of, write_whole
 from lopa_lightning.signals import Stopped, stoppable
 
 T = TypeVar("T")
@@ -135,28 +136,45 @@ class Run:
         """Returns a hash of the configuration, wherever it is run."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+    @functools.cached_property
+    def read_version(self) -> str:
+        """Returns what names the versions of data and models that lie on this machine; empty if none does."""
+        data, model = self.config["data"].get("init_args", {}), self.config["model"].get("init_args", {})
+        given = [data.get("path"), *(data.get("data_files") or {}).values()]
+        given += [(model.get(part) or {}).get("name") for part in ("backbone", "instance_encoder")]
+        names = [name for each in given for name in (each if isinstance(each, list) else [each])]
+        return version_of(*(name for name in names if isinstance(name, str)))
+
     @property
     def last_checkpoint(self) -> Path:
         """Returns what an interrupted run goes on from."""
         return self.folder / _CHECKPOINTS / "last.ckpt"
 
     def finished(self) -> Result | None:
-        """Returns the result, if this very configuration has been run to its end."""
+        """Returns the result, if this very configuration has been run to its end, on what it would read now."""
         result = Result.read(self.folder)
-        return result if result is not None and result.done and result.config_hash == self.config_hash else None
+        return result if result is not None and result.done and self._changed_since(result) is None else None
+
+    def _changed_since(self, before: Result) -> str | None:
+        """Returns what is not as it was when a result was begun; None if all is."""
+        if before.config_hash != self.config_hash:
+            return "its configuration has changed"
+        is_other = before.read_version != "" and before.read_version != self.read_version
+        return "a file of its data or models has changed" if is_other else None
 
     def prepare(self) -> None:
-        """Makes the folder ready; a run of another or of an unknown configuration is put aside."""
+        """Makes the folder ready; a run of another or an unknown configuration, or on other files, is put aside."""
         before = Result.read(self.folder)
-        is_other = self.last_checkpoint.exists() if before is None else before.config_hash != self.config_hash
-        if is_other:
+        why = self._changed_since(before) if before is not None else None
+        if before is None and self.last_checkpoint.exists():
+            why = "nothing says what was run"
+        if why is not None:
             names = (f"{self.folder.name}.replaced-{number}" for number in itertools.count(1))
             aside = next(path for name in names if not (path := self.folder.with_name(name)).exists())
-            why = "nothing says what was run" if before is None else "its configuration has changed"
             print(f"{self.folder}: {why}; the old run is now {aside.name}", flush=True)
             self.folder.rename(aside)
         write_whole(self.folder / _CONFIG_FILE, yaml_files.dump(self._placed_config()))
-        Result("running", self.config_hash, tags=self.tags).write(self.folder)
+        Result("running", self.config_hash, tags=self.tags, read_version=self.read_version).write(self.folder)
 
     def _placed_config(self) -> Config:
         """Returns the configuration with logs, checkpoints and result in the folder, without progress bars."""
@@ -185,7 +203,7 @@ class Run:
             lines = (self.folder / _LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             why = [f"its process ended with status {exit_code}", *lines[-1:], *errors[-1:]][-1]
-        result = Result("failed", self.config_hash, why, self.tags)
+        result = Result("failed", self.config_hash, why, self.tags, read_version=self.read_version)
         result.write(self.folder)
         return result
 

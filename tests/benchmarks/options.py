@@ -1,8 +1,9 @@
 """What options cost or save: our forward and backward pass with each, over the one without, on one batch.
 
 Beside the time: by how much the gradient of what is trained differs from the plain one's, as a share of its length,
-where the same is trained; and its floating-point operations over the plain one's, where both use the same kernels, without
-those inside torch's attention on a CPU. The plain one has the vectors of its frozen instance encoder from before.
+where the same is trained; and its floating-point operations over the plain one's, where both use the same kernels,
+without those inside torch's attention on a CPU. The plain one has the vectors of its frozen instance encoder from
+before.
 """
 
 from __future__ import annotations

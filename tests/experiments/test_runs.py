@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import resolve, with_rates_times
 from lopa_lightning.experiments.runs import Run, Runs, _started, folder_of_runs
+from lopa_lightning.files import write_whole
 
 Configs = dict[str, str]
 
@@ -85,6 +87,46 @@ def test_what_is_finished_is_so_for_its_own_config_alone(
     assert other.finished() is None
     (other.folder / "result.json").write_text("{")
     assert Result.read(other.folder) is None
+
+
+@pytest.mark.parametrize("changed", ["data_files", "path", "backbone", "instance_encoder"])
+def test_what_is_finished_is_so_for_the_files_that_it_read(
+    changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: tmp_path / name / "file.csv" for name in ("data_files", "path", "backbone", "instance_encoder")}
+    for path in files.values():
+        write_whole(path, "text")
+    data = {"path": str(files["path"].parent), "data_files": {"train": [str(files["data_files"])], "test": "a/*.csv"}}
+    model = {name: {"name": str(files[name].parent)} for name in ("backbone", "instance_encoder")}
+    config: dict[str, Any] = {
+        "data": {"init_args": data},
+        "model": {"init_args": model},
+        "trainer": {"logger": False, "callbacks": None},
+        "checkpoint": {},
+        "last_checkpoint": {},
+    }
+
+    def end(run: Run) -> None:
+        run.prepare()
+        write_whole(run.last_checkpoint, "")
+        begun = Result.read(run.folder)
+        assert begun is not None
+        replace(begun, status="done", history=[{"metrics": {"val/score": 0.5}}]).write(run.folder)
+
+    end(Run(tmp_path / "run", config, {}))
+    run = Run(tmp_path / "run", config, {})
+    assert run.finished() is not None
+    write_whole(files[changed], "another text")
+    run = Run(tmp_path / "run", config, {})
+    assert run.finished() is None
+    run.prepare()
+    said = "a file of its data or models has changed; the old run is now run.replaced-1"
+    assert said in capsys.readouterr().out
+    assert not run.last_checkpoint.exists()
+
+    old = Result("done", run.config_hash, history=[{"metrics": {"val/score": 0.5}}])
+    old.write(run.folder)  # by a version that did not look at files
+    assert run.finished() == old
 
 
 def test_resolving_is_merging_in_order(configs: Configs) -> None:
