@@ -123,28 +123,37 @@ def is_full_disk(error: BaseException | None) -> bool:
     return any(isinstance(cause, OSError) and cause.errno in full for cause in causes_of(error))
 
 
-def version_of(*names: str) -> str:
+def version_of(*names: str, without: Path | None = None) -> str:
     """Names what is in files by their paths, sizes and times, without reading them.
 
     Args:
-        *names: Files, patterns of files, or folders, of which all files count but hidden ones.
+        *names: Files, patterns of files, or folders, of which all files count but hidden ones and those behind links to
+            folders.
+        without: A file or folder that does not count, nor does anything else in the folders below a given one that lead
+            to it.
 
     Returns:
         16 hexadecimal digits; empty if nothing of this is on this machine, as for the id of something on a hub.
     """
-    found = {path for name in names for path in _files_of(os.path.expanduser(name))}
-    stats = {path: os.stat(path) for path in sorted(found)}
-    lines = "".join(f"{path!r} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats.items())
-    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16] if found else ""
+    lines = []
+    for path in sorted({path for name in names for path in _files_of(os.path.expanduser(name), without)}):
+        with suppress(FileNotFoundError):  # a temporary file
+            stat = os.stat(path)
+            lines.append(f"{path!r} {stat.st_size} {stat.st_mtime_ns}\n")
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16] if lines else ""
 
 
-def _files_of(name: str) -> Iterator[str]:
+def _files_of(name: str, without: Path | None) -> Iterator[str]:
     """Yields the paths of the files that a path or a pattern stands for."""
+    left_out = (
+        {str(path) for path in (without.absolute(), *without.absolute().parents)} if without is not None else set()
+    )
     for place in [name] if os.path.exists(name) else glob.glob(name, recursive=True):
         if os.path.isfile(place):
             yield place
         for folder, folders, files in os.walk(place):
-            folders[:] = [each for each in folders if not each.startswith(".")]
+            below = os.path.abspath(folder)
+            folders[:] = [each for each in folders if each[0] != "." and os.path.join(below, each) not in left_out]
             yield from (path for each in files if each[0] != "." and os.path.isfile(path := os.path.join(folder, each)))
 
 

@@ -35,6 +35,7 @@ from lopa_lightning.command_line.parser import Parser
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import Config
 from lopa_lightning.files import Claim, version_of, write_whole
+from lopa_lightning.instances.encoder import BACKBONE
 from lopa_lightning.signals import Stopped, stoppable
 
 T = TypeVar("T")
@@ -138,12 +139,13 @@ class Run:
 
     @functools.cached_property
     def read_version(self) -> str:
-        """Returns what names the versions of data and models that lie on this machine; empty if none does."""
+        """Returns what names the versions of data and models that are named by path; empty if none of them is here."""
         data, model = self.config["data"].get("init_args", {}), self.config["model"].get("init_args", {})
         given = [data.get("path"), *(data.get("data_files") or {}).values()]
-        given += [(model.get(part) or {}).get("name") for part in ("backbone", "instance_encoder")]
         names = [name for each in given for name in (each if isinstance(each, list) else [each])]
-        return version_of(*(name for name in names if isinstance(name, str)))
+        models = {(model.get(part) or {}).get("name") for part in ("backbone", "instance_encoder")}
+        names += models - {BACKBONE}
+        return version_of(*(name for name in names if isinstance(name, str)), without=self.folder)
 
     @property
     def last_checkpoint(self) -> Path:
@@ -159,8 +161,8 @@ class Run:
         """Returns what is not as it was when a result was begun; None if all is."""
         if before.config_hash != self.config_hash:
             return "its configuration has changed"
-        is_other = before.read_version != "" and before.read_version != self.read_version
-        return "a file of its data or models has changed" if is_other else None
+        versions = {before.read_version, self.read_version} - {""}  # what is not here is missed when it is read
+        return "a file of its data or models has changed, by size or time" if len(versions) > 1 else None
 
     def prepare(self) -> None:
         """Makes the folder ready; a run of another or an unknown configuration, or on other files, is put aside."""

@@ -120,13 +120,37 @@ def test_what_is_finished_is_so_for_the_files_that_it_read(
     run = Run(tmp_path / "run", config, {})
     assert run.finished() is None
     run.prepare()
-    said = "a file of its data or models has changed; the old run is now run.replaced-1"
+    said = "a file of its data or models has changed, by size or time; the old run is now run.replaced-1"
     assert said in capsys.readouterr().out
     assert not run.last_checkpoint.exists()
+
+    end(run)
+    for path in files.values():
+        path.unlink()
+    assert Run(tmp_path / "run", config, {}).finished() is not None  # what is gone has not changed
 
     old = Result("done", run.config_hash, history=[{"metrics": {"val/score": 0.5}}])
     old.write(run.folder)  # by a version that did not look at files
     assert run.finished() == old
+
+
+def test_what_a_run_writes_beside_its_data_is_not_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_whole(Path("train/good/1.png"), "image")
+    write_whole(Path("backbone/notes.txt"), "text")  # not what an instance encoder of that name means
+    model = {"backbone": {"name": "hub/model"}, "instance_encoder": {"name": "backbone"}}
+
+    def version(path: str | None) -> str:
+        config = {"data": {"init_args": {"path": path}}, "model": {"init_args": model}}
+        return Run(Path("runs", "compare", "runs", "task", "lopa", "seed-1"), config, {}).read_version
+
+    before = version(".")
+    write_whole(Path("runs/compare/comparison.csv"), "text")
+    write_whole(Path("runs/compare/runs/task/lopa/seed-1/result.json"), "text")
+    assert version(".") == before != ""
+    write_whole(Path("train/good/2.png"), "image")
+    assert version(".") != before
+    assert version(None) == ""
 
 
 def test_resolving_is_merging_in_order(configs: Configs) -> None:
