@@ -112,6 +112,16 @@ def made(kind: str, models: dict[str, str]) -> ClassificationModule:
             "model": "bert",
             "gradient_checkpointing": True,
             "instance_encoder": InstanceEncoderSpec(models["bert_base"], trainable=True),
+            "instance_loss": 0.5,
+        },
+        "copy": {
+            "model": "llama",
+            "objective": "causal_lm",
+            "placement": "after",
+            "instance_encoder": InstanceEncoderSpec(
+                "backbone", pooling="last", adapter={"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+            ),
+            "instance_loss": 0.5,
         },
         "adapted": {
             "model": "bert",
@@ -198,7 +208,7 @@ def fit(
 def fit_all(folder: Path, models: dict[str, str], asked_for: set[str]) -> None:
     """Fits what is asked for: kinds of :func:`made`, and ``stock`` for Lightning's own strategy."""
     results: dict[str, Any] = {}
-    for kind in ("decoder", "after", "encoder", "adapted", "lora", "image"):
+    for kind in ("decoder", "after", "encoder", "adapted", "copy", "lora", "image"):
         for how in ("ddp", "fsdp") if kind in asked_for else ():
             results[f"{kind}-{how}"] = fit(kind, how, models, folder)
     runs = [

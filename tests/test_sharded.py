@@ -39,6 +39,10 @@ KINDS = {
         *("", "instance_encoder.model.encoder.layer.0", "instance_encoder.model.encoder.layer.1"),
         *("backbone.model.bert.encoder.layer.0", "backbone.model.bert.encoder.layer.1"),
     ],
+    "copy": [
+        *("", "instance_encoder.model.layers.0", "instance_encoder.model.layers.1"),
+        *("backbone.model.model.layers.0", "backbone.model.model.layers.1"),
+    ],
     "lora": ["", "backbone.model.transformer.h.0", "backbone.model.transformer.h.1"],
     "image": ["", *(f"backbone.model.layers.{layer}" for layer in range(LAYERS))],
 }
