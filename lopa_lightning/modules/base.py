@@ -232,7 +232,7 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         readout = self.configure_readout(parts.backbone)
         of_instance = None
         if self.instance_loss and parts.instance_encoder is not None:
-            of_instance = self.configure_instance_readout(self.builder.instance_dim(parts.backbone))
+            of_instance = self.configure_instance_readout(self.builder.instance_dim(parts.backbone), parts.backbone)
         net = PromptedModel(parts.prompt_encoder, readout, parts.instance_encoder, parts.backbone, of_instance)
         return net.train()  # transformers hands models over in eval mode; what is frozen stays in it
 

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.base import Backbone, Batch, Objective
+from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, Objective
 from lopa_lightning.backbones.text_spec import TextKind, TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.data.word_rows import words_of
@@ -174,14 +175,23 @@ class ClassificationModule(LoPALightningModule):
         mask_id = self._tokenizer().mask_token_id if self.objective == "masked_lm" else None
         return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
-    def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
+    def configure_instance_readout(self, instance_dim: int, backbone: Backbone) -> nn.Module | None:
         """Builds a linear layer.
+
+        It begins as the label words' rows of the backbone's head where a causal backbone's copy is the encoder and
+        ``pooling`` is ``last``: at first the layer answers as the copy itself would.
 
         Raises:
             LoPAError: If each word has a label.
         """
         self._check_instance_loss()
-        return linear_head(instance_dim, self.required_task().num_outputs)
+        task, encoder = self.required_task(), self.instance_spec
+        layer = linear_head(instance_dim, task.num_outputs)
+        if self.objective == "causal_lm" and encoder.is_backbone and encoder.pooling == "last":
+            assert isinstance(backbone, LanguageModel)
+            with torch.no_grad():
+                layer.weight.copy_(backbone.head_rows(torch.tensor(self.word_ids(task.words or []))))
+        return layer
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Returns the cross entropy of the label, or on average of several labels; of a number the squared error.

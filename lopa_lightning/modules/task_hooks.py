@@ -48,13 +48,14 @@ class TaskHooks(ABC):
     instance_loss: float = 0.0
     """Weight, beside the loss of the answers, of the loss of what is read from instance vectors."""
 
-    def configure_instance_readout(self, instance_dim: int) -> nn.Module | None:
+    def configure_instance_readout(self, instance_dim: int, backbone: Backbone) -> nn.Module | None:
         """Builds what reads outputs from instance vectors, where ``instance_loss`` is above 0; None for none.
 
         It is for training alone: it is saved, and not exported.
 
         Args:
             instance_dim: Width e of an instance vector.
+            backbone: The backbone, as in :meth:`configure_readout`.
         """
         return None
 

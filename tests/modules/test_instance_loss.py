@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from lopa_lightning import (
     IDPG,
@@ -25,7 +27,7 @@ from lopa_lightning import (
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.export import export_bundle
-from lopa_lightning.task import Task
+from lopa_lightning.task import Task, Verbalizer
 from tests.data.image_files import write_images
 from tests.modules.helpers import LoPATiny, module, reviews, trainer
 from tests.tiny_images import save_vision, vision_model
@@ -87,6 +89,37 @@ def test_it_reaches_the_encoder_at_the_first_step_where_the_soft_prompt_does_not
         found[weight] = max(float(grad.abs().max()) for name, grad in seen.grads.items() if "lora_B" in name)
     assert found[0.0] == 0.0
     assert found[1.0] > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])  # with and without a head that is the embeddings
+def test_a_copys_layer_answers_at_first_as_the_copy_itself(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    encoder = dataclasses.replace(ADAPTED, pooling="last", normalize=False)
+    model, seen = taught(tiny(kind), objective="causal_lm", instance_encoder=encoder), Gradients()
+    run = trainer(tmp_path, callbacks=[seen], max_steps=1, limit_val_batches=0)
+    run.fit(model, reviews(tmp_path, rows=12, batch_size=12, instance_reads="template"))
+    ids, mask = seen.batch["instance_input_ids"], seen.batch["instance_attention_mask"]
+    words = model.word_ids(["great", "terrible"])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tiny(kind))(ids, attention_mask=mask).logits
+    losses = F.cross_entropy(logits[torch.arange(12), mask.cumsum(1).argmax(1)][:, words], seen.batch["labels"])
+    assert float(run.callback_metrics["train/instance_loss"]) == pytest.approx(float(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "objective"),
+    [
+        ({"name": "gpt2", "pooling": "last"}, "causal_lm"),
+        ({"pooling": "mean"}, "causal_lm"),
+        ({"pooling": "last"}, "head"),
+    ],
+)
+def test_the_layer_of_a_vector_that_no_head_reads_begins_small(tiny: Tiny, options: Any, objective: Any) -> None:
+    named = {**options, **({"name": tiny(options["name"])} if "name" in options else {})}
+    task = Task(["good", "bad"], verbalizer=None if objective == "head" else Verbalizer(["great", "bad"]))
+    encoder = dataclasses.replace(ADAPTED, **named)
+    model = taught(tiny("gpt2"), instance_encoder=encoder, objective=objective, task=task)
+    model.configure_model()
+    assert 0.01 < float(model.net.instance_readout.weight.detach().std()) < 0.03  # the tiny models' are 0.2
 
 
 def test_the_layer_is_saved_and_resumed_and_not_exported(
