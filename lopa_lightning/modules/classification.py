@@ -44,7 +44,8 @@ class ClassificationModule(LoPALightningModule):
             ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
         instance_loss: Weight of a second loss in training: that of a linear layer which reads the label from the
             instance vector. A trained or adapted instance encoder learns the labels from it directly, and not by way of
-            the soft prompt alone. The layer is in checkpoints, and not in what is exported.
+            the soft prompt alone. The layer is in checkpoints, and not in what is exported. See
+            :meth:`configure_instance_readout` for its initial values.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
