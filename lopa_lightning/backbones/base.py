@@ -173,19 +173,6 @@ class LanguageModel(ABC):
     """What a backbone offers beside if it was loaded with a language model head."""
 
     @abstractmethod
-    def head_rows(self, token_ids: Tensor) -> Tensor:
-        """Returns the rows of the head's weight that make the logits of a few tokens, ``[n, h]``.
-
-        Where weights are sharded, every process must ask.
-
-        Args:
-            token_ids: The tokens, ``[n]``.
-
-        Raises:
-            LoPAError: If the backbone was loaded without a language model head.
-        """
-
-    @abstractmethod
     def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Returns the logits of a few tokens ``[B, n]``, without those of the rest of the vocabulary.
 

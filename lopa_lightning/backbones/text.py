@@ -32,7 +32,6 @@ from lopa_lightning.backbones.pretrained import (
     is_causal,
     max_positions,
 )
-from lopa_lightning.backbones.sharding import whole
 from lopa_lightning.backbones.text_first import TwoParts, reads_in_parts
 from lopa_lightning.backbones.tokens import vocabulary
 from lopa_lightning.errors import LoPAError, one_of
@@ -272,10 +271,6 @@ class TextBackbone(Backbone, LanguageModel):
             options.setdefault("use_cache", False)
         hidden: Tensor = self.body(inputs_embeds=embedded, **options).last_hidden_state
         return hidden
-
-    def head_rows(self, token_ids: Tensor) -> Tensor:
-        """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""
-        return whole(self._head.projection.weight.detach())[token_ids]
 
     def label_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """See :class:`~lopa_lightning.backbones.base.LanguageModel`."""

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, Objective
+from lopa_lightning.backbones.base import Backbone, Batch, Objective
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextKind, TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.data.word_rows import words_of
@@ -22,7 +22,14 @@ from lopa_lightning.instances.encoder import Pooling
 from lopa_lightning.metrics.classification import build_metrics
 from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.predict import records, row_batches, row_encoder
-from lopa_lightning.modules.readouts import HeadReadout, LabelWordReadout, Readout, WordReadout, linear_head
+from lopa_lightning.modules.readouts import (
+    HeadReadout,
+    LabelWordReadout,
+    Readout,
+    WordReadout,
+    linear_head,
+    set_to_words,
+)
 from lopa_lightning.modules.start import answering
 from lopa_lightning.plain import built, plain
 from lopa_lightning.task import IGNORED, Task, Verbalizer
@@ -44,8 +51,8 @@ class ClassificationModule(LoPALightningModule):
             ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
         instance_loss: Weight of a second loss in training: that of a linear layer which reads the label from the
             instance vector. A trained or adapted instance encoder learns the labels from it directly, and not by way of
-            the soft prompt alone. The layer is in checkpoints, and not in what is exported. See
-            :meth:`configure_instance_readout` for its initial values.
+            the soft prompt alone. The layer is in checkpoints, and not in what is exported. It
+            begins small, or as the label words' rows of the head: see :meth:`configure_instance_readout`.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
@@ -177,10 +184,11 @@ class ClassificationModule(LoPALightningModule):
         return LabelWordReadout(self.word_ids(task.words or []), mask_id, self.loss_over == "vocabulary")
 
     def configure_instance_readout(self, instance_dim: int, backbone: Backbone) -> nn.Module | None:
-        """Builds a linear layer.
+        """Builds a linear layer, with small initial values.
 
-        It begins as the label words' rows of the backbone's head where a causal backbone's copy is the encoder and
-        ``pooling`` is ``last``: at first the layer answers as the copy itself would.
+        Where words answer, and a causal backbone's copy that gives its last token's state is the encoder, it begins as
+        those words' rows of the backbone's head. If that token is where the answer would follow, its first answers are
+        the copy's own.
 
         Raises:
             LoPAError: If each word has a label.
@@ -188,10 +196,9 @@ class ClassificationModule(LoPALightningModule):
         self._check_instance_loss()
         task, encoder = self.required_task(), self.instance_spec
         layer = linear_head(instance_dim, task.num_outputs)
-        if self.objective == "causal_lm" and encoder.is_backbone and encoder.pooling == "last":
-            assert isinstance(backbone, LanguageModel)
-            with torch.no_grad():
-                layer.weight.copy_(backbone.head_rows(torch.tensor(self.word_ids(task.words or []))))
+        if task.words and self.objective == "causal_lm" and encoder.is_backbone and encoder.pooling == "last":
+            assert isinstance(backbone, TextBackbone)
+            set_to_words(layer, backbone, self.word_ids(task.words))
         return layer
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:

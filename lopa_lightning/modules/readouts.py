@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lopa_lightning.backbones.base import Backbone, Batch, LanguageModel, States
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import Pooling, pool
 from lopa_lightning.task import IGNORED
@@ -69,6 +70,22 @@ def linear_head(width: int, num_outputs: int) -> nn.Linear:
     nn.init.normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+@torch.no_grad()
+def set_to_words(linear: nn.Linear, backbone: TextBackbone, word_ids: list[int]) -> None:
+    """Sets a linear layer to the rows and biases of label words in a language model's own head.
+
+    Args:
+        linear: Reads vectors as wide as the model's hidden states.
+        backbone: With a head, whose logits are linear in the hidden states.
+        word_ids: Token id of each label's word.
+    """
+    weight = backbone.embedding_weight
+    unit = torch.eye(linear.in_features + 1, linear.in_features, dtype=weight.dtype, device=weight.device)
+    *rows, bias = backbone.label_logits(unit, torch.tensor(word_ids, device=weight.device)).float()
+    linear.bias.copy_(bias)
+    linear.weight.copy_(torch.stack(rows, dim=1) - bias.unsqueeze(1))
 
 
 class HeadReadout(Readout):

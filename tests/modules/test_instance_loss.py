@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
 from lopa_lightning import (
     IDPG,
@@ -23,13 +23,14 @@ from lopa_lightning import (
     LoPALightningModule,
     PretrainedSpec,
     PromptTuning,
+    TextClassificationDataModule,
 )
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.export import export_bundle
 from lopa_lightning.task import Task, Verbalizer
 from tests.data.image_files import write_images
-from tests.modules.helpers import LoPATiny, module, reviews, trainer
+from tests.modules.helpers import LoPATiny, module, reviews, trainer, write_reviews
 from tests.tiny_images import save_vision, vision_model
 
 Tiny = Callable[[str], str]
@@ -91,18 +92,35 @@ def test_it_reaches_the_encoder_at_the_first_step_where_the_soft_prompt_does_not
     assert found[1.0] > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])  # with and without a head that is the embeddings
-def test_a_copys_layer_answers_at_first_as_the_copy_itself(tiny: Tiny, tmp_path: Path, kind: str) -> None:
-    encoder = dataclasses.replace(ADAPTED, pooling="last", normalize=False)
-    model, seen = taught(tiny(kind), objective="causal_lm", instance_encoder=encoder), Gradients()
+def phi(tiny: Tiny, folder: Path) -> str:
+    """A tiny model whose head has a bias; returns its folder."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes))
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(folder / "phi")
+    tokenizer.save_pretrained(folder / "phi")
+    return str(folder / "phi")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "phi"])  # the first has a head that is its embeddings
+def test_a_copys_layer_answers_at_first_as_the_copy_itself(
+    tiny: Tiny, tmp_path: Path, kind: str, normalize: bool
+) -> None:
+    name = phi(tiny, tmp_path) if kind == "phi" else tiny(kind)
+    encoder = dataclasses.replace(ADAPTED, pooling="last", normalize=normalize)
+    model, seen = taught(name, objective="causal_lm", instance_encoder=encoder), Gradients()
     run = trainer(tmp_path, callbacks=[seen], max_steps=1, limit_val_batches=0)
     run.fit(model, reviews(tmp_path, rows=12, batch_size=12, instance_reads="template"))
     ids, mask = seen.batch["instance_input_ids"], seen.batch["instance_attention_mask"]
-    words = model.word_ids(["great", "terrible"])
+    whole = AutoModelForCausalLM.from_pretrained(name)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(tiny(kind))(ids, attention_mask=mask).logits
-    losses = F.cross_entropy(logits[torch.arange(12), mask.cumsum(1).argmax(1)][:, words], seen.batch["labels"])
-    assert float(run.callback_metrics["train/instance_loss"]) == pytest.approx(float(losses), abs=1e-5)
+        last = whole.base_model(ids, attention_mask=mask)[0][torch.arange(12), mask.cumsum(1).argmax(1)]
+        read = F.rms_norm(last, last.shape[-1:]) if normalize else last
+        logits = whole.get_output_embeddings()(read)[:, model.word_ids(["great", "terrible"])]
+    loss = float(F.cross_entropy(logits, seen.batch["labels"]))
+    assert float(run.callback_metrics["train/instance_loss"]) == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -111,13 +129,15 @@ def test_a_copys_layer_answers_at_first_as_the_copy_itself(tiny: Tiny, tmp_path:
         ({"name": "gpt2", "pooling": "last"}, "causal_lm"),
         ({"pooling": "mean"}, "causal_lm"),
         ({"pooling": "last"}, "head"),
+        ({"pooling": "last"}, "masked_lm"),
     ],
 )
 def test_the_layer_of_a_vector_that_no_head_reads_begins_small(tiny: Tiny, options: Any, objective: Any) -> None:
     named = {**options, **({"name": tiny(options["name"])} if "name" in options else {})}
     task = Task(["good", "bad"], verbalizer=None if objective == "head" else Verbalizer(["great", "bad"]))
     encoder = dataclasses.replace(ADAPTED, **named)
-    model = taught(tiny("gpt2"), instance_encoder=encoder, objective=objective, task=task)
+    kind = "bert" if objective == "masked_lm" else "gpt2"
+    model = taught(tiny(kind), instance_encoder=encoder, objective=objective, task=task)
     model.configure_model()
     assert 0.01 < float(model.net.instance_readout.weight.detach().std()) < 0.03  # the tiny models' are 0.2
 
@@ -199,6 +219,16 @@ def test_images_go_the_same_way(tmp_path: Path) -> None:
 def test_what_it_cannot_teach_is_refused(tiny: Tiny, tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(LoPAError, match=message):
         fitted(tmp_path, taught(tiny("bert"), **options))
+
+
+@pytest.mark.parametrize(("labels", "message"), [(["good", "bad"], "label words"), ([], "regression needs")])
+def test_a_task_without_words_is_refused_as_without_it(tiny: Tiny, tmp_path: Path, labels: Any, message: str) -> None:
+    encoder, files = dataclasses.replace(ADAPTED, pooling="last"), {"train": write_reviews(tmp_path / "train.csv", 12)}
+    data = TextClassificationDataModule(data_files=files, labels=labels, text_columns=["text"])
+    if not labels:
+        data.task = Task([])
+    with pytest.raises(LoPAError, match=message):
+        trainer(tmp_path).fit(taught(tiny("gpt2"), objective="causal_lm", instance_encoder=encoder), data)
 
 
 def test_a_label_for_each_word_does_not_go_with_it(tiny: Tiny) -> None:
