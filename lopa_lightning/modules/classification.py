@@ -51,8 +51,8 @@ class ClassificationModule(LoPALightningModule):
             ``vocabulary``, as in the paper's released code. What is predicted is a label in either case.
         instance_loss: Weight of a second loss in training: that of a linear layer which reads the label from the
             instance vector. A trained or adapted instance encoder learns the labels from it directly, and not by way of
-            the soft prompt alone. The layer is in checkpoints, and not in what is exported. It
-            begins small, or as the label words' rows of the head: see :meth:`configure_instance_readout`.
+            the soft prompt alone. The layer is in checkpoints, and not in what is exported. It begins small, or as the
+            label words' rows of the head where a causal backbone's copy gives its last token's state.
         **kwargs: See :class:`~lopa_lightning.modules.base.LoPALightningModule`.
 
     Raises:
