@@ -48,7 +48,7 @@ GLUE = [path for path in IN_FULL if path.stem.startswith("glue_")]
 # One of each kind of data. The others of GLUE differ in columns and labels, which tests/data/test_glue.py reads,
 # banking77 is a table of texts and labels, and tests/data/test_docstrings.py reads what the quickstart does.
 BY_DEFAULT = ("glue_rte", "own_csv", "own_images", "own_tokens")
-CPU_SMALL, CPU_SMOLLM2 = (ROOT / "configs" / f"cpu_{name}.yaml" for name in ("small", "smollm2"))
+CPU_SMALL, CPU_SMOLLM2, AFTER_TEXT = (ROOT / "configs" / f"{name}.yaml" for name in ("cpu_small", "cpu_smollm2", "after_text"))
 
 
 @pytest.fixture(autouse=True)
@@ -141,8 +141,10 @@ CONTROLS = [path for path in OVERLAYS if path.parent.name == "controls"]
 )
 def test_an_overlay_goes_over_glue_configs(overlay: Path, config: str, tiny: Tiny, mini_glue: str) -> None:
     base, *rest = small(ROOT / "configs" / f"{config}.yaml", tiny, mini_glue, head=overlay == CPU_SMALL)[1:]
-    if overlay == CPU_SMOLLM2:
+    if overlay in (CPU_SMOLLM2, AFTER_TEXT):  # for causal language models
         rest += [f"--model.backbone.name={tiny('llama')}", f"--model.instance_encoder.name={tiny('bert_base')}"]
+    if overlay == AFTER_TEXT:
+        rest += ["--model.objective=head"]
     main(["fit", "--config", base, "--config", str(overlay), *rest, "--trainer.fast_dev_run=true"])
 
 
