@@ -48,7 +48,8 @@ GLUE = [path for path in IN_FULL if path.stem.startswith("glue_")]
 # One of each kind of data. The others of GLUE differ in columns and labels, which tests/data/test_glue.py reads,
 # banking77 is a table of texts and labels, and tests/data/test_docstrings.py reads what the quickstart does.
 BY_DEFAULT = ("glue_rte", "own_csv", "own_images", "own_tokens")
-CPU_SMALL, CPU_SMOLLM2, AFTER_TEXT = (ROOT / "configs" / f"{name}.yaml" for name in ("cpu_small", "cpu_smollm2", "after_text"))
+CPU_SMALL, CPU_SMOLLM2 = (ROOT / "configs" / f"cpu_{name}.yaml" for name in ("small", "smollm2"))
+AFTER_TEXT = ROOT / "configs" / "after_text.yaml"
 
 
 @pytest.fixture(autouse=True)
