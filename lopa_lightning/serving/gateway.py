@@ -220,7 +220,7 @@ class Gateway:
 
     async def _answer(
         self, call: Call, made: ServedRequest, options: Mapping[str, Any]
-    ) -> tuple[Fields, dict[str, str]]:
+    ) -> tuple[Fields, Mapping[str, str]]:
         """A checked answer that is not streamed, and its headers."""
         async with await self._ask(call, made, options) as response:
             answer = await read_json(response)
@@ -273,7 +273,7 @@ class Gateway:
         shows, _ = stream_options(body)
         chunks = [chunk, {**chunk, "choices": [], "usage": answer["usage"]}] if shows else [chunk]
         said = b"".join(event(json.dumps(each).encode()) for each in chunks) + event(b"[DONE]")
-        return Response(said, media_type="text/event-stream")
+        return Response(said, headers=headers, media_type="text/event-stream")
 
     # To and from the server
 

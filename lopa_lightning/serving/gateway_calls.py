@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDict
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -98,7 +99,8 @@ class Call:
         self.id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
         self.path, self.model, self.error = request.url.path, PLAIN, ""
         self.target = f"{self.path}?{request.url.query}".rstrip("?")
-        self.headers = {**kept_headers(request.headers), "x-request-id": self.id, "accept-encoding": "identity"}
+        self.headers = kept_headers(request.headers)
+        self.headers.update({"x-request-id": self.id, "accept-encoding": "identity"})
         self._metrics, self._start, self._has_begun, self._has_ended = metrics, time.perf_counter(), False, False
         metrics.running.inc()
 
@@ -167,10 +169,12 @@ class Stream(StreamingResponse):
             self._call.end(499)  # if it has not ended before
 
 
-def kept_headers(headers: Mapping[str, str], *others: str) -> dict[str, str]:
-    """Returns headers to send on: not those between two machines alone, of how a body is packed, or others."""
-    named = {*others} | {name.strip().lower() for name in headers.get("connection", "").split(",")}
-    return {name: value for name, value in headers.items() if name.lower() not in _ONE_HOP | named}
+def kept_headers(headers: Mapping[str, str], *others: str) -> CIMultiDict[str]:
+    """Returns headers to send on, each as often as it came: not those between two machines, of packing, or others."""
+    pairs = list(headers.items())
+    named = ",".join(value for name, value in pairs if name.lower() == "connection").lower().split(",")
+    left_out = _ONE_HOP | {*others} | {name.strip() for name in named}
+    return CIMultiDict((name, value) for name, value in pairs if name.lower() not in left_out)
 
 
 async def passed(response: aiohttp.ClientResponse) -> Response:

@@ -54,6 +54,8 @@ class Held(_Handler):
             return
         self.send_response(status)
         self.send_header("Content-Type", kind)
+        for name, value in self.server.sets:
+            self.send_header(name, value)
         self.end_headers()
         for number, piece in enumerate(text.split("\n\n")[:-1]):
             if number and not self.server.goes_on.wait(10):
@@ -162,7 +164,7 @@ def test_a_bundle_is_a_model_of_an_unchanged_client(made: Any, client: Any, upst
             model = made("chat system")[0]
             wanted = model._net().soft_prompt(model.input_spec.instance_batch([text], "cpu"))[0][0]
         torch.testing.assert_close(sent, wanted, rtol=0, atol=1e-6)
-        sent_on = {name.lower(): value for name, value in upstream.headers[-1].items()}
+        sent_on = {name.lower(): value for name, value in upstream.headers[-1]}
         assert (sent_on["authorization"], sent_on["x-request-id"], sent_on["x-team"]) == ("Bearer the key", "mine", "a")
     assert [model.id for model in client.models.list()] == [*KINDS, "lora", "tiny"]
     assert client.models.retrieve("notes").owned_by == "lopa"
@@ -450,6 +452,35 @@ def test_what_is_passed_on_is_listed(client: Any, upstream: Any, gateway: Any) -
     assert response.status == 404
     assert "/v1/chat/completions" in json.load(response)["error"]["message"]
     assert len(upstream.asked) == 2
+
+
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["support", "reviews", "tiny"])
+def test_headers_that_come_more_than_once_are_all_sent_on(
+    model: str, stream: bool, status: int, upstream: Any, gateway: Any, served: Any
+) -> None:
+    upstream.logprobs = dict.fromkeys(served[0]["reviews"].words.values(), -1.0)
+    upstream.sets = [("Set-Cookie", "a=1; Path=/"), ("Set-Cookie", "b=2"), ("X-Hop", "no"), ("Connection", "x-hop")]
+    upstream.statuses = [status]
+    connection = http.client.HTTPConnection(gateway.url.removeprefix("http://"))
+    connection.putrequest("POST", "/v1/chat/completions")
+    options = {"stream": True, "stream_options": {}} if stream else {}
+    body = json.dumps({"model": model, "messages": asked("the film"), **options}).encode()
+    sent = [("Via", "1.1 a"), ("Via", "1.1 b"), ("X-Mine", "1"), ("X-Its", "2")]
+    for name, value in [*sent, ("Connection", "X-Mine"), ("Connection", "x-its"), ("Content-Length", str(len(body)))]:
+        connection.putheader(name, value)
+    connection.endheaders(body)
+    response = connection.getresponse()
+    response.read()
+    assert response.status == status
+    assert response.headers.get_all("set-cookie") == ["a=1; Path=/", "b=2"]
+    assert response.headers["x-hop"] is None
+    assert len(response.headers.get_all("content-type")) == 1
+    got = [(name.lower(), value) for name, value in upstream.headers[-1]]
+    assert [value for name, value in got if name == "via"] == ["1.1 a", "1.1 b"]
+    assert {name for name, _ in got}.isdisjoint({"x-mine", "x-its"})
+    assert len({name for name, _ in got}) == len(got) - 1
 
 
 def test_a_shutdown_finishes_what_runs(served: Any, upstream: Any) -> None:

@@ -37,12 +37,13 @@ class Upstream(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.tokenizer, self.model, self.scale = tokenizer, model, 1.0
         self.asked, self.paths, self.statuses = list[dict[str, Any]](), list[str](), list[int]()
-        self.headers, self.logprobs = list[dict[str, str]](), dict[int, float]()
+        self.headers, self.logprobs = list[list[tuple[str, str]]](), dict[int, float]()
         self.drops, self.knows_ids, self.says_usage, self.late_usage = False, True, True, False
         self.version: str | None = "0.32.0"
         self.name, self.key, self.takes_prompts, self.tokenizes, self.most = "tiny", "", True, True, 2**30
         self.extra_tokens, self.reverses = 0, False
         self.says: str | None = None  # in place of any answer
+        self.sets = list[tuple[str, str]]()  # headers of every answer
         self.lists: str | None = None  # in place of its models
 
     @property
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(length))
         self.server.asked.append(body)
         self.server.paths.append(self.path)
-        self.server.headers.append(dict(self.headers))
+        self.server.headers.append(self.headers.items())
         status = self.server.statuses.pop(0) if self.server.statuses else 200
         if length > self.server.most:
             status = 413
@@ -196,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, status: int, text: str, kind: str = "application/json") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
+        for name, value in self.server.sets:
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
