@@ -52,7 +52,8 @@ class SplitsDataModule(LightningDataModule, ABC):
         max_train_examples: Train on at most that many examples, drawn at random.
         subset_seed: Of these draws.
         validation_from_train: Share of the training examples (after these draws) that is validated on in place
-            of the validation split: to choose settings without a look at the split that is reported.
+            of the validation set: to choose settings without a look at what is reported. Where that is itself a part
+            of the training split, it is left out before, and neither trained on nor chosen by.
         batch_size: Examples in a training batch of one process.
         eval_batch_size: Most examples in a batch otherwise; by default twice as many.
         num_workers: Processes that load batches; by default none on a CPU, which they would take from the model,
@@ -233,18 +234,18 @@ class SplitsDataModule(LightningDataModule, ABC):
         data: Dataset = self.raw()[split]
         if role not in ("train", "val"):
             return data
-        if self.validation_from_train:
-            return self._part(self.training_subset(data), split, role)
-        if self.splits_of("val") == [self.splits["train"]]:
-            data = self._part(data, split, role)
-        return self.training_subset(data) if role == "train" else data
+        chooses = self.validation_from_train > 0
+        named = self.splits["val"]
+        if named == self.splits["train"] or ("val" not in self.named_splits and named not in self.raw()):
+            data = self._part(data, split, "train" if chooses else role, self.validation_fraction)
+        data = self.training_subset(data) if chooses or role == "train" else data
+        return self._part(data, split, role, self.validation_from_train) if chooses else data
 
-    def _part(self, data: Dataset, split: str, role: Role) -> Dataset:
+    def _part(self, data: Dataset, split: str, role: Role, share: float) -> Dataset:
         if len(data) < 2:
             raise LoPAError(f"{split}: {len(data)} example is too few to cut a validation split from")
         column = self.class_column
         classes = None if column not in data.column_names else data.select_columns([column])[column][:]
-        share = self.validation_from_train or self.validation_fraction
         training, validation = held_out(len(data), share, self.subset_seed, classes)
         part: Dataset = data.select(training if role == "train" else validation)
         return part

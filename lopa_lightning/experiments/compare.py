@@ -84,6 +84,8 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
         LoPAError: Naming everything that cannot be run.
     """
     check(comparison)
+    if any(option.partition("=")[0] == "--seed_everything" for option in options):
+        raise LoPAError("--seed_everything: each run has its own of seeds; give --seeds before the --")
     methods = sorted(Path(method).stem for method in comparison.methods)
     if others := sorted({*comparison.virtual_tokens} - {*methods}):
         rank_zero_warn(f"virtual_tokens has no effect for {', '.join(others)}; compared are {', '.join(methods)}")
@@ -94,13 +96,19 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
             names = Path(task).stem, Path(method).stem
             length = comparison.virtual_tokens.get(names[1], {}).get(names[0])
             own = [] if length is None else [f"--model.prompt_encoder.num_virtual_tokens={length}"]
-            files, given = [task, *comparison.overlays, method], [*own, *options, *budget(comparison)]
+            files, given = [task, *comparison.overlays, method], [*own, *budget(comparison), *options]
             try:
                 config = resolve(files, given)
                 if chooses_on is not None and method == comparison.methods[0]:  # a task's data may refuse them
                     resolve(files, [*given, *(f"--data.splits.{role}={split}" for role, split in chooses_on.items())])
                 for multiplier in comparison.rate_multipliers:
                     with_rates_times(config, multiplier)
+                share = config["data"].get("init_args", {}).get("validation_from_train")
+                if share and len(comparison.rate_multipliers) > 1 and chooses_on is None:
+                    raise LoPAError(
+                        f"data.validation_from_train {share:g} would be reported, and rate_multipliers be chosen on "
+                        "the same rows: leave it out (runs that choose have selection_share), or give one multiplier"
+                    )
                 configs[names] = config
             except LoPAError as error:
                 wrong.append("{} {}: {}".format(*names, error))

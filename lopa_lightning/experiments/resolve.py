@@ -16,6 +16,10 @@ Config = dict[str, Any]
 """What ``lopa fit`` takes, every option filled in."""
 
 
+_SCHEDULED = {"max_lr", "base_lr", "min_lr", "eta_min"}
+"""Learning rates of torch's schedulers: OneCycleLR, CyclicLR, ReduceLROnPlateau, CosineAnnealingLR."""
+
+
 class Resolver(LoPACLI):
     """Builds everything that ``lopa fit`` builds, and runs nothing."""
 
@@ -80,7 +84,7 @@ def built(options: Sequence[str]) -> tuple[Any, Any]:
 
 
 def with_rates_times(config: Config, multiplier: float) -> Config:
-    """Returns a configuration with every learning rate multiplied: each optimizer's and each group's.
+    """Returns a configuration with every learning rate multiplied: each optimizer's, each group's and the schedule's.
 
     Args:
         config: As from :func:`resolve`.
@@ -100,6 +104,10 @@ def with_rates_times(config: Config, multiplier: float) -> Config:
         spec["init_args"]["lr"] *= multiplier
     if model.get("learning_rates"):
         model["learning_rates"] = {name: rate * multiplier for name, rate in model["learning_rates"].items()}
+    scheduled = (model.get("lr_scheduler") or {}).get("init_args") or {}
+    for name in _SCHEDULED & {*scheduled}:
+        rates = scheduled[name]
+        scheduled[name] = [rate * multiplier for rate in rates] if isinstance(rates, list) else rates * multiplier
     return changed
 
 

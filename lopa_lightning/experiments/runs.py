@@ -41,6 +41,7 @@ from lopa_lightning.signals import Stopped, stoppable
 T = TypeVar("T")
 
 _CONFIG_FILE, _LOG_FILE, _CHECKPOINTS = "config.yaml", "log.txt", "checkpoints"
+_BEGINS = "--- lopa fit begins ---"
 # Imported once, in the process that runs are forked from.
 _PRELOADED = [__name__, "transformers.modeling_utils", "torch.utils.tensorboard", "datasets", "peft"]
 
@@ -176,6 +177,8 @@ class Run:
             print(f"{self.folder}: {why}; the old run is now {aside.name}", flush=True)
             self.folder.rename(aside)
         write_whole(self.folder / _CONFIG_FILE, yaml_files.dump(self._placed_config()))
+        with (self.folder / _LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(f"{_BEGINS}\n")
         Result("running", self.config_hash, tags=self.tags, read_version=self.read_version).write(self.folder)
 
     def _placed_config(self) -> Config:
@@ -202,7 +205,8 @@ class Run:
             name = signal.Signals(-exit_code).name
             why = f"its process was ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
         else:  # the last error in the log, or else its last line
-            lines = (self.folder / _LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            text = (self.folder / _LOG_FILE).read_text(encoding="utf-8", errors="replace")
+            lines = text.rpartition(_BEGINS)[2].strip().splitlines()  # of this start alone
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             why = [f"its process ended with status {exit_code}", *lines[-1:], *errors[-1:]][-1]
         result = Result("failed", self.config_hash, why, self.tags, read_version=self.read_version)

@@ -108,7 +108,7 @@ class Sweeping:
         check(sweep)
         self.sweep = sweep
         held_out = f"--data.init_args.validation_from_train={sweep.selection_share}"
-        self.fixed = [*options, *budget(sweep), *([held_out] if sweep.selection_share else [])]
+        self.fixed = [*budget(sweep), *([held_out] if sweep.selection_share else []), *options]
         self.distributions = {name: distribution(name, choice) for name, choice in sweep.space.items()}
         self.runs = Runs(sweep.output, self.write_report, sweep.workers)
         self.tried: dict[Path, Run] = {}
@@ -164,20 +164,35 @@ class Sweeping:
         # As objects, whole numbers stay whole.
         lines = pd.DataFrame([record(self.tried[path].tags, r) for path, r in results.items()], dtype=object)
         write_whole(folder / "sweep.csv", csv_text(lines))
-        ranked = ranking([(self.tried[path].tags, result.score) for path, result in results.items() if result.done])
+        ended = [(self.tried[path].tags, r.score if r.done else None) for path, r in results.items()]
+        ranked = ranking(ended)
         if ranked:
             write_whole(folder / "sweep.md", settings_markdown(ranked))
             best = next(run for run in self.tried.values() if _setting(run.tags) == _setting(ranked[0][0]))
             write_whole(folder / "best.yaml", yaml_files.dump(overlay(best.config, ranked[0][0])))
 
 
-def ranking(ended: Iterable[tuple[Values, float]]) -> list[tuple[Values, list[float]]]:
-    """Returns the scores of each setting, which is all values but the seed, by their mean, the best first."""
-    groups: dict[str, list[float]] = {}
+def ranking(ended: Iterable[tuple[Values, float | None]]) -> list[tuple[Values, list[float], int]]:
+    """Ranks settings, which are all values but the seed, by the mean of their scores.
+
+    Args:
+        ended: The values and the score of each run; None of one that has failed.
+
+    Returns:
+        Each setting with its scores and the number of its runs, the best first; those of which a run has failed come
+        after all others, and those without a score are left out.
+
+    Example:
+        >>> ranking([({"rank": 1}, 0.8), ({"rank": 4}, 0.9), ({"rank": 4}, None), ({"rank": 8}, None)])
+        [({'rank': 1}, [0.8], 1), ({'rank': 4}, [0.9], 2)]
+    """
+    groups: dict[str, list[float | None]] = {}
     for values, score in ended:
         groups.setdefault(_setting(values), []).append(score)
-    ranked = sorted(groups.items(), key=lambda group: -statistics.mean(group[1]))
-    return [(json.loads(setting), scores) for setting, scores in ranked]
+    found = [(json.loads(setting), [s for s in all_ if s is not None], len(all_)) for setting, all_ in groups.items()]
+    return sorted(
+        (each for each in found if each[1]), key=lambda each: (len(each[1]) < each[2], -statistics.mean(each[1]))
+    )
 
 
 def _setting(values: Values) -> str:
@@ -185,13 +200,14 @@ def _setting(values: Values) -> str:
     return json.dumps({name: value for name, value in values.items() if name != _SEED})
 
 
-def settings_markdown(ranked: Sequence[tuple[Values, list[float]]]) -> str:
+def settings_markdown(ranked: Sequence[tuple[Values, list[float], int]]) -> str:
     """Returns a table of what :func:`ranking` found."""
     body = []
-    for values, scores in ranked:
+    for values, scores, runs in ranked:
         deviation = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "–"
         shown = map(shown_value, values.values())
-        body.append([*shown, f"{statistics.mean(scores):.4f}", deviation, str(len(scores))])
+        count = str(runs) if len(scores) == runs else f"{len(scores)} of {runs}"
+        body.append([*shown, f"{statistics.mean(scores):.4f}", deviation, count])
     return markdown_table([*short_names(ranked[0][0]), "score", "sd", "runs"], body) + "\n"
 
 

@@ -184,6 +184,8 @@ def test_one_part_of_the_training_split_takes_the_place_of_both_mnli_validation_
     assert data.task.suffixes == [""]
     assert data.splits_of("val") == ["train"]
     assert [len(data.val_dataloader()), len(data.test_dataloader())] == [1, 1]
+    rows = len(data.raw()["train"])
+    assert [len(data.datasets[role][0]) for role in ("train", "val")] == [rows - -(-rows // 2), -(-rows // 2)]
 
 
 def test_an_unknown_task_is_refused_with_those_there_are() -> None:

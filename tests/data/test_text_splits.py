@@ -61,6 +61,22 @@ def test_a_part_of_the_training_examples_serves_to_choose_by(spec: TextSpec, fil
     assert val_texts(held_out) == val_texts(prepared(spec, "validate", validation_from_train=0.25, **options))
 
 
+@pytest.mark.parametrize("drawn", [{}, {"max_train_examples": 20}, {"shots_per_label": 8}], ids=str)
+@pytest.mark.parametrize("named", [{}, {"val": "train"}], ids=str)
+def test_what_is_chosen_by_is_not_what_is_reported(
+    spec: TextSpec, files: Any, named: dict[str, str], drawn: dict[str, int]
+) -> None:
+    """Where the reported validation set is itself cut from the training split."""
+    options: dict[str, Any] = {"data_files": files, "validation_fraction": 0.25, "splits": named, **drawn}
+    reported = prepared(spec, **options)
+    chooses = prepared(spec, validation_from_train=0.25, **options)
+    assert len(val_texts(reported)) == 15
+    assert sorted(train_texts(chooses) + val_texts(chooses)) == sorted(train_texts(reported))
+    assert len(val_texts(chooses)) == -(-len(train_texts(reported)) // 4)
+    assert {*val_texts(reported)}.isdisjoint([*train_texts(chooses), *val_texts(chooses)])
+    assert val_texts(chooses) == val_texts(prepared(spec, "validate", validation_from_train=0.25, **options))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_must_leave_examples_to_train_on(files: Any, share: float) -> None:
     with pytest.raises(LoPAError, match=f"validation_from_train must be a share below 1, got {share}"):

@@ -264,6 +264,23 @@ def test_splits_to_choose_on_that_a_task_cannot_have_are_refused_before_anything
         configs_of(replace(comparison, rate_multipliers=[0.5, 1.0]))
 
 
+def test_what_follows_is_put_over_the_budget(configs: Configs) -> None:
+    comparison = Comparison(methods=[configs["soft"]], tasks=[configs["reviews"]], max_steps=9, max_epochs=3)
+    (config,) = configs_of(comparison, ["--trainer.max_steps=5"]).values()
+    assert (config["trainer"]["max_steps"], config["trainer"]["max_epochs"]) == (5, 3)
+    for given in (["--seed_everything=7"], ["--seed_everything", "7"]):
+        with pytest.raises(LoPAError, match="--seed_everything: each run has its own of seeds"):
+            configs_of(comparison, given)
+
+
+def test_rates_are_not_chosen_on_the_part_of_training_that_is_reported(configs: Configs) -> None:
+    comparison = Comparison(methods=[configs["soft"]], tasks=[configs["reviews"]])
+    options = ["--data.validation_from_train=0.25"]
+    assert len(configs_of(comparison, options)) == 1  # nothing is chosen
+    with pytest.raises(LoPAError, match=r"reviews soft: data.validation_from_train 0.25 would be reported, and rate_m"):
+        configs_of(replace(comparison, rate_multipliers=[0.5, 1.0]), options)
+
+
 @pytest.fixture(scope="module")
 def resolved() -> set[tuple[str, str]]:
     """Methods, each with the class of a task's model."""

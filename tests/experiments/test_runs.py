@@ -89,6 +89,20 @@ def test_what_is_finished_is_so_for_its_own_config_alone(
     assert Result.read(other.folder) is None
 
 
+def test_why_a_run_failed_is_what_its_last_start_says(tmp_path: Path, configs: Configs) -> None:
+    run = Run(tmp_path / "run", resolve([configs["reviews"], configs["soft"]]), {})
+    for said, reason in [
+        ("error: no data found for 'x'\n", "no data found for 'x'"),
+        ("Traceback\ntorch.OutOfMemoryError: no memory\n", "torch.OutOfMemoryError: no memory"),
+        ("", "its process ended with status 1"),
+    ]:
+        run.prepare()
+        with (run.folder / "log.txt").open("a") as log:
+            log.write(said)
+        assert run.result(1).reason == reason
+    assert "no data found" in (run.folder / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("changed", ["data_files", "path", "backbone", "instance_encoder"])
 def test_what_is_finished_is_so_for_the_files_that_it_read(
     changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -171,6 +185,21 @@ def test_a_rate_multiplier_multiplies_every_rate_and_nothing_else() -> None:
     before = config(0.25, 0.5)
     assert with_rates_times(before, 4.0) == config(1.0, 2.0)
     assert before == config(0.25, 0.5)
+
+
+def test_a_rate_multiplier_multiplies_the_rates_of_a_schedule() -> None:
+    def config(scheduler: object, lr: float = 0.5) -> dict[str, object]:
+        optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": lr}}
+        return {"model": {"init_args": {"optimizer": optimizer, "lr_scheduler": scheduler}}}
+
+    def scheduler(**rates: object) -> dict[str, object]:
+        return {"class_path": "OneCycleLR", "init_args": {"total_steps": 8, **rates}}
+
+    before = config(scheduler(max_lr=0.5, eta_min=0.25, base_lr=[0.5, 1.0], pct_start=0.25))
+    after = config(scheduler(max_lr=1.0, eta_min=0.5, base_lr=[1.0, 2.0], pct_start=0.25), lr=1.0)
+    assert with_rates_times(before, 2.0) == after
+    for unchanged in (None, {"class_path": "StepLR"}, {"class_path": "StepLR", "init_args": {"step_size": 3}}):
+        assert with_rates_times(config(unchanged), 2.0) == config(unchanged, lr=1.0)
 
 
 def test_a_rate_multiplier_needs_a_rate() -> None:

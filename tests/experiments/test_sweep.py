@@ -223,13 +223,14 @@ def done(score: float) -> Result:
 
 
 def test_settings_are_ranked_by_their_mean_over_seeds() -> None:
-    scores = [(1, 0.5), (1, 0.7), (2, 0.9)]
+    scores = [(1, 0.5), (1, 0.7), (2, 0.9), (3, 1.0), (3, None), (4, None)]
     ended = [({"r": r, SEED: seed}, score) for seed, (r, score) in enumerate(scores)]
     found = ranking(ended)
-    assert found == [({"r": 2}, [0.9]), ({"r": 1}, [0.5, 0.7])]
+    assert found == [({"r": 2}, [0.9], 1), ({"r": 1}, [0.5, 0.7], 2), ({"r": 3}, [1.0], 2)]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in settings_markdown(found).splitlines()]
     assert table[0] == ["r", "score", "sd", "runs"]
-    assert table[2:] == [["2", "0.9000", "–", "1"], ["1", "0.6000", f"{0.2 / 2**0.5:.4f}", "2"]]
+    complete = [["2", "0.9000", "–", "1"], ["1", "0.6000", f"{0.2 / 2**0.5:.4f}", "2"]]
+    assert table[2:] == [*complete, ["3", "1.0000", "–", "1 of 2"]]  # with a failed seed after all others
 
 
 @pytest.mark.sampled(2)
