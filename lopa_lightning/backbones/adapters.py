@@ -32,6 +32,9 @@ def adapt(model: PreTrainedModel, config: Mapping[str, Any], name: str = "adapte
     # X-LoRA mixes adapters that it reads from elsewhere.
     if kind not in (known := sorted({entry.value for entry in tuners} - {"ADALORA", "XLORA"})):
         raise LoPAError(f"{name}.peft_type must be one of {', '.join(known)}, got {config.get('peft_type')!r}")
+    # PEFT draws these initial values, and takes their product off the weights, which no checkpoint holds.
+    if str(given := config.get("init_lora_weights")).startswith("pissa_niter"):
+        raise LoPAError(f"{name}.init_lora_weights {given} would not be found again in a checkpoint; pissa is, exactly")
     try:
         peft.inject_adapter_in_model(peft.get_peft_config({**config, "peft_type": kind}), model)
     except (TypeError, ValueError, AttributeError) as error:

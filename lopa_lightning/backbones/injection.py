@@ -90,20 +90,20 @@ def insert(layout: Layout, prompt: Tensor | int, text: Tensor) -> Tensor:
     return both.gather(1, index)
 
 
-def with_offset(embedded: Tensor, offset: Tensor, attention_mask: Tensor) -> Tensor:
+def with_offset(embedded: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
     """Adds learned vectors to the embeddings of a text's first tokens, counted from its first real one.
 
     Args:
         embedded: Embeddings of the text, ``[B, T, d]``.
         offset: ``[s, d]``; tokens after the first s stay as they are.
-        attention_mask: ``[B, T]``.
+        mask: 1 at the tokens that are counted, ``[B, T]``: all others stay as they are, too.
 
     Returns:
         ``[B, T, d]``.
     """
-    positions = position_ids(attention_mask)
+    positions = position_ids(mask)
     added = offset[positions.clamp(max=len(offset) - 1)].to(embedded.dtype)
-    return embedded + added * (positions < len(offset)).unsqueeze(-1)
+    return embedded + added * ((positions < len(offset)) & (mask == 1)).unsqueeze(-1)
 
 
 def position_ids(attention_mask: Tensor, offset: int = 0) -> Tensor:

@@ -235,7 +235,7 @@ class TextBackbone(Backbone, LanguageModel):
         """Returns virtual tokens in the backbone's dtype ``[B, m, ...]``, and the text's embeddings ``[B, T, d]``."""
         embedded = self.model.get_input_embeddings()(batch["input_ids"])
         if offset is not None:
-            embedded = with_offset(embedded, offset, batch["attention_mask"])
+            embedded = with_offset(embedded, offset, batch.get("given_mask", batch["attention_mask"]))
         return prompt.to(embedded.dtype).expand(len(embedded), -1, -1), embedded
 
     def to_continue(

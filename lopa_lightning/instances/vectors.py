@@ -68,7 +68,8 @@ def source_key(source: PretrainedSpec) -> str:
     Raises:
         LoPAError: If the hub names no commit.
     """
-    how = [_FORMAT, source.dtype, source.attn_implementation, transformers.__version__]
+    how: list[Any] = [_FORMAT, source.dtype, source.attn_implementation, transformers.__version__]
+    how += [source.quantization] if source.quantization else []
     folder = Path(source.location())
     if not folder.is_dir():
         how += [source.name, getattr(load_config(source), "_commit_hash", None)]

@@ -38,7 +38,7 @@ from lopa_lightning.modules.resume_check import check_resume
 from lopa_lightning.modules.schedule import schedule
 from lopa_lightning.modules.schedule_callback import Scheduling
 from lopa_lightning.modules.scores import Scores
-from lopa_lightning.modules.start import check_before_weights, check_with_weights
+from lopa_lightning.modules.start import check_before_weights, check_with_weights, warn_of_rounding
 from lopa_lightning.modules.task_hooks import TaskHooks
 from lopa_lightning.modules.window import Window
 from lopa_lightning.plain import class_name, plain, without_defaults
@@ -193,6 +193,8 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         for name in [f"{kind}{suffix}" for kind in ("val", "test") for suffix in self.eval_suffixes]:
             if name not in self.scores:
                 self.scores[name] = Scores(self.configure_metrics(), self.official_metrics())
+        for scores in self.scores.values():
+            cast(Scores, scores).reset()  # of batches that an evaluation has left which was cut short
         write_whole_checkpoints(self.trainer.strategy)
 
     def known_identity(self) -> dict[str, Any]:
@@ -289,11 +291,16 @@ class LoPALightningModule(TaskHooks, ReadsInputs, LightningModule):
         """Returns the predictions of a batch, with ``index`` that ties each to its row."""
         return {"index": batch["index"], **self.predict_outputs(self(batch))}
 
-    def on_fit_start(self) -> None:
+    def on_validation_start(self) -> None:
         """Checks what only weights show, on the device that they are on now."""
         check_with_weights(self)
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_fit_start(self) -> None:
+        """Does so, and warns of weights that training rounds."""
+        check_with_weights(self)
+        warn_of_rounding(self)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics."""

@@ -258,6 +258,9 @@ class CausalLMModule(LoPALightningModule):
             LoPAError: If a setting is wrong, or scoring needs a permission that was not given.
         """
         super().setup(stage)
+        with torch.inference_mode(False):  # what an evaluation has left that was cut short
+            self.matched.reset()
+            self.solved.reset()
         config = generation_config(self.generation, self.input_spec.tokenizer, None)
         check_samples(config, self.num_samples)
         scorer = self._scorer() if stage == "test" else None
@@ -329,9 +332,12 @@ class CausalLMModule(LoPALightningModule):
         return _rows(batch, [row for row, index in enumerate(batch["index"].tolist()) if index not in self.written])
 
     def prediction_identity(self) -> dict[str, Any]:
-        """Returns all that the completions of a row depend on: trained tensors and settings of generation."""
+        """Returns all that the completions of a row depend on: models, trained tensors and settings of generation."""
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
-        return {"weights": ckpt.digest(self.state_dict()), "seed": self.generation_seed, **settings}
+        parts = [self._identity[part] or {} for part in ("backbone", "instance_encoder")]
+        frozen = [{key: part.get(key) for key in ("config", "weights")} for part in parts]  # wherever they lie
+        models = {"models": frozen, "quantization": self._identity["quantization"]}
+        return {**models, "weights": ckpt.digest(self.state_dict()), "seed": self.generation_seed, **settings}
 
     def scoring_identity(self) -> dict[str, Any] | None:
         """Returns all that the scores of a row's completions depend on."""

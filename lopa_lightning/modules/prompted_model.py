@@ -76,7 +76,9 @@ class PromptedModel(nn.Module):
         own = self.encode_instance(batch)
         prompt, instance = self._prompted(own)
         prompt = self.prompt_encoder.for_batch(prompt, len(batch[self.backbone.input_keys[0]]))
-        states = self.backbone(prompt, batch, self.prompt_encoder.token_offset())
+        offset = self.prompt_encoder.token_offset()
+        read = batch if offset is None else {**batch, "given_mask": self.readout.given_mask(batch)}
+        states = self.backbone(prompt, read, offset)
         of_instance = self.instance_readout(own) if self.instance_readout is not None and self.training else None
         return Outputs(self.readout(states, self.backbone, batch), instance, of_instance)
 

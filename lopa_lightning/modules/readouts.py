@@ -31,6 +31,10 @@ class Readout(nn.Module, ABC):
             Outputs, ``[B, ...]``.
         """
 
+    def given_mask(self, batch: Batch) -> Tensor:
+        """Returns where the input's own tokens stand, and none that is to be predicted, ``[B, T]``."""
+        return batch["attention_mask"]
+
 
 class LabelWordReadout(Readout):
     """Reads the label words' logits at one position.
@@ -122,6 +126,10 @@ class WordReadout(HeadReadout):
 
 class CompletionReadout(Readout):
     """Reads how well each labelled token was predicted. No other position's logits are computed."""
+
+    def given_mask(self, batch: Batch) -> Tensor:
+        """Leaves out what is to be predicted: nothing is added to what a model generates, either."""
+        return batch["attention_mask"] * (batch["labels"] == IGNORED)
 
     def forward(self, states: States, backbone: Backbone, batch: Batch) -> Tensor:
         """Returns each text's sum of losses, number of labels, and how many were the likeliest token: ``[B, 3]``.

@@ -62,13 +62,17 @@ class Scores(KeepsDtype):
         if self.metrics is not None:
             self.metrics.update(predictions, labels)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Returns all values by name, with ``loss`` and ``score``, and resets them."""
-        values = {"loss": self.loss.compute(), **(self.metrics.compute() if self.metrics is not None else {})}
+    def reset(self) -> None:
+        """Forgets all batches."""
         with torch.inference_mode(False):  # states made in inference mode could not be updated in a fit that follows
             self.loss.reset()
             if self.metrics is not None:
                 self.metrics.reset()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns all values by name, with ``loss`` and ``score``, and resets them."""
+        values = {"loss": self.loss.compute(), **(self.metrics.compute() if self.metrics is not None else {})}
+        self.reset()
         values = {name: value.float() for name, value in values.items()}
         official = [values[name] for name in self.official]
         return {**values, "score": torch.stack(official or [-values["loss"]]).mean()}

@@ -144,6 +144,23 @@ def check_with_weights(module: LoPALightningModule) -> None:
     check_states(module, {side, *module.padding_sides()})
 
 
+def warn_of_rounding(module: LoPALightningModule) -> None:
+    """Warns of groups that are trained in fewer bits than an optimizer's steps need.
+
+    Args:
+        module: With weights.
+    """
+    if str(module.trainer.precision).endswith("16-true"):  # said before weights are loaded
+        return
+    for name, parameters in module._net().parameter_groups().items():
+        for dtype in sorted({str(each.dtype).removeprefix("torch.") for each in parameters} & {"bfloat16", "float16"}):
+            owner = name if name in ("backbone", "instance_encoder") else "backbone"
+            rank_zero_warn(
+                f"{name} is trained in {dtype}, which rounds it after each step: small changes are lost; "
+                f"{owner}.dtype: float32 keeps them"
+            )
+
+
 def check_learned(module: LoPALightningModule, stage: str) -> None:
     """Refuses answers from initial values, and warns of a validation of them.
 

@@ -15,8 +15,8 @@ class DePT(PromptTuning):
     """A short soft prompt, and a low-rank change of the text's embeddings by position: [Z_S; embed(x) + A B].
 
     ``Z_S [m, d]``, ``A [s, r]``, ``B [r, d]``; row j of A B is added to the embedding of a
-    text's j-th token, up to the s-th. Trained parameters: m·d + (s + d)·r. At the cost of l tokens of prompt tuning,
-    r = (l − m)·d / (s + d).
+    text's j-th token, up to the s-th; of a prompt and its completion to the prompt's alone. Trained parameters:
+    m·d + (s + d)·r. At the cost of l tokens of prompt tuning, r = (l − m)·d / (s + d).
 
     Initial values: Z_S as in prompt tuning, A uniform within ±1/√r and B 0, as in the authors' code, so that the text
     is unchanged at first. The paper has a learning rate of 3e-1 for Z_S (``shared_prompt``), and of 1e-4 to 5e-3 for A

@@ -110,6 +110,7 @@ def test_an_adapter_is_trained_in_float32_inside_a_bfloat16_backbone() -> None:
         ({"peft_type": "ADALORA", "total_step": 10}, "got 'ADALORA'"),
         ({"peft_type": "LORA", "rank": 3}, "unexpected keyword argument 'rank'"),
         ({"peft_type": "LORA", "r": 0}, "positive integer"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4 would not"),
         ({"peft_type": "LORA", "target_modules": ["nope"]}, "nope"),
         ({"peft_type": "PROMPT_TUNING"}, "does not support prompt learning"),
     ],

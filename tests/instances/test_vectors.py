@@ -48,10 +48,11 @@ def test_other_weights_in_the_same_folder_have_another_place(tmp_path: Path) -> 
     assert len(set(found)) == len(found)
 
 
-def test_dtype_and_attention_are_part_of_the_source(tiny: Tiny) -> None:
+def test_dtype_attention_and_quantization_are_part_of_the_source(tiny: Tiny) -> None:
     folder = tiny("bert_base")
     options: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"attn_implementation": "eager"}]
-    assert len({source_key(PretrainedSpec(folder, **option)) for option in options}) == 3
+    options += [{"quantization": {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}} for bits in (4, 8)]
+    assert len({source_key(PretrainedSpec(folder, **option)) for option in options}) == 5
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

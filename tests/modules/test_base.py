@@ -182,6 +182,49 @@ def test_a_plateau_scheduler_follows_the_validation_loss(tiny: Tiny, tmp_path: P
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
+class CutShort(Callback):
+    """Ends an evaluation after its first batch."""
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        raise RuntimeError("cut short")
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        raise RuntimeError("cut short")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_that_was_cut_short_leaves_nothing(stage: str, tiny: Tiny, tmp_path: Path) -> None:
+    model, data = module(tiny("bert")), reviews(tmp_path, eval_batch_size=3)
+    model.learned = True
+    options: Any = {"enable_checkpointing": False}
+    (wanted,) = getattr(trainer(tmp_path, callbacks=[], **options), stage)(model, data)
+    with pytest.raises(RuntimeError, match="cut short"):
+        getattr(trainer(tmp_path, callbacks=[CutShort()], **options), stage)(model, data)
+    (found,) = getattr(trainer(tmp_path, callbacks=[], **options), stage)(model, data)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trained", ["backbone", "instance_encoder"])
+def test_weights_that_training_rounds_are_warned_of(tiny: Tiny, tmp_path: Path, dtype: Any, trained: str) -> None:
+    path = tiny("bert_base")
+    options: dict[str, Any] = {"objective": "head", "instance_encoder": InstanceEncoderSpec(path)}
+    if trained == "instance_encoder":
+        options["instance_encoder"] = InstanceEncoderSpec(path, trainable=True, dtype=dtype)
+        model = module(path, **options)
+    else:
+        model = ClassificationModule(
+            backbone=PretrainedSpec(path, dtype=dtype), prompt_encoder=LoPATiny, train_backbone=1, **options
+        )
+    run = trainer(tmp_path, callbacks=[], enable_checkpointing=False, limit_train_batches=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run.fit(model, reviews(tmp_path))
+    warned = [str(each.message) for each in said if "is trained in" in str(each.message)]
+    text = f"{trained} is trained in bfloat16, which rounds it after each step: small changes are lost; {trained}.dtype"
+    assert warned == [f"{text}: float32 keeps them"] * (dtype == "bfloat16")
+
+
 @pytest.mark.parametrize(("precision", "objective"), [("bf16-mixed", "masked_lm"), ("bf16-true", "head")])
 def test_low_precision_runs(tiny: Tiny, tmp_path: Path, precision: Any, objective: Any) -> None:
     model, run = module(tiny("bert"), objective=objective), trainer(tmp_path, precision=precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lopa_lightning import (
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.modules import CausalLMModule
 from tests.modules.helpers import COMPLETIONS as ROWS
-from tests.modules.helpers import causal, completions, trainer
+from tests.modules.helpers import LoPATiny, causal, completions, trainer
 
 Tiny = Callable[[str], str]
 
@@ -38,6 +39,9 @@ def losses_by_hand(model: CausalLMModule, row: dict[str, str], plain: Any, token
         instance = mean / mean.square().mean(1, keepdim=True).sqrt()
         soft = model.net.prompt_encoder(instance)
         read, learned = plain.get_input_embeddings()(prompt), plain.get_input_embeddings()(answer)
+        if (offset := model.net.prompt_encoder.token_offset()) is not None:  # to the prompt alone
+            count = min(len(offset), prompt.shape[1])
+            read[:, :count] += offset[:count]
         parts = [read, soft, learned] if model.placement == "after" else [soft, read, learned]
         logits = plain(inputs_embeds=torch.cat(parts, 1)).logits[0, -answer.shape[1] - 1 : -1]
     return F.cross_entropy(logits, answer[0], reduction="none"), logits.argmax(-1) == answer[0]
@@ -66,6 +70,59 @@ def test_every_completion_token_counts_once_and_nothing_else(
     assert logged["val/perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-5)
     assert logged["val/token_accuracy"] == pytest.approx(float(hits.float().mean()))
     assert logged["val/score"] == pytest.approx(-logged["val/loss"])
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [2, 64])
+def test_an_offset_is_added_to_the_prompt_alone_as_where_it_generates(
+    tiny: Tiny, tmp_path: Path, max_length: int, padding_side: Any
+) -> None:
+    """So that a completion is learned on what is generated from."""
+    dept = functools.partial(DePT, num_virtual_tokens=3, max_length=max_length, rank=2)
+    model = causal(tiny("llama"), prompt_encoder=dept, generation={"max_new_tokens": 5}, exact_match="all")
+    model.learned = True  # as if
+    model.configure_model()
+    torch.nn.init.normal_(model.net.prompt_encoder.offset_b)
+    plain = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    data = completions(tmp_path, padding_side=padding_side)
+    (logged,) = trainer(tmp_path, callbacks=[]).validate(model, data, verbose=False)
+    losses = torch.cat([losses_by_hand(model, row, plain, tokenizer)[0] for row in ROWS])
+    assert logged["val/loss"] == pytest.approx(float(losses.mean()), abs=1e-5)
+
+    prompt = "the film was"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    embedding = plain.get_input_embeddings()
+    with torch.no_grad():
+        embedded = embedding(ids)
+        count = min(max_length, ids.shape[1])
+        embedded[:, :count] += model.net.prompt_encoder.token_offset()[:count]
+        embedded = torch.cat([model.net.prompt_encoder(None), embedded], 1)
+        written: list[int] = []
+        while len(written) < 5 and tokenizer.eos_token_id not in written:
+            written.append(int(plain(inputs_embeds=embedded).logits[0, -1].argmax()))
+            embedded = torch.cat([embedded, embedding(torch.tensor([written[-1:]]))], 1)
+    assert model.generate([prompt]) == [[tokenizer.decode(written, skip_special_tokens=True)]]
+
+
+def test_completions_of_another_model_are_not_gone_on_from(tiny: Tiny, tmp_path: Path) -> None:
+    """Also where nothing is trained, so that only the frozen models tell the two apart."""
+
+    def identity(backbone: str, **kwargs: Any) -> str:
+        seed_everything(1)
+        model = causal(backbone, **{"prompt_encoder": NoPrompt, **kwargs})
+        model.configure_model()
+        return json.dumps(model.prediction_identity(), sort_keys=True)
+
+    other = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    other.lm_head.weight.data *= 1.01
+    for name, model in (("same", AutoModelForCausalLM.from_pretrained(tiny("llama"))), ("other", other)):
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / name)
+    assert identity(tiny("llama")) == identity(str(tmp_path / "same")) != identity(str(tmp_path / "other"))
+    own = [InstanceEncoderSpec(tiny(kind)) for kind in ("bert_base", "bert_base", "bert")]
+    first, again, another = (identity(tiny("llama"), prompt_encoder=LoPATiny, instance_encoder=each) for each in own)
+    assert first == again != another
 
 
 METHODS: dict[str, dict[str, Any]] = {
