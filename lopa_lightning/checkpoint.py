@@ -26,6 +26,7 @@ from lopa_lightning.plain import with_arguments, with_defaults
 from lopa_lightning.prompts.base import PromptEncoder
 
 _MODELS = ("backbone", "instance_encoder")
+_LATER = {"instance_template"}  # of a task, which earlier checkpoints do not say
 _SAMPLED_VALUES = 16
 _SHOWN = 6
 
@@ -209,6 +210,8 @@ def _comparable(identity: Mapping[str, Any], other: Mapping[str, Any], told: set
                 facts["config"] = _shared_facts(config, their_config)
         elif part == "prompt_encoder":
             facts = with_arguments(facts, _lasting_arguments, PromptEncoder)
+        elif part == "task" and isinstance(facts, Mapping) and isinstance(theirs, Mapping):
+            facts = {key: value for key, value in facts.items() if key in theirs or key not in _LATER}
         parts[part] = facts
     return parts
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from lopa_lightning.backbones.tokens import cut_left
+from lopa_lightning.checkpoint import check_identity
 from lopa_lightning.cli import LoPACLI
 from lopa_lightning.data.glue import GLUEDataModule
 from lopa_lightning.errors import LoPAError
@@ -242,7 +243,25 @@ def test_a_checkpoint_says_what_its_encoder_read(tiny: Tiny) -> None:
     reads: list[InstanceReads] = ["columns", "template"]
     tasks = [Task(["no", "yes"], verbalizer=Verbalizer(["No", "Yes"], ["{a} {mask}"], instance_reads=r)) for r in reads]
     before, after = (nlu_module(tiny, task=task).task_identity() for task in tasks)
-    assert after == {**before, "instance_reads": "template"}  # and of the default nothing, as ever
+    read = {"instance_reads": "template", "instance_template": ["{a} {mask}", None]}
+    assert after == {**before, **read}  # and of the default nothing, as ever
+
+
+@pytest.mark.parametrize("changed", [{"template": ["so {a} {mask}"]}, {"causal_template": "{a} {mask}"}], ids=str)
+def test_with_another_template_of_its_encoder_a_checkpoint_is_refused(changed: dict[str, Any], tiny: Tiny) -> None:
+    """A head's backbone reads no template; the encoder does."""
+
+    def identity(**says: Any) -> dict[str, Any]:
+        read: Any = {"template": ["{a} {mask}"], "causal_template": "{a}: {mask}", "instance_reads": "template", **says}
+        task = Task(["no", "yes"], verbalizer=Verbalizer(None, **read))
+        return {"task": nlu_module(tiny, task=task, objective="head").task_identity()}
+
+    saved, other = identity(), identity(**changed)
+    check_identity(saved, identity())
+    with pytest.raises(LoPAError, match=r"task\.instance_template: the checkpoint has"):
+        check_identity(saved, other)
+    del saved["task"]["instance_template"]  # as checkpoints were
+    check_identity(saved, other)
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,9 @@ class ClassificationModule(LoPALightningModule):
         """Returns what of a task shapes what is learned for it."""
         # Named only where it is not the default, so that checkpoints from before there was a choice go on.
         says = task.verbalizer or Verbalizer()
-        instance = {"instance_reads": says.instance_reads} if says.instance_reads != "columns" else {}
+        both = [*(says.template or []), says.causal_template]  # which of them an encoder reads its tokenizer tells
+        reads = {"instance_reads": says.instance_reads, "instance_template": both}
+        instance: dict[str, Any] = reads if says.instance_reads != "columns" else {}
         if self.objective == "head":
             several = {name: True for name in ("multi_label", "per_word") if getattr(task, name)}
             return {"labels": task.labels, "head_pooling": self.head_pooling, **several, **instance}
