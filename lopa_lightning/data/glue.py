@@ -160,7 +160,6 @@ class GLUEDataModule(TextClassificationDataModule):
             per_word=False,
             **kwargs,
         )
-        self.splits["val"] = row.eval_splits[0][1]
         suffixes = [""] if self.validation_from_train else [suffix for suffix, _ in row.eval_splits]
         self.task = replace(self.task, eval_sets=suffixes)
 

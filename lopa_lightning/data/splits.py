@@ -235,11 +235,18 @@ class SplitsDataModule(LightningDataModule, ABC):
         if role not in ("train", "val"):
             return data
         chooses = self.validation_from_train > 0
-        named = self.splits["val"]
-        if named == self.splits["train"] or ("val" not in self.named_splits and named not in self.raw()):
+        if self._reported() == [self.splits["train"]]:
             data = self._part(data, split, "train" if chooses else role, self.validation_fraction)
         data = self.training_subset(data) if chooses or role == "train" else data
         return self._part(data, split, role, self.validation_from_train) if chooses else data
+
+    def _reported(self) -> list[str]:
+        """Returns the splits of the validation set that is reported, also where another one is chosen on."""
+        share, self.validation_from_train = self.validation_from_train, 0.0
+        try:
+            return self.splits_of("val")  # a subclass may have its own
+        finally:
+            self.validation_from_train = share
 
     def _part(self, data: Dataset, split: str, role: Role, share: float) -> Dataset:
         if len(data) < 2:

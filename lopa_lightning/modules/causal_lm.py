@@ -336,8 +336,9 @@ class CausalLMModule(LoPALightningModule):
         settings = {"generation": self.generation, "num_samples": self.num_samples, "stop": self.stop}
         parts = [self._identity[part] or {} for part in ("backbone", "instance_encoder")]
         frozen = [{key: part.get(key) for key in ("config", "weights")} for part in parts]  # wherever they lie
-        models = {"models": frozen, "quantization": self._identity["quantization"]}
-        return {**models, "weights": ckpt.digest(self.state_dict()), "seed": self.generation_seed, **settings}
+        how = {"quantization": self._identity["quantization"], "dtype": str(self._net().backbone.model.dtype)}
+        trained = {"weights": ckpt.digest(self.state_dict()), "seed": self.generation_seed}
+        return {"models": frozen, **how, **trained, **settings}
 
     def scoring_identity(self) -> dict[str, Any] | None:
         """Returns all that the scores of a row's completions depend on."""

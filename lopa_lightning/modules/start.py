@@ -145,16 +145,18 @@ def check_with_weights(module: LoPALightningModule) -> None:
 
 
 def warn_of_rounding(module: LoPALightningModule) -> None:
-    """Warns of groups that are trained in fewer bits than an optimizer's steps need.
+    """Warns of pretrained weights that are trained in fewer bits than an optimizer's steps need.
 
     Args:
         module: With weights.
     """
     if str(module.trainer.precision).endswith("16-true"):  # said before weights are loaded
         return
-    for name, parameters in module._net().parameter_groups().items():
-        for dtype in sorted({str(each.dtype).removeprefix("torch.") for each in parameters} & {"bfloat16", "float16"}):
-            owner = name if name in ("backbone", "instance_encoder") else "backbone"
+    groups = module._net().parameter_groups()
+    of_encoder = "backbone" if module.builder.instance_encoder.is_backbone else "instance_encoder"
+    for name, owner in (("backbone", "backbone"), ("instance_encoder", of_encoder)):
+        dtypes = {str(each.dtype).removeprefix("torch.") for each in groups.get(name, [])}
+        for dtype in sorted(dtypes & {"bfloat16", "float16"}):
             rank_zero_warn(
                 f"{name} is trained in {dtype}, which rounds it after each step: small changes are lost; "
                 f"{owner}.dtype: float32 keeps them"

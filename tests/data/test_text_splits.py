@@ -77,6 +77,23 @@ def test_what_is_chosen_by_is_not_what_is_reported(
     assert val_texts(chooses) == val_texts(prepared(spec, "validate", validation_from_train=0.25, **options))
 
 
+class OfDev(TextClassificationDataModule):
+    """Has a rule of its own for what is validated on."""
+
+    def splits_of(self, role: Any) -> list[str]:
+        return ["dev"] if role == "val" and not self.validation_from_train else super().splits_of(role)
+
+
+def test_all_of_training_is_trained_on_where_a_subclass_validates_on_another_split(spec: TextSpec, files: Any) -> None:
+    files["dev"] = write("dev.csv", labelled(["other film"], ["good"]))
+    options: dict[str, Any] = {"text_columns": ["text"], "label_column": "label", "labels": ["good", "bad"]}
+    counts = []
+    for share in (0.0, 0.25):
+        data = OfDev(data_files=files, validation_from_train=share, **options)
+        counts.append([len(data.load_split(data.splits_of(role)[0], role)) for role in ("train", "val")])
+    assert counts == [[60, 1], [45, 15]]
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_must_leave_examples_to_train_on(files: Any, share: float) -> None:
     with pytest.raises(LoPAError, match=f"validation_from_train must be a share below 1, got {share}"):

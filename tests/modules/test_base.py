@@ -205,13 +205,16 @@ def test_an_evaluation_that_was_cut_short_leaves_nothing(stage: str, tiny: Tiny,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("trained", ["backbone", "instance_encoder"])
+@pytest.mark.parametrize("trained", ["backbone", "instance_encoder", "copy of the backbone"])
 def test_weights_that_training_rounds_are_warned_of(tiny: Tiny, tmp_path: Path, dtype: Any, trained: str) -> None:
     path = tiny("bert_base")
     options: dict[str, Any] = {"objective": "head", "instance_encoder": InstanceEncoderSpec(path)}
     if trained == "instance_encoder":
         options["instance_encoder"] = InstanceEncoderSpec(path, trainable=True, dtype=dtype)
         model = module(path, **options)
+    elif trained != "backbone":
+        options["instance_encoder"] = InstanceEncoderSpec(trainable=True)
+        model = ClassificationModule(backbone=PretrainedSpec(path, dtype=dtype), prompt_encoder=LoPATiny, **options)
     else:
         model = ClassificationModule(
             backbone=PretrainedSpec(path, dtype=dtype), prompt_encoder=LoPATiny, train_backbone=1, **options
@@ -221,7 +224,8 @@ def test_weights_that_training_rounds_are_warned_of(tiny: Tiny, tmp_path: Path, 
         warnings.simplefilter("always")
         run.fit(model, reviews(tmp_path))
     warned = [str(each.message) for each in said if "is trained in" in str(each.message)]
-    text = f"{trained} is trained in bfloat16, which rounds it after each step: small changes are lost; {trained}.dtype"
+    group, owner = {"copy of the backbone": ("instance_encoder", "backbone")}.get(trained, (trained, trained))
+    text = f"{group} is trained in bfloat16, which rounds it after each step: small changes are lost; {owner}.dtype"
     assert warned == [f"{text}: float32 keeps them"] * (dtype == "bfloat16")
 
 

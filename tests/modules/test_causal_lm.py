@@ -20,6 +20,7 @@ from lopa_lightning import (
     InstanceEncoderSpec,
     LoPALightningModule,
     NoPrompt,
+    PretrainedSpec,
     PromptTuning,
 )
 from lopa_lightning.errors import LoPAError
@@ -110,7 +111,8 @@ def test_completions_of_another_model_are_not_gone_on_from(tiny: Tiny, tmp_path:
 
     def identity(backbone: str, **kwargs: Any) -> str:
         seed_everything(1)
-        model = causal(backbone, **{"prompt_encoder": NoPrompt, **kwargs})
+        options: dict[str, Any] = {"prompt_encoder": NoPrompt, **kwargs}
+        model = CausalLMModule(backbone=PretrainedSpec(backbone, dtype=options.pop("dtype", "auto")), **options)
         model.configure_model()
         return json.dumps(model.prediction_identity(), sort_keys=True)
 
@@ -120,6 +122,7 @@ def test_completions_of_another_model_are_not_gone_on_from(tiny: Tiny, tmp_path:
         model.save_pretrained(tmp_path / name)
         AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / name)
     assert identity(tiny("llama")) == identity(str(tmp_path / "same")) != identity(str(tmp_path / "other"))
+    assert len({identity(tiny("llama"), dtype=dtype) for dtype in ("float32", "bfloat16")}) == 2
     own = [InstanceEncoderSpec(tiny(kind)) for kind in ("bert_base", "bert_base", "bert")]
     first, again, another = (identity(tiny("llama"), prompt_encoder=LoPATiny, instance_encoder=each) for each in own)
     assert first == again != another
@@ -177,6 +180,16 @@ def test_an_instance_encoder_of_its_own_reads_the_prompt_alone(tiny: Tiny, tmp_p
         for row, index in enumerate(batch["index"].tolist()):
             own = batch["instance_input_ids"][row][batch["instance_attention_mask"][row] == 1]
             assert own.tolist() == tokenizer(ROWS[index]["prompt"])["input_ids"]
+
+
+def test_matches_of_an_evaluation_that_was_cut_short_are_not_counted(tiny: Tiny, tmp_path: Path) -> None:
+    model = causal(tiny("llama"), exact_match="all", generation={"max_new_tokens": 2})
+    model.learned = True  # as if
+    data, run = completions(tmp_path), functools.partial(trainer, tmp_path, callbacks=[])
+    (wanted,) = run().validate(model, data, verbose=False)
+    model.matched.update(torch.ones(99))
+    (found,) = run().validate(model, data, verbose=False)
+    assert found == wanted
 
 
 @pytest.mark.parametrize("asked", ["all", 5])
