@@ -102,7 +102,7 @@ class Task:
         default = ["pearson", "spearman"] if self.is_regression else ["f1"] if self.multi_label else ["accuracy"]
         if self.per_word and is_bio(self.labels):
             default = ["span_f1"]
-        return self.metrics or default
+        return default if self.metrics is None else self.metrics
 
     @property
     def suffixes(self) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lopa_lightning import LoPALightningModule, PromptTuning, Task, Verbalizer
+from lopa_lightning import CausalLMModule, InstanceEncoderSpec, LoPALightningModule, PromptTuning, Task, Verbalizer
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.serving.export import export_bundle
 from tests.modules.helpers import causal, completions, module, reviews, trainer, with_own_encoder
 
 Tiny = Callable[[str], str]
@@ -111,6 +112,40 @@ def test_a_pair_is_read_in_the_order_of_the_template_and_initial_values_do_not_a
     words = [spec.tokenizer.convert_tokens_to_ids(word) for word in ("no", "yes")]
     wanted = logits[words].softmax(0).tolist()
     assert list(found[0]["probabilities"].values()) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_completions_read_the_instances_that_training_read(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"the film {word}", "completion": "good", "topic": f"the cast was {word}"} for word in "ab" * 4]
+    data = completions(tmp_path / "data", rows, instance_column="topic")
+    options: dict[str, Any] = {
+        "instance_encoder": InstanceEncoderSpec(tiny("bert_base")),
+        "generation": {"max_new_tokens": 3},
+    }
+    trained = causal(tiny("llama"), **options)
+    trainer(tmp_path).fit(trained, data)
+    checkpoint = tmp_path / "last.ckpt"
+    loaded = LoPALightningModule.load_from_checkpoint(checkpoint)
+    assert isinstance(loaded, CausalLMModule)
+    prompts, topics = [row["prompt"] for row in rows[:2]], [row["topic"] for row in rows[:2]]
+    with pytest.raises(LoPAError, match="the instance encoder read texts of their own, the column 'topic': give them"):
+        loaded.generate(prompts)
+    wanted = loaded.generate(prompts, instance_texts=topics)
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    capsys.readouterr()
+    main(["predict", "--ckpt_path", str(checkpoint), "--file", str(tmp_path / "new.jsonl")])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["completions"] for row in found] == wanted
+    with pytest.raises(SystemExit):
+        main(["predict", "--ckpt_path", str(checkpoint), "--text", "the film"])
+    assert "the task reads prompt, topic: give a --file with these columns" in capsys.readouterr().err
+    other = completions(tmp_path / "data", rows)
+    with pytest.raises(LoPAError, match="instance_column: the checkpoint has 'topic', this run None"):
+        trainer(tmp_path, callbacks=[]).test(causal(tiny("llama"), **options), other, ckpt_path=checkpoint)
+    with pytest.raises(LoPAError, match="the instance encoder was trained on the column 'topic', got instance_column None"):
+        trainer(tmp_path, callbacks=[]).test(loaded, other)
+    export_bundle(checkpoint)
 
 
 def test_a_number_is_predicted_for_regression(tiny: Tiny) -> None:

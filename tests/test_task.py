@@ -23,6 +23,7 @@ def test_regression_has_one_output_and_is_scored_by_correlation() -> None:
 
 def test_named_metrics_are_the_official_ones() -> None:
     assert Task(LABELS, metrics=["matthews"]).official_metrics == ["matthews"]
+    assert Task(LABELS, metrics=[]).official_metrics == []  # the score is the negative loss
     assert Task([], metrics=["spearman"]).official_metrics == ["spearman"]
 
 

@@ -249,17 +249,25 @@ def listed_prompts(texts: Any) -> list[str | Chat]:
     return list(texts)
 
 
-def with_instances(texts: Any, instance_texts: str | Sequence[str] | None) -> tuple[list[str | Chat], list[str]]:
+def with_instances(
+    texts: Any, instance_texts: str | Sequence[str] | None, column: str | None = None
+) -> tuple[list[str | Chat], list[str]]:
     """Returns prompts as a list, and what the instance encoder reads of each.
 
     Args:
         texts: See :func:`listed_prompts`.
         instance_texts: One for each prompt; None for the texts, of a chat its last message.
+        column: Where the instance encoder read texts of its own in training, their column.
 
     Raises:
         LoPAError: See :func:`listed_prompts`; or if there is not one for each.
     """
     prompts = listed_prompts(texts)
+    if instance_texts is None and column is not None:
+        raise LoPAError(
+            f"in training the instance encoder read texts of their own, the column {column!r}: give them as "
+            "instance_texts (in a request to a gateway, instance_text)"
+        )
     given = [instance_texts] if isinstance(instance_texts, str) else instance_texts
     instances = [question(each) for each in prompts] if given is None else listed("instance_texts", given)
     if len(instances) != len(prompts):

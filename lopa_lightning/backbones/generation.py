@@ -72,8 +72,7 @@ def generation_config(
     if ours := sorted(set(given) & _OURS):
         raise LoPAError(f"generation cannot set {', '.join(ours)}: use max_new_tokens, num_samples and stop")
     sampled = _SAMPLED if given.get("do_sample") else {}
-    if not sampled:  # so that do_sample: false alone, put over settings of sampling, is greedy
-        given = {name: value for name, value in given.items() if name not in _OF_SAMPLING}
+    given = given if sampled else _greedy(given)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     ends = sorted({end for end in ends if end is not None and end < len(tokenizer)})
@@ -94,6 +93,15 @@ def generation_config(
             f"generation {given}: do_sample: true needs num_beams: 1: a sample is drawn token by token, by its own seed"
         )
     return cast(GenerationConfig, config)
+
+
+def _greedy(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options without those of sampling: ``do_sample: false`` alone, put over them, is greedy."""
+    if "do_sample" not in given and (
+        idle := [name for name, (_, unused) in _OF_SAMPLING.items() if given.get(name) not in (None, unused)]
+    ):
+        raise LoPAError(f"generation has {', '.join(idle)}, and samples only with do_sample: true; add that")
+    return {name: value for name, value in given.items() if name not in _OF_SAMPLING}
 
 
 def stop_strings(stop: Sequence[str]) -> list[str]:

@@ -94,8 +94,10 @@ class CompletionDataModule(TextDataModule):
         if (column := self.chat_column) is not None:
             if self.text_spec.tokenizer.chat_template is None:
                 raise LoPAError("the backbone's tokenizer has no chat template; give prompt and completion columns")
+            if self.instance_column is not None:
+                raise LoPAError(f"a chat's instance is its last question, got instance_column {self.instance_column!r}")
             return Messages(column, self.text_spec.chat)
-        return Columns(self.prompt_column, self.completion_column, self.instance_column, role in ("train", "val"))
+        return Columns(self.prompt_column, self.completion_column, self.instance_column, role != "predict")
 
     def named(self, set_index: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Adds the ``input`` of each row, with its ``id``, and its ``gold`` completion where it has one."""

@@ -166,8 +166,8 @@ class EncodeCompletions:
         for row in stored:
             with self._naming(row):
                 examples.append(self._in_chat(self.layout(row)))
-                if examples[-1].completion is None and self.role in ("train", "val"):
-                    raise LoPAError("it has no completion to learn")
+                if examples[-1].completion is None and self.role != "predict":
+                    raise LoPAError(f"it has no completion to {'score' if self.role == 'test' else 'learn'}")
         prompts, positions = self._prompt_ids([example.prompt for example in examples])
         answers = running_ids(self.spec.tokenizer, [example.completion or "" for example in examples], self.is_chat)
         encoded = []

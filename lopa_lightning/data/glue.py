@@ -109,9 +109,10 @@ class GLUEDataModule(TextClassificationDataModule):
     Args:
         task: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli``, ``qnli``, ``rte`` or ``wnli``.
         path: Hub id, or a folder in that layout.
-        template: In place of the task's own.
-        pair_template: Of a task with two texts: ``mask_last``, a pair with the tokenizer's separators and the mask at
-            its end; ``mask_between``, one text with the mask in its middle, as in the paper's released code.
+        template: In place of the task's own, of causal language models too unless ``causal_template`` is given.
+        pair_template: Of a task with two texts, for masked language models: ``mask_last``, a pair with the tokenizer's
+            separators and the mask at its end; ``mask_between``, one text with the mask in its middle, as in the
+            paper's released code.
         causal_template: In place of the task's own.
         splits: ``{predict: validation}`` to predict examples whose labels are public.
         **kwargs: See :class:`~lopa_lightning.data.text_classification.TextClassificationDataModule`.
@@ -139,6 +140,7 @@ class GLUEDataModule(TextClassificationDataModule):
         row = self.row = GLUE_TASKS[task]
         if splits and (set(splits) != {"predict"} or splits["predict"] not in ("validation", "test")):
             raise LoPAError(f"splits must be {{predict: validation}} or {{predict: test}} for GLUE, got {splits}")
+        own_causal = row.causal if template is None else None
         if pair_template == "mask_between" and len(row.template) == 2:
             if template is not None:
                 raise LoPAError("give template or pair_template: mask_between, not both")
@@ -154,7 +156,7 @@ class GLUEDataModule(TextClassificationDataModule):
             label_values=None,
             words=row.words or None,
             template=template or row.template,
-            causal_template=causal_template or row.causal,
+            causal_template=causal_template or own_causal,
             metrics=row.metrics,
             multi_label=False,
             per_word=False,

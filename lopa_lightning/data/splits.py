@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -101,6 +102,8 @@ class SplitsDataModule(LightningDataModule, ABC):
         reads_files = type(self).load is SplitsDataModule.load
         if (path is not None and data_files is not None) or (path is None and data_files is None and reads_files):
             raise LoPAError(f"give either path or data_files, got path={path!r} and data_files={data_files!r}")
+        if data_files is not None and (name is not None or revision is not None):
+            raise LoPAError(f"name and revision are of a path, not of data_files; got {name!r} and {revision!r}")
         if not 0 < validation_fraction < 1:
             raise LoPAError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
         if not 0 <= validation_from_train < 1:
@@ -169,7 +172,7 @@ class SplitsDataModule(LightningDataModule, ABC):
         That is one split; ``train`` again for a validation set that must be cut from it.
 
         Raises:
-            LoPAError: If there is none.
+            LoPAError: If there is none, or another split has the name of a validation set.
         """
         if role == "val" and self.validation_from_train:
             role = "train"
@@ -179,6 +182,12 @@ class SplitsDataModule(LightningDataModule, ABC):
         if split in self.raw():
             return [split]
         if role == "val" and role not in self.named_splits:
+            unread = {*map(str, self.raw())} - {*self.splits.values()}
+            if alike := sorted(name for name in unread if re.match("val|dev|eval", name)):
+                raise LoPAError(
+                    f"no split {split!r}, and {', '.join(alike)} would not be read: say splits: {{val: {alike[0]}}}, "
+                    f"or splits: {{val: {self.splits['train']}}} for a part of it"
+                )
             return [self.splits["train"]]
         raise LoPAError(f"no split {split!r} for {role}; there are {', '.join(map(str, self.raw()))}")
 

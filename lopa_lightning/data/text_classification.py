@@ -37,7 +37,8 @@ class TextClassificationDataModule(TextDataModule):
             set on the hub names itself.
         label_values: What stands in the label column for each label, where that is not its name.
         words: The verbalizer, one word for each label, for the objectives that answer with words.
-        template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone.
+        template: Text with ``{column}`` fields and ``{mask}``, one piece or two; by default the columns alone. With
+            ``objective: head`` its columns alone are read, without its wording.
         causal_template: Its wording for causal LMs.
         metrics: Official metrics, whose mean is the score.
         instance_reads: What the instance encoder reads: the text ``columns`` alone, or the ``template`` with the mask,
@@ -83,6 +84,9 @@ class TextClassificationDataModule(TextDataModule):
         self._label_values = values_of_labels(names, label_values)
         pieces = None if template is None else tuple(listed("template", template))
         self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
+        unread = sorted({*text_columns} - {*self.template.columns} - {"text"})  # which is there by default
+        if pieces is not None and unread:
+            raise LoPAError(f"template {list(pieces)} does not read {', '.join(unread)} of text_columns")
         if label_column in self.template.columns:
             raise LoPAError(f"label_column {label_column!r} must not be among the columns of text, which a model reads")
         self.causal_template = Template((causal_template,)) if causal_template is not None else None

@@ -115,7 +115,14 @@ class Sweeping:
         choices = [each if isinstance(each, list) else [each["low"], each["high"]] for each in sweep.space.values()]
         for number in range(max(map(len, choices))):  # every value once, as many as can be at a time
             values = dict(zip(sweep.space, (each[min(number, len(each) - 1)] for each in choices)))
-            overlay(self.config(values), values)
+            config = self.config(values)
+            share = config["data"].get("init_args", {}).get("validation_from_train")
+            if share and not sweep.selection_share:
+                raise LoPAError(
+                    "selection_share 0 is for the validation split itself, and data.validation_from_train "
+                    f"{share:g} would be validated on; leave one of them out"
+                )
+            overlay(config, values)
 
     def config(self, values: Values) -> Config:
         """Returns the whole configuration of a trial."""

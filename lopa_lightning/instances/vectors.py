@@ -14,7 +14,7 @@ import numpy as np
 import transformers
 from transformers import PreTrainedModel
 
-from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
+from lopa_lightning.backbones.pretrained import PretrainedSpec, commit_of
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import write_whole
 from lopa_lightning.instances.encoder import InstanceEncoder
@@ -72,7 +72,7 @@ def source_key(source: PretrainedSpec) -> str:
     how += [source.quantization] if source.quantization else []
     folder = Path(source.location())
     if not folder.is_dir():
-        how += [source.name, getattr(load_config(source), "_commit_hash", None)]
+        how += [source.name, commit_of(source)]
         if how[-1] is None:
             raise LoPAError(f"{source.name!r} has no commit to know its weights by; set instance_encoder.cache: false")
     digest = hashlib.sha256(repr(how).encode())

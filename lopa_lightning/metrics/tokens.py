@@ -32,6 +32,8 @@ class TokenAccuracy(_TokenSums):
         tensor(0.5000)
     """
 
+    higher_is_better = True
+
     def compute(self) -> Tensor:
         """Returns the share, between 0 and 1."""
         return (self.sums[2] / self.sums[1]).float()
@@ -46,6 +48,8 @@ class Perplexity(_TokenSums):
         >>> perplexity.compute()
         tensor(2.7183)
     """
+
+    higher_is_better = False
 
     def compute(self) -> Tensor:
         """Returns the exponential of the mean over all tokens."""

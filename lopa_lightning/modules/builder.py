@@ -32,7 +32,7 @@ from lopa_lightning.migrations import FORMAT
 from lopa_lightning.plain import arguments, made_class, plain, with_arguments, without_defaults
 from lopa_lightning.prompts.base import PromptEncoder, PromptEncoderFactory
 
-_SOURCE = ("name", "revision", "dtype", "attn_implementation", "trust_remote_code")  # what to load, and how
+SOURCE = ("name", "revision", "dtype", "attn_implementation", "trust_remote_code")  # what to load, and how
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Builder:
         spec, backbone = self.instance_encoder, self.backbone
         if not spec.is_backbone or not (spec.is_trained or self.train_backbone or self.adapter is not None):
             return spec
-        return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in _SOURCE})
+        return dataclasses.replace(spec, **{name: getattr(backbone, name) for name in SOURCE})
 
     @functools.cached_property
     def instance_vectors(self) -> VectorCache | None:

@@ -35,6 +35,7 @@ from lopa_lightning.modules.base import LoPALightningModule
 from lopa_lightning.modules.readouts import CompletionReadout, Readout
 from lopa_lightning.modules.scores import Share
 from lopa_lightning.modules.start import answering
+from lopa_lightning.plain import built
 from lopa_lightning.task import IGNORED, Side
 
 _ENCODER_INPUTS = ("instance", "instance_input_ids", "instance_attention_mask", "instance_token_type_ids")
@@ -86,6 +87,7 @@ class CausalLMModule(LoPALightningModule):
         self.stop = stop_strings(stop)
         self.generation_seed = generation_seed
         self.start_token = start_token
+        self.instance_column: str | None = None
         self.score_completions = score_completions
         self.exact_match = sys.maxsize if exact_match == "all" else exact_match
         self.matched, self.solved = Share(), PassAtK(sorted({1, num_samples}))
@@ -111,8 +113,9 @@ class CausalLMModule(LoPALightningModule):
         return ["exact_match"] if self.exact_match else []
 
     def task_identity(self) -> dict[str, Any]:
-        """Returns the kind of task, and whether texts start with a start token of ours."""
-        return {"objective": "completion", **({"start_token": True} if self.start_token else {})}
+        """Returns the kind of task, whether texts start with a start token of ours, and what else an encoder reads."""
+        start = {"start_token": True} if self.start_token else {}
+        return {"objective": "completion", "instance_column": self.instance_column, **start}
 
     @functools.cached_property
     def input_spec(self) -> TextSpec:
@@ -158,7 +161,7 @@ class CausalLMModule(LoPALightningModule):
         """
         at_least(1, num_samples=num_samples, batch_size=batch_size)
         ends = None if stop is None else stop_strings(stop)
-        prompts, instances = with_instances(texts, instance_texts)
+        prompts, instances = with_instances(texts, instance_texts, self.instance_column)
         check_generates(self.builder.skeleton.backbone.model)
         completions: list[list[str]] = []
         with answering(self, "generate", self.padding_sides()):
@@ -255,8 +258,10 @@ class CausalLMModule(LoPALightningModule):
         """Checks the settings of generation, and that completions may be scored, before weights are loaded.
 
         Raises:
-            LoPAError: If a setting is wrong, or scoring needs a permission that was not given.
+            LoPAError: If a setting is wrong, the instance encoder is to read other texts than in training, or scoring
+                needs a permission that was not given.
         """
+        self._take_instance_column(stage)
         super().setup(stage)
         with torch.inference_mode(False):  # what an evaluation has left that was cut short
             self.matched.reset()
@@ -273,6 +278,22 @@ class CausalLMModule(LoPALightningModule):
             scorer.check_scoring()
         if generates:
             self._room(config.max_new_tokens)
+
+    def restore(self, hparams: Mapping[str, Any]) -> None:
+        """Takes the column of what the instance encoder read in training, where that was not the prompt."""
+        self.instance_column = built(hparams.get("instance_column"), str | None, "instance_column")
+        self.hparams["instance_column"] = self.instance_column
+
+    def _take_instance_column(self, stage: str) -> None:
+        data = self._completions()
+        if data is None or not self.builder.skeleton.prompt_encoder.uses_instance:
+            return
+        trained, given = self.instance_column, data.instance_column
+        if stage != "fit" and trained is not None and given != trained:
+            raise LoPAError(
+                f"the instance encoder was trained on the column {trained!r}, got instance_column {given!r}"
+            )
+        self.instance_column = self.hparams["instance_column"] = given
 
     def padding_sides(self) -> set[Side]:
         """Says that texts to complete are padded on the left."""

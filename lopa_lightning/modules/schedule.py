@@ -208,9 +208,17 @@ def schedule(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, w
         warmup: Steps, or below 1 a share of the run.
 
     Raises:
-        LoPAError: If a warm-up is to precede a ``ReduceLROnPlateau``, which is not stepped by count.
+        LoPAError: If a warm-up is to precede a ``ReduceLROnPlateau``, which is not stepped by count; or if the
+            scheduler gives groups of unlike rates one.
     """
+    rates = {str(group["name"]): group["lr"] for group in optimizer.param_groups}
     then = None if make_scheduler is None else make_scheduler(optimizer)
+    peaks = {group.get("max_lr") for group in optimizer.param_groups}
+    if len(peaks) == 1 and None not in peaks and len({*rates.values()}) > 1:
+        raise LoPAError(
+            f"{type(then).__name__} sets the rate of all groups to max_lr {peaks.pop()}, not to learning_rates: give "
+            f"max_lr a list, of {', '.join(rates)}"
+        )
     if not isinstance(then, ReduceLROnPlateau):
         return {"scheduler": WarmUp(optimizer, then), "interval": "step"}
     if warmup:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torchmetrics import MetricCollection
 
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.pretrained import in_eval_mode
@@ -17,11 +18,13 @@ from lopa_lightning.backbones.sharding import gathered
 from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable
+from lopa_lightning.instances.encoder import InstanceEncoderSpec
+from lopa_lightning.modules.builder import SOURCE, Builder
 from lopa_lightning.modules.checkpoint_loading import check_trained
 from lopa_lightning.modules.dry_run import check_optimization
 from lopa_lightning.modules.monitors import check_monitors
 from lopa_lightning.modules.resume_check import check_restored
-from lopa_lightning.modules.schedule import check_cosine, check_warmup, monitored
+from lopa_lightning.modules.schedule import check_cosine, check_warmup
 from lopa_lightning.strategies import check_strategy
 from lopa_lightning.task import Side
 
@@ -59,6 +62,7 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     if stage == "fit" and not module.is_trainable():
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
     if stage == "fit":
+        check_encoder(module.builder)
         check_groups(module)
         if str(trainer.precision).endswith("16-true"):
             rank_zero_warn(
@@ -68,19 +72,46 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     if stage in ("test", "predict") and not module.awaits_checkpoint:
         check_learned(module, stage)
     check_folders(module.trainer, stage)
-    metrics = [str(name) for name in module.configure_metrics() or ()]
+    built = dict((module.configure_metrics() or MetricCollection([])).items())
     if stage == "fit":
         scheduler = check_optimization(module)
         check_cosine(scheduler, trainer)
-        keys = ["loss", "score", *metrics, *module.more_logged()]
+        keys = ["loss", "score", *built, *module.more_logged()]
         second = ["train/instance_loss"] if module.instance_loss else []
         logged = ["train/loss", *second, *(f"val{suffix}/{key}" for suffix in module.eval_suffixes for key in keys)]
-        check_monitors(module, monitored(scheduler), logged)
+        check_monitors(module, scheduler, logged, built)
     if (saved := module.will_load) is not None:
         ckpt.check_identity(saved[ckpt.IDENTITY_KEY], module.known_identity(), weights=False)
         check_trained(saved, module)
         check_restored(saved, module, stage)
         module.will_load = None  # its tensors need not stay in memory
+
+
+def check_encoder(builder: Builder) -> None:
+    """Refuses options of an instance encoder that is the backbone and loads as that says, and warns of unused ones.
+
+    Args:
+        builder: Of the module that is to be trained; one that was trained is loaded as it was.
+
+    Raises:
+        LoPAError: If an option on how to load the instance encoder is another than the backbone's.
+    """
+    encoder, backbone, method = builder.instance_encoder, builder.backbone, builder.skeleton.prompt_encoder
+    if not method.uses_instance:
+        if idle := [name for name in ("adapter", "trainable", "dropout", "control") if getattr(encoder, name)]:
+            unread = f"instance_encoder.{idle[0]} has no effect"
+            rank_zero_warn(f"{unread}: {type(method).__name__} makes a soft prompt without an instance")
+        return
+    lost = [name for name in ("quantization", "gradient_checkpointing") if getattr(backbone, name)]
+    if builder.encoder_spec is not encoder and lost:
+        rank_zero_warn(f"the instance encoder is a copy of the backbone, and without its {' and '.join(lost)}")
+    for name in SOURCE[1:] if encoder.is_backbone else ():
+        given, has = getattr(encoder, name), getattr(backbone, name)
+        if given not in (getattr(InstanceEncoderSpec(), name), has):
+            raise LoPAError(
+                f"instance_encoder.{name} {given} is for a model of its own, and name: backbone is loaded by "
+                f"backbone.{name} {has}; leave it out, or give the encoder the backbone's name or folder"
+            )
 
 
 def check_groups(module: LoPALightningModule) -> None:

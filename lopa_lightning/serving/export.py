@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lopa_lightning import __version__
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
+from lopa_lightning.backbones.pretrained import PretrainedSpec, commit_of
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
@@ -129,6 +129,8 @@ def export_bundle(
         acts = "module.predict" if reads_images else "module.predict and generate"
         rank_zero_warn(f"the bundle is for {acts}, not for a server: {error}")
     models = {}
+    if (names or {}).keys() - _sources(module).keys():
+        raise LoPAError("--instance_encoder: the instance encoder is the backbone, or there is none")
     for key, spec in _sources(module).items():
         name = (names or {}).get(key, spec.name)
         models[key] = name, license_of(spec)
@@ -163,7 +165,7 @@ def _config(
             continue
         if key in names:
             arguments[key]["name"] = identity[key]["name"] = names[key]
-        elif (commit := _commit(source)) is not None:  # a branch may move
+        elif (commit := commit_of(source)) is not None:  # a branch may move
             arguments[key]["revision"] = identity[key]["revision"] = commit
     tokenizers = dict.fromkeys(("backbone", "instance_encoder"))
     if isinstance(spec, TextSpec):
@@ -191,11 +193,6 @@ def _config(
         answer,
         metrics,
     )
-
-
-def _commit(source: PretrainedSpec) -> str | None:
-    """Returns the commit that a model of the hub was loaded at; None of a folder."""
-    return None if Path(source.location()).is_dir() else getattr(load_config(source), "_commit_hash", None)
 
 
 @torch.no_grad()

@@ -96,7 +96,9 @@ def answer(module: LoPALightningModule, rows: Sequence[Any], batch_size: int) ->
     """
     if isinstance(module, CausalLMModule):
         prompts = [row[_PROMPT] if _PROMPT in row else unanswered(row[CHATS]) for row in rows]
-        completions = module.generate(prompts, batch_size=batch_size)
+        column = module.instance_column
+        instances = None if column is None else [row[column] for row in rows]
+        completions = module.generate(prompts, instance_texts=instances, batch_size=batch_size)
         return [{"completions": texts} for texts in completions]
     assert isinstance(module, ClassificationModule)
     return module.predict(rows, batch_size)
@@ -126,7 +128,7 @@ def _reading(given: argparse.Namespace) -> dict[str, Any]:
 
 def _columns(module: LoPALightningModule) -> list[str]:
     if isinstance(module, CausalLMModule):
-        return [_PROMPT]
+        return [_PROMPT, *([module.instance_column] if module.instance_column is not None else [])]
     if not isinstance(module, ClassificationModule):
         raise LoPAError(f"{type(module).__name__} is no task on texts alone; give its configuration: --config FILE")
     return task_template(module.required_task()).columns

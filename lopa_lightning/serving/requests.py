@@ -150,6 +150,7 @@ class ServedPrompter:
         _check_tokenizer(bundle, self.spec, self.backbone)
         self.task = module.required_task() if isinstance(module, ClassificationModule) else None
         self.words: dict[str, int] = {}  # token of each label's word
+        self.instance_column = module.instance_column if isinstance(module, CausalLMModule) else None
         in_chat = self.facts.placement in CHAT_PLACEMENTS
         if self.task is not None:
             answer = self.spec.chat.answer_start if in_chat else None
@@ -179,7 +180,7 @@ class ServedPrompter:
             if instance_texts is not None:
                 raise LoPAError("the instance encoder of a classifier reads the rows; instance_texts is for chats")
             return self._of_rows(inputs)
-        prompts, instances = with_instances(inputs, instance_texts)
+        prompts, instances = with_instances(inputs, instance_texts, self.instance_column)
         return self._requests(prompts, {"text": instances})
 
     def _of_rows(self, texts: Any) -> list[ServedRequest]:

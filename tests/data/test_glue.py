@@ -239,8 +239,10 @@ def test_a_test_split_without_labels_cannot_be_evaluated(glue: str, text_spec: S
 def test_a_template_of_ones_own_takes_the_place_of_the_tables(glue: str, text_spec: SpecOf) -> None:
     data = prepared(glue, "sst2", text_spec, "validate", template=["Just {mask} ! {sentence}"])
     assert data.template.pieces == ("Just {mask} ! {sentence}",)
-    assert data.causal_template is not None
-    assert data.causal_template.pieces == ("{sentence} . It was {mask}",)
+    assert data.causal_template is None  # the table's would be read by causal language models in its place
+    both = GLUEDataModule("sst2", template=["Just {mask} ! {sentence}"], causal_template="{sentence} : {mask}")
+    assert both.causal_template is not None
+    assert both.causal_template.pieces == ("{sentence} : {mask}",)
 
 
 def test_an_empty_question_is_a_question(tmp_path: Path, text_spec: SpecOf) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lopa_lightning import CompletionDataModule, TextClassificationDataModule
+from lopa_lightning import CompletionDataModule, CRUXEvalDataModule, MBPPDataModule, TextClassificationDataModule
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.data.glue import GLUEDataModule
 from lopa_lightning.errors import LoPAError
@@ -165,6 +165,37 @@ def test_a_chat_that_is_none(chat: Any, message: str, text_spec: SpecOf, refused
 def test_a_chats_instance_is_its_question(refused: Refused) -> None:
     with refused("leave out messages_column or instance_column, got 'chat' and 'title'"):
         CompletionDataModule(data_files={"train": "x.csv"}, messages_column="chat", instance_column="title")
+
+
+def test_a_chats_instance_is_its_question_in_a_column_found_by_itself_too(text_spec: SpecOf, refused: Refused) -> None:
+    spec = text_spec("chat", "causal_lm")
+    files: Any = {"test": write("test.jsonl", [{"messages": [ASKED, ANSWERED], "title": "film"}])}
+    data = CompletionDataModule(data_files=files, instance_column="title")
+    data.connect(spec)
+    with refused("a chat's instance is its last question, got instance_column 'title'"):
+        data.setup("test")
+
+
+@pytest.mark.parametrize("role", ["test", "predict"])
+@pytest.mark.parametrize("completion", [{"answer": "good"}, {"completion": None}], ids=["misspelt", "null"])
+def test_a_test_without_completions_is_not_scored_as_wrong(
+    role: Any, completion: dict[str, Any], text_spec: SpecOf, refused: Refused
+) -> None:
+    data = CompletionDataModule(data_files={"test": write("test.jsonl", [{"prompt": "the film", **completion}] * 2)})
+    data.connect(text_spec("llama", "causal_lm"))
+    if role == "predict":
+        data.setup("predict")
+        assert len(data.rows("predict")) == 2
+        return
+    with refused("completion", rows=True):
+        data.setup("test")
+
+
+@pytest.mark.parametrize("option", ["prompt_column", "completion_column", "messages_column", "instance_column"])
+def test_a_benchmark_has_its_own_columns(option: str, refused: Refused) -> None:
+    for kind in (MBPPDataModule, CRUXEvalDataModule):
+        with refused(f"{kind.__name__} makes prompts by the benchmark's own layout, without {option}"):
+            kind(**{option: "text"})
 
 
 @pytest.mark.parametrize("option", ["prompt_column", "instance_column"])
@@ -477,6 +508,8 @@ def test_a_folder_has_no_revision(spec: TextSpec, refused: Refused) -> None:
         ({"causal_template": "{label} {mask}"}, "causal_template must have no columns but text, got '{label} {mask}'"),
         ({"causal_template": "{body} {mask}"}, "causal_template must have no columns but text, got '{body} {mask}'"),
         ({"text_columns": []}, "a template must be one or two pieces of text"),
+        ({"text_columns": ["title"], "template": ["{text} {mask}"]}, "does not read title of text_columns"),
+        ({"revision": "v2"}, "name and revision are of a path, not of data_files; got None and 'v2'"),
     ],
     ids=lambda value: str(value),
 )

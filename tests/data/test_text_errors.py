@@ -162,6 +162,16 @@ def test_a_split_that_is_not_there(spec: TextSpec, files: Any) -> None:
         prepared(spec, "predict", data_files=files)
 
 
+@pytest.mark.parametrize("name", ["val", "dev", "valid", "eval"])
+def test_a_validation_file_by_another_name_is_not_passed_over(spec: TextSpec, files: Any, name: str) -> None:
+    given = {"train": files["train"], name: files["validation"]}
+    with refused(f"no split 'validation', and {name} would not be read: say splits: {{val: {name}}}, or"):
+        prepared(spec, data_files=given)
+    assert prepared(spec, data_files=given, splits={"val": name}).splits_of("val") == [name]
+    held_out = prepared(spec, data_files=given, splits={"val": "train"})  # a part of it
+    assert len(held_out.datasets["val"][0]) < len(held_out.datasets["train"][0])
+
+
 def test_a_folder_that_is_not_there() -> None:
     with refused("no data found for 'no/such/folder'"):
         TextClassificationDataModule(path="no/such/folder", labels=[]).raw()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.pretrained import PretrainedSpec, load_model
+from lopa_lightning.backbones.pretrained import PretrainedSpec, commit_of, load_model
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
 from lopa_lightning.instances.vectors import VectorCache, source_key
@@ -55,18 +56,29 @@ def test_dtype_attention_and_quantization_are_part_of_the_source(tiny: Tiny) -> 
     assert len({source_key(PretrainedSpec(folder, **option)) for option in options}) == 5
 
 
-def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Config:
-        _commit_hash: str | None = None
+def on_hub(folder: str, name: str, commit: str, cache: Path) -> None:
+    """Puts a model into a cache of the hub as huggingface_hub lays it out, at the branch main."""
+    at = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, at / "snapshots" / commit, dirs_exist_ok=True)
+    (at / "refs").mkdir(exist_ok=True)
+    (at / "refs" / "main").write_text(commit)
 
-    monkeypatch.setattr("lopa_lightning.instances.vectors.load_config", lambda source: Config)
-    with pytest.raises(LoPAError, match="'someone/model' has no commit to know its weights by"):
-        source_key(PretrainedSpec("someone/model"))
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     keys = set()
-    for name, commit in (("someone/model", "a"), ("someone/model", "b"), ("another/model", "a")):
-        monkeypatch.setattr(Config, "_commit_hash", commit)
+    for name, commit in (("someone/model", "a" * 40), ("someone/model", "b" * 40), ("another/model", "a" * 40)):
+        on_hub(tiny("bert_base"), name, commit, tmp_path)
+        assert commit_of(PretrainedSpec(name)) == commit
         keys.add(source_key(PretrainedSpec(name)))
+    assert commit_of(PretrainedSpec("someone/model", revision="a" * 40)) == "a" * 40
     assert len(keys) == 3
+    assert commit_of(PretrainedSpec(tiny("bert_base"))) is None
+    with pytest.raises(LoPAError, match="no model found for 'no/body', as a folder or a reachable hub id"):
+        commit_of(PretrainedSpec("no/body"))
+    on_hub(tiny("bert_base"), "no/commit", "latest", tmp_path)
+    with pytest.raises(LoPAError, match="'no/commit' has no commit to know its weights by"):
+        source_key(PretrainedSpec("no/commit"))
 
 
 def test_which_encoder_it_is_is_read_from_the_disk(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

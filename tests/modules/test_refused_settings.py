@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -27,6 +28,7 @@ from lopa_lightning import (
     PromptTuning,
     PTuning,
 )
+from lopa_lightning.callbacks import BestCheckpoint
 from lopa_lightning.errors import LoPAError
 from tests.modules.helpers import causal, completions, module, reviews, trainer
 from tests.refusals import Refused
@@ -159,10 +161,53 @@ def test_a_setting_that_is_known_without_rows(
 
 @pytest.mark.parametrize("name", ["train/loss", "val/loss", "val/accuracy", "val/majority_share", "lr/low_rank"])
 def test_what_is_logged_may_be_monitored(name: str, tiny: Tiny, tmp_path: Path) -> None:
-    run = trainer(tmp_path, callbacks=[ModelCheckpoint(monitor=name)])
+    mode: Any = "max" if name == "val/accuracy" else "min"
+    run = trainer(tmp_path, callbacks=[ModelCheckpoint(monitor=name, mode=mode)])
     run.strategy.connect(one := module(tiny("bert")))
     run._data_connector.attach_data(one, datamodule=reviews(tmp_path))
     one.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("callback", "what"),
+    [
+        (BestCheckpoint(monitor="val/loss", mode="max"), "checkpoint monitors val/loss, whose best value is the min"),
+        (ModelCheckpoint(monitor="val/accuracy"), "checkpoint monitors val/accuracy, whose best value is the max"),
+        (EarlyStopping("val/score"), "EarlyStopping monitors val/score, whose best value is the max"),
+    ],
+)
+def test_the_worst_of_what_is_monitored_is_not_taken_for_the_best(
+    callback: Any, what: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, callbacks=[callback])
+    run.strategy.connect(one := module(tiny("bert")))
+    run._data_connector.attach_data(one, datamodule=reviews(tmp_path))
+    with pytest.raises(LoPAError, match=f"{what}; give mode: (min|max), got {callback.mode}"):
+        one.setup("fit")
+
+
+def test_a_scheduler_lowers_the_rate_by_what_got_worse(tiny: Tiny, tmp_path: Path) -> None:
+    plateau = functools.partial(ReduceLROnPlateau, monitor="val/score")
+    run = trainer(tmp_path, callbacks=[])
+    run.strategy.connect(one := module(tiny("bert"), lr_scheduler=plateau))
+    run._data_connector.attach_data(one, datamodule=reviews(tmp_path))
+    with pytest.raises(LoPAError, match=r"lr_scheduler monitors val/score, whose best value is the max; .*, got min"):
+        one.setup("fit")
+
+
+@pytest.mark.parametrize("rates", [{"shared_prompt": 3e-2, "low_rank": 1e-3}, {}])
+def test_a_scheduler_of_one_rate_for_all_groups_is_refused_where_they_have_their_own(
+    rates: dict[str, float], tiny: Tiny, tmp_path: Path
+) -> None:
+    one_cycle = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=10)
+    run = trainer(tmp_path, callbacks=[])
+    run.strategy.connect(one := module(tiny("bert"), lr_scheduler=one_cycle, learning_rates=rates))
+    run._data_connector.attach_data(one, datamodule=reviews(tmp_path))
+    if not rates:
+        one.setup("fit")
+        return
+    with pytest.raises(LoPAError, match=r"OneCycleLR sets the rate of all groups to max_lr 0.1, not to learning_rates"):
+        one.setup("fit")
 
 
 def test_callbacks_of_others_may_log_what_they_like(tiny: Tiny, tmp_path: Path) -> None:
@@ -209,6 +254,10 @@ def test_a_batch_that_has_no_room_for_the_longest_text(options: dict[str, Any], 
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, at least 1; got 2.5"),
         ({"max_new_tokens": None}, "max_new_tokens must be a whole number, at least 1; got None"),
         ({"max_new_tokens": "many"}, "generation {'max_new_tokens': 'many'}"),
+        (
+            {"temperature": 0.2, "top_p": 0.9},
+            "generation has temperature, top_p, and samples only with do_sample: true",
+        ),
         ({"num_beams": 2.5}, "num_beams must be a whole number, at least 1; got 2.5"),
         ({"do_sample": True, "temperature": -1.0}, "`temperature` (=-1.0) has to be a strictly positive float"),
         ({"do_sample": True, "temperature": 0.0}, "`temperature` (=0.0) has to be a strictly positive float"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lopa_lightning import (
     LoPALightningModule,
     NoPrompt,
     PretrainedSpec,
+    PromptTuning,
     TextClassificationDataModule,
 )
 from lopa_lightning.backbones.pretrained import PreTrainedModel
@@ -30,6 +32,7 @@ from tests.tiny import causal_tokenizer
 
 Tiny = Callable[[str], str]
 
+PromptTiny = functools.partial(PromptTuning, num_virtual_tokens=3)
 REFUSED = "nothing was trained or loaded, so {} would answer from initial values: name a checkpoint .--ckpt_path"
 AS_IT_COMES: dict[str, Any] = {"prompt_encoder": NoPrompt}
 TRAINABLE: dict[str, dict[str, Any]] = {
@@ -92,6 +95,42 @@ def test_a_backbone_as_it_comes_answers_and_is_not_fitted(
     monkeypatch.setattr("lopa_lightning.modules.builder.load_model", fail)
     with pytest.raises(LoPAError, match="nothing is trained"):
         trainer(tmp_path).fit(module(tiny("bert"), **AS_IT_COMES), data)
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "has"),
+    [("dtype", "bfloat16", "auto"), ("attn_implementation", "eager", "None"), ("revision", "v2", "None")],
+)
+def test_how_to_load_an_encoder_that_is_the_backbone_is_the_backbones_to_say(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, given: str, has: str
+) -> None:
+    encoder = InstanceEncoderSpec(trainable=True, **{option: given})  # type: ignore[arg-type]
+    with monkeypatch.context() as patched:
+        patched.setattr("lopa_lightning.modules.builder.load_model", fail)
+        with pytest.raises(LoPAError, match=f"instance_encoder.{option} {given} is .* by backbone.{option} {has};"):
+            trainer(tmp_path).fit(module(tiny("bert"), instance_encoder=encoder), reviews(tmp_path))
+    if option == "dtype":  # what the backbone says too
+        backbone = PretrainedSpec(tiny("bert"), dtype="bfloat16")
+        same = ClassificationModule(backbone=backbone, instance_encoder=encoder, prompt_encoder=LoPATiny)
+        trainer(tmp_path).fit(same, reviews(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "given", [{"trainable": True}, {"adapter": {"peft_type": "LORA", "r": 2}}, {"control": "shuffled"}]
+)
+def test_an_encoder_that_nothing_reads_is_said(tiny: Tiny, tmp_path: Path, given: dict[str, Any]) -> None:
+    model = module(tiny("bert"), prompt_encoder=PromptTiny, instance_encoder=InstanceEncoderSpec(**given))
+    said = f"instance_encoder.{next(iter(given))} has no effect: PromptTuning makes a soft prompt without an instance"
+    with pytest.warns(UserWarning, match=said):
+        trainer(tmp_path).fit(model, reviews(tmp_path))
+
+
+def test_a_copy_of_the_backbone_says_what_it_does_not_have_of_it(tiny: Tiny, tmp_path: Path) -> None:
+    backbone = PretrainedSpec(tiny("bert"), gradient_checkpointing=True)
+    encoder = InstanceEncoderSpec(trainable=True)
+    model = ClassificationModule(backbone=backbone, instance_encoder=encoder, prompt_encoder=LoPATiny)
+    with pytest.warns(UserWarning, match="is a copy of the backbone, and without its gradient_checkpointing"):
+        trainer(tmp_path).fit(model, reviews(tmp_path))
 
 
 def test_completions_are_not_generated_from_initial_values_either(tiny: Tiny) -> None:

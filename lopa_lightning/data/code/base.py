@@ -42,6 +42,10 @@ class CodeDataModule(CompletionDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        usual = {"prompt_column": "prompt", "completion_column": "completion"}
+        for name in (*usual, "messages_column", "instance_column"):
+            if getattr(self, name) != usual.get(name):
+                raise LoPAError(f"{type(self).__name__} makes prompts by the benchmark's own layout, without {name}")
         one_of("instance_reads", instance_reads, get_args(InstanceReads))
         self.instance_reads = instance_reads
         self.allow_code_execution, self.limits, self.workers = allow_code_execution, limits, workers
