@@ -143,7 +143,9 @@ def test_completions_read_the_instances_that_training_read(
     other = completions(tmp_path / "data", rows)
     with pytest.raises(LoPAError, match="instance_column: the checkpoint has 'topic', this run None"):
         trainer(tmp_path, callbacks=[]).test(causal(tiny("llama"), **options), other, ckpt_path=checkpoint)
-    with pytest.raises(LoPAError, match="the instance encoder was trained on the column 'topic', got instance_column None"):
+    with pytest.raises(
+        LoPAError, match="the instance encoder was trained on the column 'topic', got instance_column None"
+    ):
         trainer(tmp_path, callbacks=[]).test(loaded, other)
     export_bundle(checkpoint)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -155,3 +156,11 @@ def run(
     if position is not None:
         batch["prompt_position"] = position
     return backbone(prompt, batch if token_type_ids is None else {**batch, "token_type_ids": token_type_ids}, offset)
+
+
+def on_hub(folder: str, name: str, commit: str, cache: Path) -> None:
+    """Puts a model into a cache of the hub as huggingface_hub lays it out, at the branch main."""
+    at = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, at / "snapshots" / commit, dirs_exist_ok=True)
+    (at / "refs").mkdir(exist_ok=True)
+    (at / "refs" / "main").write_text(commit)

@@ -264,6 +264,17 @@ class InputKind(ABC):
             LoPAError: If the objective cannot be served.
         """
 
+    def check_instance(self, backbone: Backbone, encoder: InstanceEncoderSpec) -> None:  # noqa: B027
+        """Refuses, before it is trained with, an instance encoder that would read such inputs amiss.
+
+        Args:
+            backbone: On the meta device.
+            encoder: The instance encoder's.
+
+        Raises:
+            LoPAError: If an option of it does not go with them.
+        """
+
     @abstractmethod
     def backbone(self, model: PreTrainedModel, **settings: Any) -> Backbone:
         """Builds the backbone.

@@ -87,6 +87,18 @@ class ImageKind(InputKind):
             raise LoPAError(f"images need objective: head, got {self.objective!r}")
         check_architecture(self.spec)
 
+    def check_instance(self, backbone: Backbone, encoder: InstanceEncoderSpec) -> None:
+        """Raises a LoPAError if an encoder is to pool a token that says nothing of the whole image, or to cut it."""
+        if encoder.max_length is not None:
+            raise LoPAError("instance_encoder.max_length is of texts, and the model reads images; leave it out")
+        own = None if encoder.is_backbone else checked_shapes(encoder.pretrained(), "encoder")
+        allowed = ("cls", "mean", "max") if has_cls(backbone.body if own is None else own) else ("mean", "max")
+        if encoder.pooling not in allowed:
+            lacks = "" if "cls" in allowed else f", and {encoder.name!r} has no CLS token"
+            raise LoPAError(
+                f"instance_encoder.pooling of images must be {', '.join(allowed)}{lacks}; got {encoder.pooling!r}"
+            )
+
     def backbone(self, model: PreTrainedModel, **settings: Any) -> VisionBackbone:
         """Builds the backbone, see :class:`~lopa_lightning.backbones.vision.VisionBackbone`."""
         return VisionBackbone(model, self.processing, **settings)

@@ -160,7 +160,8 @@ def _formatted(rows: list[dict[str, Any]], format: Format) -> str:
         for row in rows
     ]
     out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(flat[0]) if flat else ["index"], lineterminator="\n")
+    names = dict.fromkeys(name for row in flat for name in row)  # not each row need have a file
+    writer = csv.DictWriter(out, fieldnames=[*names] or ["index"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()

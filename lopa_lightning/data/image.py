@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from lopa_lightning.backbones.image_spec import ImageProcessing, ImageSpec
 from lopa_lightning.data.cache import encoded_rows
 from lopa_lightning.data.columns import RowError, check_columns, row_names
+from lopa_lightning.data.image_folder import check_image_folder
 from lopa_lightning.data.image_rows import EncodeImages, ImageCollate
 from lopa_lightning.data.labels import (
     LabelLookup,
@@ -22,7 +23,7 @@ from lopa_lightning.data.labels import (
     values_of_labels,
 )
 from lopa_lightning.data.splits import Role, SplitsDataModule
-from lopa_lightning.data.types import Dataset
+from lopa_lightning.data.types import Dataset, DatasetDict
 from lopa_lightning.errors import LoPAError, at_least, listed, one_of
 from lopa_lightning.task import Task
 
@@ -90,6 +91,17 @@ class ImageClassificationDataModule(SplitsDataModule):
         """Labels and metrics; None to predict where nothing names the labels, and the model knows them."""
         labels = self.labels or names_in_data(self, self.label_column, self.multi_label)
         return None if labels is None else Task(labels, metrics=self.metrics, multi_label=self.multi_label)
+
+    def load(self) -> DatasetDict:
+        """Reads all splits, as they are stored.
+
+        Raises:
+            LoPAError: If the data is not found or cannot be read, or names in a folder decide twice on a split.
+        """
+        rows = super().load()
+        if self.path is not None and os.path.isdir(folder := os.path.expanduser(self.path)):
+            check_image_folder(os.path.abspath(folder), rows, self.image_column)
+        return rows
 
     @property
     def varies(self) -> bool:  # type: ignore[override]

@@ -91,7 +91,8 @@ def _formats() -> list[str]:
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip it: nearly all white
+    is_deep_grey = image.mode == "I" and image.format == "PPM"  # up to 65535, whatever the file's own maximum
+    if image.mode.startswith("I;16") or is_deep_grey:  # Pillow would clip it: nearly all white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ImageError("has values of 32 bits, of which nobody says what is white; save it with 8 or 16")

@@ -25,6 +25,7 @@ from lopa_lightning.modules.dry_run import check_optimization
 from lopa_lightning.modules.monitors import check_monitors
 from lopa_lightning.modules.resume_check import check_restored
 from lopa_lightning.modules.schedule import check_cosine, check_warmup
+from lopa_lightning.prompts.base import UniformTokens
 from lopa_lightning.strategies import check_strategy
 from lopa_lightning.task import Side
 
@@ -62,6 +63,7 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
     if stage == "fit" and not module.is_trainable():
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
     if stage == "fit":
+        check_init(module.builder)
         check_encoder(module.builder)
         check_groups(module)
         if str(trainer.precision).endswith("16-true"):
@@ -87,6 +89,21 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
         module.will_load = None  # its tensors need not stay in memory
 
 
+def check_init(builder: Builder) -> None:
+    """Refuses initial values of words where the backbone reads none, as one of images does.
+
+    Args:
+        builder: Of the module that is to be trained.
+
+    Raises:
+        LoPAError: If there are no words.
+    """
+    backbone = builder.skeleton.backbone
+    drawn = None if getattr(backbone, "tokenizer", None) is not None else backbone.vocabulary()
+    if isinstance(drawn, UniformTokens):
+        builder.skeleton.prompt_encoder.initialize(drawn)
+
+
 def check_encoder(builder: Builder) -> None:
     """Refuses options of an instance encoder that is the backbone and loads as that says, and warns of unused ones.
 
@@ -102,6 +119,7 @@ def check_encoder(builder: Builder) -> None:
             unread = f"instance_encoder.{idle[0]} has no effect"
             rank_zero_warn(f"{unread}: {type(method).__name__} makes a soft prompt without an instance")
         return
+    builder.kind.check_instance(builder.skeleton.backbone, builder.encoder_spec)
     lost = [name for name in ("quantization", "gradient_checkpointing") if getattr(backbone, name)]
     if builder.encoder_spec is not encoder and lost:
         rank_zero_warn(f"the instance encoder is a copy of the backbone, and without its {' and '.join(lost)}")

@@ -23,7 +23,7 @@ from lopa_lightning.errors import LoPAError, at_least, shown
 from lopa_lightning.files import check_writable, write_whole
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.modules.checkpoint_loading import checked, rebuilt
-from lopa_lightning.modules.predict import check_rows
+from lopa_lightning.modules.predict import check_rows, image_sources
 from lopa_lightning.serving.device import best_device
 from lopa_lightning.signals import stoppable
 
@@ -110,7 +110,7 @@ def _rows(module: LoPALightningModule, given: argparse.Namespace) -> Sequence[An
             raise LoPAError("the model reads images: give images, or a folder of them, as --file")
         if unread := _reading(given):
             raise LoPAError(f"--{', --'.join(unread)} is for a file of texts, and the model reads images")
-        return image_files(given.file)
+        return image_sources(image_files(given.file))
     columns = _columns(module)
     if given.text is not None:
         return _of_texts(given.text, columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,6 +247,43 @@ def test_a_broken_row_is_counted_in_the_whole_split() -> None:
         prepared(**options, labels=["0", "1"], validation_fraction=0.5)
 
 
+def one_image(*paths: str) -> None:
+    for path in paths:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colours(9, 9)).save(path)
+
+
+# datasets looks for names of splits anywhere in a path.
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["train/bus/1.png", "train/train/1.png", "test/bus/2.png", "test/train/2.png"], r"/test/train/2.png' is read"),
+        (["train/swab/1.png", "train/test strip/1.png", "test/swab/2.png"], r"/train/test strip/1.png' is read twice"),
+        (["train/a/1.png", "train_old/a/2.png", "test/a/3.png"], r"train would have the images of train, train_old"),
+    ],
+)
+def test_the_first_folder_alone_says_which_split_an_image_is_in(paths: list[str], message: str) -> None:
+    one_image(*(f"images/{path}" for path in paths))
+    with pytest.raises(LoPAError, match=message):
+        ImageClassificationDataModule(path="images").raw()
+
+
+def test_images_that_are_not_read_are_counted() -> None:
+    write_images("images")
+    for number in range(2):
+        Image.fromarray(colours(9, 9)).save(f"images/train/cat/{number}.mpo", "MPO")
+    with pytest.warns(UserWarning, match=r"2 images in '.*images' are in no split that is read, such as '.*cat/0.mpo'"):
+        ImageClassificationDataModule(path="images").raw()
+
+
+def test_folders_in_which_no_name_is_a_splits_have_one() -> None:
+    one_image("flat/cat/1.png", "flat/dog/1.png", "below/data/train/cat/1.png", "below/data/test/cat/2.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert ImageClassificationDataModule(path="flat").raw().num_rows == {"train": 2}
+        assert ImageClassificationDataModule(path="below").raw().num_rows == {"train": 1, "test": 1}
+
+
 def test_columns_that_hold_no_images_or_no_labels(text_spec: SpecOf) -> None:
     content = [saved(Image.fromarray(colours(8, 8)))] * 2
     options = parquet("test.parquet", content, ["a", "b"])
@@ -411,6 +449,12 @@ def test_predictions_name_their_files(tiny: Tiny, tmp_path: Path) -> None:
     assert [Path(row["file"]).resolve() for row in rows] == [path.resolve() for path in files_of("images", "test")]
     assert [row["index"] for row in rows] == list(range(12))
     assert all(row["label"] in LABELS for row in rows)
+    # Only some rows of a Parquet file name one.
+    images = pa.array([{"bytes": saved(Image.fromarray(colours(9, 9))), "path": path} for path in (None, "b.png")])
+    pq.write_table(pa.table({"image": images}), "some.parquet")
+    some = ImageClassificationDataModule(data_files={"predict": "some.parquet"})
+    trainer(tmp_path, callbacks=[PredictionWriter(folder="csv", format="csv")]).predict(module, some)
+    assert Path("csv/predictions.csv").read_text().splitlines()[2].endswith(",b.png")
     # Images of no class, as a flat folder: the model knows the labels.
     flat = Path("new/images")
     flat.mkdir(parents=True)

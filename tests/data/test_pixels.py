@@ -131,6 +131,13 @@ def test_what_is_read_in_memory(tmp_path: Any) -> None:
             read_image(wrong)
 
 
+@pytest.mark.parametrize("maximum", [255, 4095, 65535])
+def test_grey_of_more_than_8_bits_is_read_by_its_upper_8(maximum: int) -> None:
+    values = np.array([[0, maximum // 2, maximum]])
+    content = f"P5 3 1 {maximum}\n".encode() + values.astype(">u2" if maximum > 255 else "u1").tobytes()
+    np.testing.assert_array_equal(read(content)[0, :, 0], [0, 127, 255])
+
+
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is no image of the formats AVIF, BMP"),
     "a text": (b"<svg/>", "is no image of the formats"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lopa_lightning.backbones.pretrained import PretrainedSpec, commit_of, load_
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
 from lopa_lightning.instances.vectors import VectorCache, source_key
-from tests.tiny import TEXT, save_tiny
+from tests.tiny import TEXT, on_hub, save_tiny
 
 Tiny = Callable[[str], str]
 
@@ -54,14 +53,6 @@ def test_dtype_attention_and_quantization_are_part_of_the_source(tiny: Tiny) -> 
     options: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"attn_implementation": "eager"}]
     options += [{"quantization": {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}} for bits in (4, 8)]
     assert len({source_key(PretrainedSpec(folder, **option)) for option in options}) == 5
-
-
-def on_hub(folder: str, name: str, commit: str, cache: Path) -> None:
-    """Puts a model into a cache of the hub as huggingface_hub lays it out, at the branch main."""
-    at = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, at / "snapshots" / commit, dirs_exist_ok=True)
-    (at / "refs").mkdir(exist_ok=True)
-    (at / "refs" / "main").write_text(commit)
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from lopa_lightning import (
 from lopa_lightning.cli import main
 from lopa_lightning.data.splits import SplitsDataModule
 from lopa_lightning.errors import LoPAError
+from tests.modules.helpers import trainer
 from tests.tiny_images import LAYERS, SIDE, WIDTH, save_vision, vision_model
 
 M, CLASSES, H = 3, 4, 5
@@ -179,6 +180,37 @@ def test_what_cannot_be_right_is_refused(
 
     with pytest.raises(LoPAError, match=message):
         check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "siglip",
+            {"pooling": "cls"},
+            r"must be mean, max, and 'backbone' has no CLS token; got 'cls'",
+        ),
+        ("vit", {"pooling": "last"}, r"pooling of images must be cls, mean, max; got 'last'"),
+        ("vit", {"max_length": 3}, r"instance_encoder.max_length is of texts"),
+        ("vit", None, r"init='text' needs a backbone with a vocabulary"),
+    ],
+)
+def test_what_would_read_images_amiss_is_refused_before_weights_are_read(
+    kind: str,
+    options: dict[str, Any] | None,
+    message: str,
+    folder: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("lopa_lightning.modules.builder.load_model")
+    given: dict[str, Any] = {"head_pooling": "patches", "prompt_encoder": functools.partial(LoPA, **SIZES)}
+    if options is None:
+        given["prompt_encoder"] = functools.partial(PromptTuning, init="text", init_text="a film")
+    else:
+        given["instance_encoder"] = InstanceEncoderSpec(**options)
+    with pytest.raises(LoPAError, match=message):
+        trainer(tmp_path).fit(module(folder(kind), **given), ShadesDataModule())
 
 
 class ShadesDataModule(SplitsDataModule):

@@ -138,6 +138,9 @@ def test_the_command_answers_for_an_image(
     same([found], wanted)
     monkeypatch.delattr(builder, "load_model")  # what follows is refused before weights are read
     with pytest.raises(SystemExit):
+        main(["predict", "--ckpt_path", str(trained), "--file", "images/test/eel/2.png", "none.png"])
+    assert "none.png" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main(["predict", "--ckpt_path", str(trained), "--text", "a cat"])
     assert "the model reads images: give images, or a folder of them, as --file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
