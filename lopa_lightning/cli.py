@@ -198,11 +198,15 @@ class LoPACLI(LightningCLI):
         return f"{given}: {said}" if given else said
 
     def before_instantiate_classes(self) -> None:
-        """Refuses a checkpoint that is wrong before anything is built or loaded."""
+        """Refuses a checkpoint that is wrong before anything is built or loaded, and says where runs go."""
         self._saved = None
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
+        logger, usual = config.trainer.logger, _TRAINER_DEFAULTS["logger"]["init_args"]["save_dir"]
+        is_usual = isinstance(logger, Namespace) and (logger.get("init_args") or {}).get("save_dir") == usual
+        if config.trainer.default_root_dir and is_usual:
+            logger.init_args.save_dir = config.trainer.default_root_dir
         kinds = {"best": config.checkpoint, "last": config.last_checkpoint}
         if config.get("ckpt_path") in kinds:
             config.ckpt_path = self._newest(config, kinds[config.ckpt_path])

@@ -297,3 +297,12 @@ def test_a_claim_of_another_process_is_an_error(tmp_path: Path) -> None:
         other.join()
     assert other.exitcode == 0
     claim.release()
+
+
+def test_runs_go_below_the_root_folder_that_is_given(command: Command) -> None:
+    main(command("--trainer.default_root_dir=out", "--trainer.max_steps=1"))
+    main(command("--trainer.default_root_dir=out", "--trainer.logger.save_dir=logs", "--trainer.max_steps=1"))
+    assert [Path("out/lopa/version_0/checkpoints/last.ckpt").exists(), Path("logs/lopa/version_0").is_dir()] == [
+        True
+    ] * 2
+    assert not Path("runs").exists()
