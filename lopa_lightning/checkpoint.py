@@ -26,7 +26,7 @@ from lopa_lightning.plain import with_arguments, with_defaults
 from lopa_lightning.prompts.base import PromptEncoder
 
 _MODELS = ("backbone", "instance_encoder")
-_LATER = {"instance_template", "instance_column"}  # of a task, which earlier checkpoints do not say
+_LATER = {"instance_template"}  # of a task, which earlier checkpoints do not say
 _SAMPLED_VALUES = 16
 _SHOWN = 6
 

@@ -59,7 +59,8 @@ def test_a_checkpoint_resumes(folder: Path, name: str, tmp_path: Path) -> None:
     again = LoPALightningModule.load_from_checkpoint(tmp_path / "last.ckpt")
     for key, value in again.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    assert again.hparams == {**LoPALightningModule.load_from_checkpoint(path).hparams}
+    said = {key: value for key, value in again.hparams.items() if key != "instance_column"}  # which is said since
+    assert said == {**LoPALightningModule.load_from_checkpoint(path).hparams}
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8"])

@@ -378,7 +378,7 @@ def test_a_start_token_stands_before_what_is_generated_too(with_start: str, monk
         )
     ((without,), _), ((with_token,), _) = asked
     assert with_token == [module.input_spec.tokenizer.bos_token_id, *without]
-    assert module.task_identity() == {"objective": "completion", "instance_column": None, "start_token": True}
+    assert module.task_identity() == {"objective": "completion", "start_token": True}
 
 
 def test_a_start_token_that_there_is_not_is_refused_before_weights_are_loaded(

@@ -129,7 +129,7 @@ def test_completions_read_the_instances_that_training_read(
     loaded = LoPALightningModule.load_from_checkpoint(checkpoint)
     assert isinstance(loaded, CausalLMModule)
     prompts, topics = [row["prompt"] for row in rows[:2]], [row["topic"] for row in rows[:2]]
-    with pytest.raises(LoPAError, match="the instance encoder read texts of their own, the column 'topic': give them"):
+    with pytest.warns(UserWarning, match="the column 'topic', and reads the prompts now: give these texts as instance"):
         loaded.generate(prompts)
     wanted = loaded.generate(prompts, instance_texts=topics)
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
@@ -141,13 +141,22 @@ def test_completions_read_the_instances_that_training_read(
         main(["predict", "--ckpt_path", str(checkpoint), "--text", "the film"])
     assert "the task reads prompt, topic: give a --file with these columns" in capsys.readouterr().err
     other = completions(tmp_path / "data", rows)
-    with pytest.raises(LoPAError, match="instance_column: the checkpoint has 'topic', this run None"):
-        trainer(tmp_path, callbacks=[]).test(causal(tiny("llama"), **options), other, ckpt_path=checkpoint)
-    with pytest.raises(
-        LoPAError, match="the instance encoder was trained on the column 'topic', got instance_column None"
-    ):
-        trainer(tmp_path, callbacks=[]).test(loaded, other)
-    export_bundle(checkpoint)
+    read = r"in training the instance encoder read texts of their own, the column 'topic'; got .*instance_column None"
+    for model, path in ((causal(tiny("llama"), **options), checkpoint), (loaded, None)):
+        with pytest.raises(LoPAError, match=read):
+            trainer(tmp_path, callbacks=[]).test(model, other, ckpt_path=path)
+    renamed = [{**row, "subject": row["topic"]} for row in rows]
+    others = completions(tmp_path / "renamed", renamed, instance_column="subject")
+    trainer(tmp_path, callbacks=[]).test(loaded, others, verbose=False)
+    assert loaded.instance_column == "topic"
+    assert export_bundle(checkpoint).config.module["init_args"]["instance_column"] == "topic"
+    # A module that goes on with other data reads what that data says.
+    trainer(tmp_path / "on").fit(loaded, other)
+    again = LoPALightningModule.load_from_checkpoint(tmp_path / "on" / "last.ckpt")
+    assert isinstance(again, CausalLMModule)
+    assert again.instance_column is None
+    with pytest.raises(LoPAError, match=r"in training the instance encoder read the prompt; got .* 'topic'"):
+        trainer(tmp_path, callbacks=[]).test(again, data)
 
 
 def test_a_number_is_predicted_for_regression(tiny: Tiny) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
@@ -264,9 +265,9 @@ def with_instances(
     """
     prompts = listed_prompts(texts)
     if instance_texts is None and column is not None:
-        raise LoPAError(
-            f"in training the instance encoder read texts of their own, the column {column!r}: give them as "
-            "instance_texts (in a request to a gateway, instance_text)"
+        rank_zero_warn(
+            f"in training the instance encoder read texts of their own, the column {column!r}, and reads the prompts "
+            "now: give these texts as instance_texts, or instance_text in a request"
         )
     given = [instance_texts] if isinstance(instance_texts, str) else instance_texts
     instances = [question(each) for each in prompts] if given is None else listed("instance_texts", given)

@@ -98,9 +98,13 @@ def generation_config(
 def _greedy(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns options without those of sampling: ``do_sample: false`` alone, put over them, is greedy."""
     if "do_sample" not in given and (
-        idle := [name for name, (_, unused) in _OF_SAMPLING.items() if given.get(name) not in (None, unused)]
+        idle := [
+            name
+            for name, (_, unused) in _OF_SAMPLING.items()
+            if given.get(name) not in (None, unused, {"temperature": 0, "top_k": 1}.get(name))  # which mean greedy
+        ]
     ):
-        raise LoPAError(f"generation has {', '.join(idle)}, and samples only with do_sample: true; add that")
+        rank_zero_warn(f"generation has {', '.join(idle)} without do_sample: true, and is greedy")
     return {name: value for name, value in given.items() if name not in _OF_SAMPLING}
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
-
-import pyarrow.compute as pc
 
 from lopa_lightning.backbones.image_spec import ImageProcessing, ImageSpec
 from lopa_lightning.data.cache import encoded_rows
 from lopa_lightning.data.columns import RowError, check_columns, row_names
-from lopa_lightning.data.image_folder import check_image_folder
+from lopa_lightning.data.image_folder import check_image_folder, image_paths
 from lopa_lightning.data.image_rows import EncodeImages, ImageCollate
 from lopa_lightning.data.labels import (
     LabelLookup,
@@ -100,7 +98,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         """
         rows = super().load()
         if self.path is not None and os.path.isdir(folder := os.path.expanduser(self.path)):
-            check_image_folder(os.path.abspath(folder), rows, self.image_column)
+            check_image_folder(os.path.realpath(folder), rows, self.image_column)
         return rows
 
     @property
@@ -156,7 +154,7 @@ class ImageClassificationDataModule(SplitsDataModule):
         """Adds the ``file`` of each image that has one."""
         split = self.splits_of("predict")[set_index]
         files = self._files(self.load_split(split, "predict"), split, split)
-        paths = [path for path, _ in _paths(files, self.image_column)]
+        paths = [path for path, _ in image_paths(files, self.image_column)]
         return [
             row if paths[row["index"]] is None else {"index": row["index"], "file": paths[row["index"]], **row}
             for row in rows
@@ -220,14 +218,6 @@ def _placed(rows: Mapping[str, list[Any]], column: str, folder: str) -> dict[str
     return {column: [None if name is None else os.path.join(folder, name) for name in rows[column]]}
 
 
-def _paths(files: Dataset, column: str) -> Iterator[tuple[str | None, bool]]:
-    """Yields the path of each row's image, and whether its content is there; it is not read."""
-    for table in files.select_columns([column]).with_format("arrow").iter(10_000):
-        for chunk in table[column].chunks:
-            has_content = pc.is_valid(pc.struct_field(chunk, "bytes")).to_pylist()
-            yield from zip(pc.struct_field(chunk, "path").to_pylist(), has_content)
-
-
 def _versions(files: Dataset, column: str, what: str) -> list[tuple[int, int]]:
     """Returns the size and time of each file that rows name.
 
@@ -235,7 +225,7 @@ def _versions(files: Dataset, column: str, what: str) -> list[tuple[int, int]]:
         LoPAError: If one is not there.
     """
     found = []
-    for path, has_content in _paths(files, column):
+    for path, has_content in image_paths(files, column):
         if path is not None and not has_content:
             try:
                 stat = os.stat(path)

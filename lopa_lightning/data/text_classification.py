@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lopa_lightning.data.labels import (
     LabelLookup,
     check_shots,
@@ -86,7 +88,7 @@ class TextClassificationDataModule(TextDataModule):
         self.template = plain_template(listed("text_columns", text_columns)) if pieces is None else Template(pieces)
         unread = sorted({*text_columns} - {*self.template.columns} - {"text"})  # which is there by default
         if pieces is not None and unread:
-            raise LoPAError(f"template {list(pieces)} does not read {', '.join(unread)} of text_columns")
+            rank_zero_warn(f"template {list(pieces)} does not read {', '.join(unread)} of text_columns")
         if label_column in self.template.columns:
             raise LoPAError(f"label_column {label_column!r} must not be among the columns of text, which a model reads")
         self.causal_template = Template((causal_template,)) if causal_template is not None else None

@@ -102,6 +102,8 @@ class SpanScore(Metric):
         tensor(0.6667)
     """
 
+    higher_is_better = True
+
     right: Tensor
     predicted: Tensor
     wanted: Tensor

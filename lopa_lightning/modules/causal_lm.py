@@ -27,6 +27,7 @@ from lopa_lightning.backbones.sharding import check_equal, is_sharded
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import cut_left, padded
+from lopa_lightning.data.code.base import CodeDataModule
 from lopa_lightning.data.completion import CompletionDataModule
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.metrics.pass_at_k import PassAtK
@@ -113,9 +114,8 @@ class CausalLMModule(LoPALightningModule):
         return ["exact_match"] if self.exact_match else []
 
     def task_identity(self) -> dict[str, Any]:
-        """Returns the kind of task, whether texts start with a start token of ours, and what else an encoder reads."""
-        start = {"start_token": True} if self.start_token else {}
-        return {"objective": "completion", "instance_column": self.instance_column, **start}
+        """Returns the kind of task, and whether texts start with a start token of ours."""
+        return {"objective": "completion", **({"start_token": True} if self.start_token else {})}
 
     @functools.cached_property
     def input_spec(self) -> TextSpec:
@@ -281,19 +281,35 @@ class CausalLMModule(LoPALightningModule):
 
     def restore(self, hparams: Mapping[str, Any]) -> None:
         """Takes the column of what the instance encoder read in training, where that was not the prompt."""
-        self.instance_column = built(hparams.get("instance_column"), str | None, "instance_column")
-        self.hparams["instance_column"] = self.instance_column
+        if "instance_column" in hparams:  # earlier checkpoints do not say
+            self._set_instance_column(built(hparams["instance_column"], str | None, "instance_column"))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses also a checkpoint whose instance encoder read other texts than the data's."""
+        super().on_load_checkpoint(checkpoint)
+        self._check_instances(checkpoint[ckpt.HYPERPARAMETERS])
+
+    def _set_instance_column(self, column: str | None) -> None:
+        self.instance_column = self.hparams["instance_column"] = column
 
     def _take_instance_column(self, stage: str) -> None:
+        if self.will_load is not None:
+            self._check_instances(self.will_load[ckpt.HYPERPARAMETERS])
+        elif stage != "fit":
+            self._check_instances(self.hparams)
+        if stage == "fit" and (data := self._completions()) is not None:
+            reads = self.builder.skeleton.prompt_encoder.uses_instance
+            self._set_instance_column(data.instance_column if reads else None)
+
+    def _check_instances(self, trained: Mapping[str, Any]) -> None:
+        """Raises a LoPAError if the data's instances are the prompts, and those of training were not, or vice versa."""
         data = self._completions()
-        if data is None or not self.builder.skeleton.prompt_encoder.uses_instance:
+        if "instance_column" not in trained or data is None or isinstance(data, CodeDataModule):
             return
-        trained, given = self.instance_column, data.instance_column
-        if stage != "fit" and trained is not None and given != trained:
-            raise LoPAError(
-                f"the instance encoder was trained on the column {trained!r}, got instance_column {given!r}"
-            )
-        self.instance_column = self.hparams["instance_column"] = given
+        was, given = trained["instance_column"], data.instance_column
+        if (was is None) != (given is None) and self.builder.skeleton.prompt_encoder.uses_instance:
+            read = "the prompt" if was is None else f"texts of their own, the column {was!r}"
+            raise LoPAError(f"in training the instance encoder read {read}; got data.instance_column {given!r}")
 
     def padding_sides(self) -> set[Side]:
         """Says that texts to complete are padded on the left."""

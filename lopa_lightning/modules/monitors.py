@@ -36,7 +36,9 @@ def check_monitors(
         LoPAError: If a name is none of these, nor of those that our callbacks log; or if its mode is the other one.
     """
     ways = {name: metric.higher_is_better for name, metric in metrics.items() if metric.higher_is_better is not None}
-    better = {name: "max" if way else "min" for name, way in {"loss": False, "score": True, **ways}.items()}
+    known = {"loss": False, "score": True, "exact_match": True, "pearson": True, "spearman": True, **ways}
+    ends = {name: "max" if way else "min" for name, way in known.items()}
+    better = {name: ends[end] for name in logged if (end := name.rpartition("/")[2]) in ends}
     plateau = monitored(scheduler)
     check_mode("lr_scheduler", plateau, getattr(scheduler, "mode", None), better)
     trainer: Any = module.trainer
@@ -49,8 +51,8 @@ def check_monitors(
     always = logged if trainer.limit_val_batches else [name for name in logged if not name.startswith("val")]
     check_monitor(plateau, always)
     for callback in trainer.callbacks:  # without validation, Lightning warns that no checkpoint is kept by it
-        known = logged if isinstance(callback, ModelCheckpoint) else always
-        check_monitor(getattr(callback, "monitor", None), known)
+        names = logged if isinstance(callback, ModelCheckpoint) else always
+        check_monitor(getattr(callback, "monitor", None), names)
 
 
 def check_mode(what: str, name: str | None, mode: str | None, better: Mapping[str, str]) -> None:
@@ -60,12 +62,12 @@ def check_mode(what: str, name: str | None, mode: str | None, better: Mapping[st
         what: What monitors it.
         name: The name of what is monitored.
         mode: Whether ``max`` or ``min`` of it is taken as best.
-        better: Which of them is, for what a name ends with.
+        better: Which of them is, by name.
 
     Raises:
         LoPAError: If that is the other one.
     """
-    wanted = better.get(str(name).rpartition("/")[2])
+    wanted = better.get(str(name))
     if wanted is not None and mode != wanted:
         raise LoPAError(f"{what} monitors {name}, whose best value is the {wanted}; give mode: {wanted}, got {mode}")
 

@@ -216,8 +216,8 @@ def schedule(optimizer: Optimizer, make_scheduler: LRSchedulerCallable | None, w
     peaks = {group.get("max_lr") for group in optimizer.param_groups}
     if len(peaks) == 1 and None not in peaks and len({*rates.values()}) > 1:
         raise LoPAError(
-            f"{type(then).__name__} sets the rate of all groups to max_lr {peaks.pop()}, not to learning_rates: give "
-            f"max_lr a list, of {', '.join(rates)}"
+            f"{type(then).__name__} sets the rates of all groups to max_lr {peaks.pop()}, not to learning_rates: give "
+            f"max_lr a list with a rate for each of {', '.join(rates)}, or learning_rates that are alike"
         )
     if not isinstance(then, ReduceLROnPlateau):
         return {"scheduler": WarmUp(optimizer, then), "interval": "step"}

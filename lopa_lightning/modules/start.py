@@ -64,7 +64,7 @@ def check_before_weights(module: LoPALightningModule, stage: str) -> None:
         raise LoPAError("nothing is trained: choose a prompt encoder, objective: head, adapter or train_backbone")
     if stage == "fit":
         check_init(module.builder)
-        check_encoder(module.builder)
+        check_encoder(module)
         check_groups(module)
         if str(trainer.precision).endswith("16-true"):
             rank_zero_warn(
@@ -104,15 +104,18 @@ def check_init(builder: Builder) -> None:
         builder.skeleton.prompt_encoder.initialize(drawn)
 
 
-def check_encoder(builder: Builder) -> None:
+def check_encoder(module: LoPALightningModule) -> None:
     """Refuses options of an instance encoder that is the backbone and loads as that says, and warns of unused ones.
 
     Args:
-        builder: Of the module that is to be trained; one that was trained is loaded as it was.
+        module: That is to be trained; a run that goes on is as it began.
 
     Raises:
         LoPAError: If an option on how to load the instance encoder is another than the backbone's.
     """
+    builder = module.builder
+    if module.will_load is not None:
+        return
     encoder, backbone, method = builder.instance_encoder, builder.backbone, builder.skeleton.prompt_encoder
     if not method.uses_instance:
         if idle := [name for name in ("adapter", "trainable", "dropout", "control") if getattr(encoder, name)]:

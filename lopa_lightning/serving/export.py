@@ -116,6 +116,8 @@ def export_bundle(
         raise LoPAError(f"{type(module).__name__} is no task on texts or images, of which bundles are made")
     if reads_images and texts is not None:
         raise LoPAError("--text goes with a model of texts, and this one reads images")
+    if (names or {}).keys() - _sources(module).keys():
+        raise LoPAError("--instance_encoder: the instance encoder is the backbone, or there is none")
     state = {name: value for name, value in module.state_dict().items() if not name.startswith(ckpt.OF_TRAINING)}
     tensors = {name: value.detach().cpu() for name, value in state.items()}
     bundle = Bundle(_config(module, names or {}, metrics_in(saved)), tensors, "", [])
@@ -129,8 +131,6 @@ def export_bundle(
         acts = "module.predict" if reads_images else "module.predict and generate"
         rank_zero_warn(f"the bundle is for {acts}, not for a server: {error}")
     models = {}
-    if (names or {}).keys() - _sources(module).keys():
-        raise LoPAError("--instance_encoder: the instance encoder is the backbone, or there is none")
     for key, spec in _sources(module).items():
         name = (names or {}).get(key, spec.name)
         models[key] = name, license_of(spec)

@@ -257,15 +257,23 @@ def one_image(*paths: str) -> None:
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (["train/bus/1.png", "train/train/1.png", "test/bus/2.png", "test/train/2.png"], r"/test/train/2.png' is read"),
-        (["train/swab/1.png", "train/test strip/1.png", "test/swab/2.png"], r"/train/test strip/1.png' is read twice"),
+        (
+            ["train/bus/1.png", "train/train/1.png", "test/bus/2.png", "test/train/2.png"],
+            r"/test/train/2.png' would be in the splits train and test",
+        ),
+        (
+            ["train/swab/1.png", "train/test strip/1.png", "test/swab/2.png"],
+            r"/train/test strip/1.png' would be in the splits",
+        ),
         (["train/a/1.png", "train_old/a/2.png", "test/a/3.png"], r"train would have the images of train, train_old"),
     ],
 )
 def test_the_first_folder_alone_says_which_split_an_image_is_in(paths: list[str], message: str) -> None:
     one_image(*(f"images/{path}" for path in paths))
-    with pytest.raises(LoPAError, match=message):
-        ImageClassificationDataModule(path="images").raw()
+    os.symlink("images", "link")
+    for path in ("images", "link"):
+        with pytest.raises(LoPAError, match=message):
+            ImageClassificationDataModule(path=path).raw()
 
 
 def test_images_that_are_not_read_are_counted() -> None:
@@ -282,6 +290,11 @@ def test_folders_in_which_no_name_is_a_splits_have_one() -> None:
         warnings.simplefilter("error", UserWarning)
         assert ImageClassificationDataModule(path="flat").raw().num_rows == {"train": 2}
         assert ImageClassificationDataModule(path="below").raw().num_rows == {"train": 1, "test": 1}
+        one_image("files/train_1.png", "files/train_2.png", "files/test_1.png")
+        assert ImageClassificationDataModule(path="files").raw().num_rows == {"train": 2, "test": 1}
+        one_image("twice/train/1.png")  # a row each for two labels
+        Path("twice/train/metadata.csv").write_text("file_name,label\n1.png,a\n1.png,b\n")
+        assert ImageClassificationDataModule(path="twice").raw().num_rows == {"train": 2}
 
 
 def test_columns_that_hold_no_images_or_no_labels(text_spec: SpecOf) -> None:

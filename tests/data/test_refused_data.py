@@ -191,6 +191,12 @@ def test_a_test_without_completions_is_not_scored_as_wrong(
         data.setup("test")
 
 
+def test_a_column_that_a_template_leaves_out_is_said() -> None:
+    options: dict[str, Any] = {"text_columns": ["text", "title"], "template": ["{text} {mask}"]}
+    with pytest.warns(UserWarning, match="does not read title of text_columns"):
+        TextClassificationDataModule(data_files={"train": "a.csv"}, labels=["bad", "good"], **options)
+
+
 @pytest.mark.parametrize("option", ["prompt_column", "completion_column", "messages_column", "instance_column"])
 def test_a_benchmark_has_its_own_columns(option: str, refused: Refused) -> None:
     for kind in (MBPPDataModule, CRUXEvalDataModule):
@@ -508,7 +514,6 @@ def test_a_folder_has_no_revision(spec: TextSpec, refused: Refused) -> None:
         ({"causal_template": "{label} {mask}"}, "causal_template must have no columns but text, got '{label} {mask}'"),
         ({"causal_template": "{body} {mask}"}, "causal_template must have no columns but text, got '{body} {mask}'"),
         ({"text_columns": []}, "a template must be one or two pieces of text"),
-        ({"text_columns": ["title"], "template": ["{text} {mask}"]}, "does not read title of text_columns"),
         ({"revision": "v2"}, "name and revision are of a path, not of data_files; got None and 'v2'"),
     ],
     ids=lambda value: str(value),

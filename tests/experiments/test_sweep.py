@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,13 @@ def test_settings_are_ranked_by_their_mean_over_seeds() -> None:
     assert table[0] == ["r", "score", "sd", "runs"]
     complete = [["2", "0.9000", "–", "1"], ["1", "0.6000", f"{0.2 / 2**0.5:.4f}", "2"]]
     assert table[2:] == [*complete, ["3", "1.0000", "–", "1 of 2"]]  # with a failed seed after all others
+
+
+def test_the_validation_split_itself_is_not_asked_for_beside_a_part_of_train(tmp_path: Path, configs: Configs) -> None:
+    given = replace(options(tmp_path, configs, {"model.init_args.warmup": [0, 1]}), selection_share=0)
+    Sweeping(given)
+    with pytest.raises(LoPAError, match=r"data.validation_from_train 0.3 would be validated on; leave one of them out"):
+        Sweeping(given, ["--data.init_args.validation_from_train=0.3"])
 
 
 @pytest.mark.sampled(2)

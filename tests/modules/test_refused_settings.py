@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import ReduceLROnPlateau
+from transformers import AutoTokenizer
 
 from lopa_lightning import (
     IDPG,
@@ -28,6 +30,7 @@ from lopa_lightning import (
     PromptTuning,
     PTuning,
 )
+from lopa_lightning.backbones.generation import generation_config
 from lopa_lightning.callbacks import BestCheckpoint
 from lopa_lightning.errors import LoPAError
 from tests.modules.helpers import causal, completions, module, reviews, trainer
@@ -206,7 +209,7 @@ def test_a_scheduler_of_one_rate_for_all_groups_is_refused_where_they_have_their
     if not rates:
         one.setup("fit")
         return
-    with pytest.raises(LoPAError, match=r"OneCycleLR sets the rate of all groups to max_lr 0.1, not to learning_rates"):
+    with pytest.raises(LoPAError, match=r"OneCycleLR sets the rates of all groups to max_lr 0.1, not"):
         one.setup("fit")
 
 
@@ -214,7 +217,8 @@ def test_callbacks_of_others_may_log_what_they_like(tiny: Tiny, tmp_path: Path) 
     class Own(Callback):
         pass
 
-    run = trainer(tmp_path, callbacks=[ModelCheckpoint(monitor="val/own"), Own()])
+    of_own = [ModelCheckpoint(monitor="val/own"), EarlyStopping("brier/score", mode="min"), Own()]
+    run = trainer(tmp_path, callbacks=of_own)
     run.strategy.connect(one := module(tiny("bert")))
     run._data_connector.attach_data(one, datamodule=reviews(tmp_path))
     one.setup("fit")
@@ -254,10 +258,6 @@ def test_a_batch_that_has_no_room_for_the_longest_text(options: dict[str, Any], 
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, at least 1; got 2.5"),
         ({"max_new_tokens": None}, "max_new_tokens must be a whole number, at least 1; got None"),
         ({"max_new_tokens": "many"}, "generation {'max_new_tokens': 'many'}"),
-        (
-            {"temperature": 0.2, "top_p": 0.9},
-            "generation has temperature, top_p, and samples only with do_sample: true",
-        ),
         ({"num_beams": 2.5}, "num_beams must be a whole number, at least 1; got 2.5"),
         ({"do_sample": True, "temperature": -1.0}, "`temperature` (=-1.0) has to be a strictly positive float"),
         ({"do_sample": True, "temperature": 0.0}, "`temperature` (=0.0) has to be a strictly positive float"),
@@ -273,6 +273,19 @@ def test_a_setting_of_generation(generation: dict[str, Any], message: str, tiny:
     model, data = tiny("llama"), completions(Path("data"))
     with refused(message):
         trainer(Path("data"), callbacks=[]).test(causal(model, generation=generation), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"temperature": 0.2, "top_p": 0.9}, True), ({"temperature": 0.0, "top_k": 1}, False), ({"top_p": 1.0}, False)],
+)
+def test_settings_of_sampling_without_sampling_are_said(given: dict[str, Any], said: bool, tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert not generation_config(given, tokenizer, None).do_sample
+    wanted = ["generation has temperature, top_p without do_sample: true, and is greedy"] * said
+    assert [str(each.message) for each in found] == wanted
 
 
 @pytest.mark.parametrize(

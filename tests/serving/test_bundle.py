@@ -190,6 +190,12 @@ def test_options_that_would_be_passed_over_are_refused(
     assert said in capsys.readouterr().err
 
 
+def test_a_hub_id_of_an_encoder_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE)
+    with pytest.raises(LoPAError, match="--instance_encoder: the instance encoder is the backbone, or there is none"):
+        export_bundle("format_1/prompt_tuning.ckpt", names={"instance_encoder": "me/encoder"})
+
+
 def test_what_ends_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
     bundle = export_bundle("format_1/lopa.ckpt")
