@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
 from lopa_lightning.backbones.headers import check_files, check_weights, weight_files
@@ -121,19 +120,6 @@ def load_config(spec: PretrainedSpec) -> PretrainedConfig:
     if (layers := getattr(config, "num_hidden_layers", 1)) < 1:
         raise LoPAError(f"the config of {spec.name!r} has {layers} layers; there must be at least 1")
     return config
-
-
-def commit_of(spec: PretrainedSpec) -> str | None:
-    """Returns the commit of the hub that a model's files are from; None of a folder, or where none is known.
-
-    Raises:
-        LoPAError: If there is no such model.
-    """
-    if Path(spec.location()).is_dir():
-        return None
-    load_config(spec)  # says what is wrong with a name; the file is in the hub's cache then
-    commit: str | None = extract_commit_hash(cached_file(spec.location(), "config.json", revision=spec.revision), None)
-    return commit
 
 
 def load_tokenizer(spec: PretrainedSpec) -> PreTrainedTokenizerBase:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import transformers
 from transformers import PreTrainedModel
+from transformers.utils import cached_file, extract_commit_hash
 
-from lopa_lightning.backbones.pretrained import PretrainedSpec, commit_of
+from lopa_lightning.backbones.pretrained import PretrainedSpec, load_config
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import write_whole
 from lopa_lightning.instances.encoder import InstanceEncoder
@@ -85,3 +86,16 @@ def source_key(source: PretrainedSpec) -> str:
                     file.seek(int(start))
                     digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def commit_of(spec: PretrainedSpec) -> str | None:
+    """Returns the commit of the hub that a model's files are from; None of a folder, or where none is known.
+
+    Raises:
+        LoPAError: If there is no such model.
+    """
+    if Path(spec.location()).is_dir():
+        return None
+    load_config(spec)  # says what is wrong with a name; the file is in the hub's cache then
+    commit: str | None = extract_commit_hash(cached_file(spec.location(), "config.json", revision=spec.revision), None)
+    return commit

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from lopa_lightning import __version__
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.pretrained import PretrainedSpec, commit_of
+from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
 from lopa_lightning.command_line.parser import Options, UsageError
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_new
+from lopa_lightning.instances.vectors import commit_of
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
 from lopa_lightning.modules.predict import batches, check_rows, row_encoder
 from lopa_lightning.plain import without_defaults

@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lopa_lightning import checkpoint as ckpt
-from lopa_lightning.backbones.pretrained import PretrainedSpec, commit_of, load_model
+from lopa_lightning.backbones.pretrained import PretrainedSpec, load_model
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.instances.encoder import InstanceEncoder, InstanceEncoderSpec
-from lopa_lightning.instances.vectors import VectorCache, source_key
+from lopa_lightning.instances.vectors import VectorCache, commit_of, source_key
 from tests.tiny import TEXT, on_hub, save_tiny
 
 Tiny = Callable[[str], str]
