@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -90,14 +91,11 @@ class ImageClassificationDataModule(SplitsDataModule):
         labels = self.labels or names_in_data(self, self.label_column, self.multi_label)
         return None if labels is None else Task(labels, metrics=self.metrics, multi_label=self.multi_label)
 
-    def load(self) -> DatasetDict:
-        """Reads all splits, as they are stored.
-
-        Raises:
-            LoPAError: If the data is not found or cannot be read, or names in a folder decide twice on a split.
-        """
-        rows = super().load()
-        if self.path is not None and os.path.isdir(folder := os.path.expanduser(self.path)):
+    @functools.cached_property
+    def _raw(self) -> DatasetDict:
+        rows = super()._raw
+        reads_folder = type(self).load is SplitsDataModule.load and self.path is not None
+        if reads_folder and os.path.isdir(folder := os.path.expanduser(str(self.path))):
             check_image_folder(os.path.realpath(folder), rows, self.image_column)
         return rows
 

@@ -276,6 +276,11 @@ def test_the_first_folder_alone_says_which_split_an_image_is_in(paths: list[str]
             ImageClassificationDataModule(path=path).raw()
 
 
+def test_data_that_nobody_names_is_asked_for() -> None:
+    with pytest.raises(LoPAError, match="give either path or data_files, got path=None and data_files=None"):
+        ImageClassificationDataModule()
+
+
 def test_images_that_are_not_read_are_counted() -> None:
     write_images("images")
     for number in range(2):
