@@ -26,9 +26,10 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
     Args:
         lengths: Tokens of each example, virtual ones included.
         batch_size: Examples of a batch of one process, unless ``batch_tokens`` is given.
-        shuffle: False to go through the examples once, each on exactly one process, always in the same order of
-            batches: not by length, so that the first few stand for all. A batch is then also cut where there would be
-            much padding, and has one example more where a process would have none otherwise.
+        shuffle: False to go through the examples once, each on exactly one process, always in the same order:
+            batches not by length, and a batch's examples not as the data has them, which may be sorted by class. So
+            the first few batches stand for all. A batch is then also cut where there would be much padding, and has
+            one example more where a process would have none otherwise.
         num_replicas: Number of processes.
         rank: This process.
         seed: Of the shuffling.
@@ -108,7 +109,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         if self.batch_tokens is None:
             return -(-self.num_samples // self.batch_size)
         random = np.random.default_rng([self.seed])
-        return len(self._cut(self._sorted(random, self._NOISE)))
+        return len(self._cut(self._sorted(self._rows, random, self._NOISE)))
 
     def _training_steps(self, random: np.random.Generator) -> list[Rows]:
         if self.batch_tokens is None:
@@ -117,9 +118,9 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
             sizes = [step] * full
             if rest:  # anywhere, or the shortest texts would always be the ones with few companions
                 sizes.insert(int(random.integers(full + 1)), rest)
-            return np.split(self._sorted(random, self._NOISE), np.cumsum(sizes)[:-1])
+            return np.split(self._sorted(self._rows, random, self._NOISE), np.cumsum(sizes)[:-1])
         noise = self._NOISE
-        while len(steps := self._cut(self._sorted(random, noise))) > self._count:
+        while len(steps := self._cut(self._sorted(self._rows, random, noise))) > self._count:
             noise = noise / 2 if noise > self._NOISE / 4 else 0.0  # sorted exactly, there are never more
         sizes = [len(step) for step in steps]
         while len(steps) < self._count:
@@ -129,10 +130,10 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
             sizes[largest : largest + 1] = [half, sizes[largest] - half]
         return steps
 
-    def _sorted(self, random: np.random.Generator, noise: float) -> Rows:
+    def _sorted(self, rows: Rows, random: np.random.Generator, noise: float) -> Rows:
         """Sorts the longest first; those of the same length in any order."""
-        rows = self._rows[random.permutation(self.total_size)]
-        seeming = self.lengths[rows] * (1 + noise * random.random(self.total_size))
+        rows = rows[random.permutation(len(rows))]
+        seeming = self.lengths[rows] * (1 + noise * random.random(len(rows)))
         order: Rows = rows[np.argsort(-seeming, kind="stable")]
         return order
 
@@ -155,7 +156,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
 
     def _evaluation_steps(self) -> list[Rows]:
         world = self.num_replicas
-        steps = self._cut(np.argsort(-self.lengths, kind="stable"))
+        steps = self._cut(self._sorted(np.arange(len(self.lengths)), np.random.default_rng(0), 0.0))
         wanted = world - len(steps[-1])
         if wanted <= 0 or len(steps) == 1:
             return steps

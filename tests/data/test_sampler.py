@@ -140,7 +140,7 @@ def test_an_example_that_is_larger_than_the_budget_is_an_error() -> None:
 def test_evaluation_on_two_processes_with_room_for_one_example_each_is_an_error() -> None:
     with pytest.raises(LoPAError, match="no room for two of the shortest examples, so that 3 cannot be dealt out to 2"):
         LengthGroupedSampler([9, 9, 9], shuffle=False, num_replicas=2, batch_tokens=10)
-    assert epoch_of([9, 9, 9], shuffle=False, replicas=2, batch_size=1) == [[[0, 2]], [[1]]]
+    assert epoch_of([9, 9, 9], shuffle=False, replicas=2, batch_size=1) == [[[2, 1]], [[0]]]
 
 
 # Order
@@ -150,7 +150,7 @@ def test_evaluation_does_not_change_with_the_epoch() -> None:
     lengths = [9, 7, 8, 9, 7]
     first = epoch_of(lengths, shuffle=False, batch_size=2)
     assert epoch_of(lengths, shuffle=False, epoch=5, seed=9, batch_size=2) == first
-    assert sorted(first[0]) == [[0, 3], [2, 1], [4]]
+    assert sorted(first[0]) == [[1], [2, 4], [3, 0]]
 
 
 def test_the_first_evaluation_batches_stand_for_all() -> None:
@@ -158,6 +158,15 @@ def test_the_first_evaluation_batches_stand_for_all() -> None:
     (batches,) = epoch_of(lengths, shuffle=False, batch_size=4)
     assert 150 < np.mean(batches[:20]) < 250
     assert all(max(batch) - min(batch) == 3 for batch in batches)
+
+
+def test_evaluation_batches_mix_classes_of_data_sorted_by_class() -> None:
+    classes = np.repeat(np.arange(10), 40)  # as a folder of images for each class gives them
+    (batches,) = epoch_of([1] * 400, shuffle=False, batch_size=20)
+    assert [len(batch) for batch in batches] == [20] * 20
+    assert min(len(set(classes[batch])) for batch in batches) >= 7
+    neighbours = [classes[one] == classes[other] for batch in batches for one, other in itertools.pairwise(batch)]
+    assert np.mean(neighbours) < 0.15
 
 
 def test_an_evaluation_batch_ends_where_there_would_be_much_padding() -> None:
