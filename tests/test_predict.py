@@ -13,8 +13,10 @@ import torch
 
 from lopa_lightning import CausalLMModule, InstanceEncoderSpec, LoPALightningModule, PromptTuning, Task, Verbalizer
 from lopa_lightning.cli import main
+from lopa_lightning.data import CRUXEvalDataModule
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.export import export_bundle
+from tests.mini_code import write_mini_cruxeval
 from tests.modules.helpers import causal, completions, module, reviews, trainer, with_own_encoder
 
 Tiny = Callable[[str], str]
@@ -141,7 +143,7 @@ def test_completions_read_the_instances_that_training_read(
         main(["predict", "--ckpt_path", str(checkpoint), "--text", "the film"])
     assert "the task reads prompt, topic: give a --file with these columns" in capsys.readouterr().err
     other = completions(tmp_path / "data", rows)
-    read = r"in training the instance encoder read texts of their own, the column 'topic'; got .*instance_column None"
+    read = r"the instance encoder read texts of their own, the column 'topic'; by .*instance_column .* the prompt"
     for model, path in ((causal(tiny("llama"), **options), checkpoint), (loaded, None)):
         with pytest.raises(LoPAError, match=read):
             trainer(tmp_path, callbacks=[]).test(model, other, ckpt_path=path)
@@ -155,7 +157,7 @@ def test_completions_read_the_instances_that_training_read(
     again = LoPALightningModule.load_from_checkpoint(tmp_path / "on" / "last.ckpt")
     assert isinstance(again, CausalLMModule)
     assert again.instance_column is None
-    with pytest.raises(LoPAError, match=r"in training the instance encoder read the prompt; got .* 'topic'"):
+    with pytest.raises(LoPAError, match=r"the instance encoder read the prompt; by .* it would read 'topic'"):
         trainer(tmp_path, callbacks=[]).test(again, data)
 
 
@@ -252,6 +254,35 @@ def test_the_command_reads_a_table_as_it_is_told(
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="1 of 1 rows were dropped"):
         main([*predict, "--sep", ";", "--drop_empty"])
     assert "new.csv: each of the 1 rows has an empty cell" in capsys.readouterr().err
+
+
+def test_questions_of_a_benchmark_are_asked_for_beside_its_prompts(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_mini_cruxeval(tmp_path / "data")
+    options: dict[str, Any] = {
+        "instance_encoder": InstanceEncoderSpec(tiny("bert_base")),
+        "generation": {"max_new_tokens": 3},
+    }
+    trained = causal(tiny("llama"), score_completions=False, **options)
+    data = CRUXEvalDataModule(path=path, max_length=300, batch_size=2)
+    trainer(tmp_path).fit(trained, data)
+    checkpoint = tmp_path / "last.ckpt"
+    loaded = LoPALightningModule.load_from_checkpoint(checkpoint)
+    assert isinstance(loaded, CausalLMModule)
+    example = data.layout("test")(data.rows("test")[0])
+    wanted = loaded.generate([example.prompt], instance_texts=[example.instance])
+    row = {"prompt": example.prompt, "question": example.instance}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n")
+    capsys.readouterr()
+    main(["predict", "--ckpt_path", str(checkpoint), "--file", str(tmp_path / "new.jsonl")])
+    assert [row["completions"] for row in lines(capsys)] == wanted
+    with pytest.raises(SystemExit):
+        main(["predict", "--ckpt_path", str(checkpoint), "--text", example.prompt])
+    assert "the task reads prompt, question: give a --file with these columns" in capsys.readouterr().err
+    whole = CRUXEvalDataModule(path=path, max_length=300, instance_reads="prompt")
+    with pytest.raises(LoPAError, match=r"'question'; by data\.instance_reads it would read the prompt"):
+        trainer(tmp_path, callbacks=[]).test(loaded, whole)
 
 
 def test_the_command_completes(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,11 @@ class CompletionDataModule(TextDataModule):
         return [self.prompt_column, self.completion_column, *([self.instance_column] if self.instance_column else [])]
 
     @property
+    def instance_source(self) -> str | None:
+        """The column of what the instance encoder reads, or a word for what it is; None where it reads the prompt."""
+        return self.instance_column
+
+    @property
     def chat_column(self) -> str | None:
         """The column of chats; None where prompts and completions have one each."""
         if self.messages_column is not None:

@@ -299,17 +299,21 @@ class CausalLMModule(LoPALightningModule):
             self._check_instances(self.hparams)
         if stage == "fit" and (data := self._completions()) is not None:
             reads = self.builder.skeleton.prompt_encoder.uses_instance
-            self._set_instance_column(data.instance_column if reads else None)
+            self._set_instance_column(data.instance_source if reads else None)
 
     def _check_instances(self, trained: Mapping[str, Any]) -> None:
         """Raises a LoPAError if the data's instances are the prompts, and those of training were not, or vice versa."""
         data = self._completions()
-        if "instance_column" not in trained or data is None or isinstance(data, CodeDataModule):
+        if "instance_column" not in trained or data is None:
             return
-        was, given = trained["instance_column"], data.instance_column
+        was, given = trained["instance_column"], data.instance_source
+        if was is None and isinstance(data, CodeDataModule):  # earlier checkpoints say so of questions, too
+            return
         if (was is None) != (given is None) and self.builder.skeleton.prompt_encoder.uses_instance:
+            option = "instance_reads" if isinstance(data, CodeDataModule) else "instance_column"
             read = "the prompt" if was is None else f"texts of their own, the column {was!r}"
-            raise LoPAError(f"in training the instance encoder read {read}; got data.instance_column {given!r}")
+            would = "the prompt" if given is None else f"{given!r}"
+            raise LoPAError(f"in training the instance encoder read {read}; by data.{option} it would read {would}")
 
     def padding_sides(self) -> set[Side]:
         """Says that texts to complete are padded on the left."""

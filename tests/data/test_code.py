@@ -44,6 +44,7 @@ def test_the_docstring_prompt_is_built_from_the_problems_code_and_tests(tmp_path
         "    import math\n    LIMIT = 3\n    def helper(a):\n        return a\n    return helper(x) + LIMIT"
     )
     assert example.instance == example.prompt
+    assert data.instance_source is None
     space: dict[str, Any] = {}
     exec(example.prompt + example.completion, space)
     assert space["f"](1) == 4

@@ -50,6 +50,11 @@ class CodeDataModule(CompletionDataModule):
         self.instance_reads = instance_reads
         self.allow_code_execution, self.limits, self.workers = allow_code_execution, limits, workers
 
+    @property
+    def instance_source(self) -> str | None:
+        """``question``, or None where the instance encoder reads the whole prompt."""
+        return "question" if self.instance_reads == "question" else None
+
     @abstractmethod
     def program(self, row: dict[str, Any], completion: str) -> str:
         """Returns the program that passes if a completion is right.

@@ -166,6 +166,11 @@ class MBPPDataModule(CodeDataModule):
         super().__init__(path=path, name="full", **kwargs)
         self.style, self.division, self.num_shots = style, division, num_shots
 
+    @property
+    def instance_source(self) -> str | None:
+        """``question``; None where the instance encoder reads the whole prompt, as of a docstring always."""
+        return None if self.style == "docstring" else super().instance_source
+
     def load(self) -> DatasetDict:
         """Reads the problems and divides them."""
         from datasets import concatenate_datasets
