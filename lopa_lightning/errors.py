@@ -67,15 +67,24 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
         raise LoPAError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def at_least(bound: int, **values: int | None) -> None:
+def at_least(bound: int, **values: float | None) -> None:
     """Refuses arguments, by their names, that are less than a bound; None is none.
 
     Raises:
         LoPAError: If one is; the message names it.
     """
     for name, value in values.items():
-        if value is not None and value < bound:
+        if value is not None and not value >= bound:  # as of NaN
             raise LoPAError(f"{name} must be at least {bound}, got {value}")
+
+
+def is_unicode(text: str) -> bool:
+    """Returns whether tokenizers take a text: not with half a character, as Python reads bytes of another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def listed(name: str, values: Iterable[Any]) -> list[Any]:

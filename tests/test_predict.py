@@ -299,6 +299,9 @@ def test_the_command_completes(tiny: Tiny, tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["predict", "--ckpt_path", str(tmp_path / "last.ckpt"), "--text", ""])
     assert capsys.readouterr().err == "error: column 'prompt' is empty in row 0 (counted from 0)\n"  # before weights
+    with pytest.raises(SystemExit):
+        main(["predict", "--ckpt_path", str(tmp_path / "last.ckpt"), "--text", "caf\udce9"])  # as of Latin-1
+    assert capsys.readouterr().err == "error: column 'prompt' is not Unicode in row 0 (counted from 0)\n"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from lightning.pytorch import seed_everything
 from torch.nn import functional as F
 
-from lopa_lightning import ClassificationModule, InstanceEncoderSpec, LoPALightningModule, TextClassificationDataModule
+from lopa_lightning import (
+    ClassificationModule,
+    InstanceEncoderSpec,
+    LoPALightningModule,
+    LoPAPrompter,
+    TextClassificationDataModule,
+)
 from lopa_lightning.cli import main
 from lopa_lightning.data.word_rows import word_rows
 from lopa_lightning.errors import LoPAError
@@ -313,6 +319,12 @@ def test_it_learns_resumes_predicts_and_is_a_bundle(
     again: Any = LoPALightningModule.load_from_checkpoint("bundle")
     assert again.predict([["the", "great", "film"]]) == whole.predict([["the", "great", "film"]])
     assert bundle.rows[0]["labels"] == whole.predict("the great film")[0]["labels"]
+    assert bundle.prompts is not None
+    prompter = LoPAPrompter(bundle)
+    for row in ("the great film", [["the", "great", "film"]], {"tokens": ["the", "great", "film"]}):
+        torch.testing.assert_close(prompter(row), bundle.prompts, rtol=0, atol=1e-6)
+    with pytest.raises(LoPAError, match="column 'tokens' has an empty word in row 0"):
+        prompter([["a", ""]])
 
 
 def test_loss_outputs_and_probabilities_are_those_of_each_words_state(tiny: Tiny) -> None:

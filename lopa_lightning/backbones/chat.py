@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.tokens import running_ids
-from lopa_lightning.errors import LoPAError, listed, one_line, shown
+from lopa_lightning.errors import LoPAError, is_unicode, listed, one_line, shown
 
 PLACEHOLDER = "<prompt_embeds>"
 """Stands for the soft prompt in a rendered chat. vLLM's own, which it takes in no text."""
@@ -228,7 +228,8 @@ def listed_prompts(texts: Any) -> list[str | Chat]:
         texts: A text, a chat (a list of messages), or a list of either.
 
     Raises:
-        LoPAError: If there is something else among them, or an empty text, or a chat without a question.
+        LoPAError: If there is something else among them, or an empty text, or one that is not Unicode, or a chat
+            without a question.
 
     Example:
         >>> listed_prompts("Hello"), listed_prompts([{"role": "user", "content": "Hello"}])
@@ -247,7 +248,14 @@ def listed_prompts(texts: Any) -> list[str | Chat]:
                 "a prompt must be a text, or a chat: a list of {role, content} whose last message asks; "
                 f"prompt {place} is {shown(prompt)}"
             )
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        _check_unicode("text", place, [each.get("content") or "" for each in messages])
     return list(texts)
+
+
+def _check_unicode(name: str, place: int, texts: Sequence[str]) -> None:
+    if wrong := [text for text in texts if not is_unicode(text)]:
+        raise LoPAError(f"a text must be Unicode, without half a character; {name} {place} is {shown(wrong[0])}")
 
 
 def with_instances(
@@ -273,6 +281,8 @@ def with_instances(
     instances = [question(each) for each in prompts] if given is None else listed("instance_texts", given)
     if len(instances) != len(prompts):
         raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
+    for place, text in enumerate(instances):
+        _check_unicode("instance text", place, [text])
     return prompts, instances
 
 

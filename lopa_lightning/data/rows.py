@@ -10,6 +10,7 @@ from lopa_lightning.data.cache import Encoder
 from lopa_lightning.data.columns import ColumnError, is_empty
 from lopa_lightning.data.labels import LabelLookup, encoded_labels
 from lopa_lightning.data.template import Tokenize
+from lopa_lightning.errors import is_unicode
 
 
 class RowEncoder(Encoder, Protocol):
@@ -46,7 +47,9 @@ def fault_of(text: Any, allow_empty: bool = False) -> str | None:
         return "must hold texts"
     if not allow_empty and is_empty(text):
         return "is empty"
-    return "has a NUL character" if "\0" in (text or "") else None
+    if "\0" in (text or ""):
+        return "has a NUL character"
+    return None if is_unicode(text or "") else "is not Unicode"
 
 
 def check_texts(texts: Mapping[str, Sequence[Any]], allow_empty: bool = False) -> None:

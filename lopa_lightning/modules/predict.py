@@ -22,6 +22,7 @@ from lopa_lightning.data.rows import RowEncoder, fault_of
 from lopa_lightning.data.task_rows import rows_of, task_encoder, task_template
 from lopa_lightning.data.word_rows import fault_of_words, word_rows
 from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.task import Task
 
 if TYPE_CHECKING:
     from lopa_lightning.modules.classification import ClassificationModule
@@ -46,10 +47,24 @@ def row_encoder(module: ClassificationModule, texts: Any) -> tuple[RowEncoder, d
     spec, task = module.input_spec, module.required_task()
     if not isinstance(spec, TextSpec):
         raise LoPAError("predict reads texts, and this module another kind of input; use a Trainer and its data module")
+    rows = given_rows(task, texts)
+    return task_encoder(task, spec), rows
+
+
+def given_rows(task: Task, texts: Any) -> dict[str, list[Any]]:
+    """Returns the rows that a user gives for a task, by column.
+
+    Args:
+        task: With a template.
+        texts: See :func:`~lopa_lightning.data.task_rows.rows_of`; where each word has a label also lists of words.
+
+    Raises:
+        LoPAError: If a row has not the task's texts.
+    """
     columns = task_template(task).columns
     rows = rows_of(word_rows(texts, columns[0]) if task.per_word else texts, columns)
     check_rows(rows, fault_of_words if task.per_word else fault_of)
-    return task_encoder(task, spec), rows
+    return rows
 
 
 def check_rows(rows: dict[str, list[Any]], fault_in: Callable[[Any], str | None] = fault_of) -> None:

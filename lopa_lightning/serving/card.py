@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +17,14 @@ from huggingface_hub import ModelCardData
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.bundle_file import BundleConfig
+from lopa_lightning.errors import LoPAError, shown
+from lopa_lightning.plain import built
 
 LIBRARY = "lopa-lightning"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _SERVED = "A vLLM server of the backbone takes the soft prompts: `vllm serve {name} --enable-prompt-embeds`. {how}"
 _IN_CHATS = "`LoPAClient` of LoPA Lightning puts them into chat messages."
+_QUANTISED = " The backbone was quantised in training: the server must quantise it alike, or it answers otherwise."
 _WHOLE = "`LoPAClient` of LoPA Lightning sends them with the embeddings of the whole text to its `/v1/completions`."
 _BODY = """# A soft prompt for {backbone}
 
@@ -87,7 +91,7 @@ def _serving(config: BundleConfig, backbone: str, unserved: str | None) -> str:
     if unserved:
         return f"Not by an inference server: {unserved}."
     how = _IN_CHATS if config.prompt.placement in CHAT_PLACEMENTS else _WHOLE
-    return _SERVED.format(name=backbone, how=how)
+    return _SERVED.format(name=backbone, how=how) + (_QUANTISED if config.identity.get("quantization") else "")
 
 
 def _metadata(
@@ -158,7 +162,7 @@ def run_facts(path: Path) -> dict[str, Any]:
         path: The checkpoint.
     """
     for folder in (path.parent, path.parent.parent):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, LookupError):
             data = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]
             options = data.get("init_args") or {}
             name = str(data["class_path"]).rpartition(".")[2]
@@ -171,10 +175,16 @@ def run_facts(path: Path) -> dict[str, Any]:
 
 
 def metrics_in(saved: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of the run's best validation, as far as a checkpoint knows them."""
+    """Returns the metrics of the run's best validation, as far as a checkpoint knows them.
+
+    Raises:
+        LoPAError: If they are no finite numbers.
+    """
     summary = saved.get("callbacks", {}).get("FitSummary")
-    best = summary.get("best") if isinstance(summary, Mapping) else None
-    return {str(key): float(value) for key, value in (best or {}).items()}
+    best = built(summary.get("best") if isinstance(summary, Mapping) else None, dict[str, float] | None, "best") or {}
+    if wrong := [name for name, value in best.items() if not math.isfinite(value)]:
+        raise LoPAError(f"the checkpoint's best validation has {shown(wrong[0], str)} {best[wrong[0]]}")
+    return best
 
 
 def _is_hub_id(name: str) -> bool:

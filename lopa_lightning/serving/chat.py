@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from lopa_lightning.command_line.parser import Options
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.modules import CausalLMModule, LoPALightningModule
 from lopa_lightning.serving.device import best_device
 from lopa_lightning.signals import stoppable
@@ -33,6 +33,7 @@ def main(args: Sequence[str]) -> None:
         LoPAError: If the checkpoint cannot be used, or is none of a language model.
     """
     given = options().parse_args(args)
+    at_least(1, max_new_tokens=given.max_new_tokens)
     with stoppable():
         module = LoPALightningModule.load_from_checkpoint(given.ckpt_path)
         if not isinstance(module, CausalLMModule):

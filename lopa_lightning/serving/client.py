@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,8 @@ from lopa_lightning.serving.streams import AsyncCheckedStream, CheckedStream, st
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
+
+_AT_ONCE = 16  # requests that are made at a time, for each that is sent at a time
 
 
 class _Client:
@@ -50,8 +52,11 @@ class _Client:
 
     def _requests(
         self, method: str, prompts: Any, instance_texts: Any = None, options: Mapping[str, Any] | None = None
-    ) -> list[ServedRequest]:
-        """Makes the requests of a method, if it is the one that goes with the bundle; ``map`` goes with two."""
+    ) -> Iterator[list[ServedRequest]]:
+        """Makes the requests of a method, if it is the one that goes with the bundle; ``map`` goes with two.
+
+        All are checked at once, and some made at a time: with the embeddings of a long text each takes megabytes.
+        """
         check_options(options or {}, ("stream",) if method == "map" else ())
         placement = self.served.facts.placement
         right, why = "chat" if placement in CHAT_PLACEMENTS else "complete", f"text, with placement {placement!r}"
@@ -59,10 +64,12 @@ class _Client:
             right, why = "classify", "label words"
         if method != right and (method != "map" or right == "classify"):
             raise LoPAError(f"the bundle answers with {why}; use {right} in place of {method}")
+        if method in ("map", "classify"):
+            return self.served.blocks(prompts, instance_texts, _AT_ONCE * self.max_inflight)
         found = self.served.requests(prompts, instance_texts)
-        if method in ("chat", "complete") and len(found) != 1:
+        if len(found) != 1:
             raise LoPAError(f"{method} takes one text or one chat, got {len(found)}; use map for several")
-        return found
+        return iter([found])
 
     def _call(self, request: ServedRequest, options: Mapping[str, Any]) -> Callable[[], Any]:
         """What sends a request by the client of the ``openai`` package."""
@@ -197,17 +204,17 @@ class LoPAClient(_Client):
     def _asked(
         self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
     ) -> Any:
-        (request,) = self._requests(method, prompt, instance_text, options)
+        ((request,),) = self._requests(method, prompt, instance_text, options)
         self._find_model()
         if stream:
             shows, streamed = stream_options(options)
             return CheckedStream(self._send(request, {**options, **streamed}), request, shows)
         return self._answer(request, options)
 
-    def _each(self, answer: Callable[[ServedRequest], Any], requests: Sequence[ServedRequest]) -> list[Any]:
+    def _each(self, answer: Callable[[ServedRequest], Any], blocks: Iterator[list[ServedRequest]]) -> list[Any]:
         self._find_model()
-        with ThreadPoolExecutor(self.max_inflight) as pool:
-            return list(pool.map(answer, requests))  # which cancels the others after an error
+        with ThreadPoolExecutor(self.max_inflight) as pool:  # whose map cancels the others after an error
+            return [each for block in blocks for each in pool.map(answer, block)]
 
     def _find_model(self) -> None:
         if self.model is None:
@@ -271,7 +278,7 @@ class AsyncLoPAClient(_Client):
     async def _asked(
         self, method: str, prompt: Any, instance_text: str | None, stream: bool, options: Mapping[str, Any]
     ) -> Any:
-        (request,) = await asyncio.to_thread(self._requests, method, prompt, instance_text, options)
+        ((request,),) = await asyncio.to_thread(self._requests, method, prompt, instance_text, options)
         await self._find_model()
         if stream:
             shows, streamed = stream_options(options)
@@ -279,21 +286,23 @@ class AsyncLoPAClient(_Client):
         return await self._answer(request, options)
 
     async def _each(
-        self, answer: Callable[[ServedRequest], Awaitable[Any]], requests: Sequence[ServedRequest]
+        self, answer: Callable[[ServedRequest], Awaitable[Any]], blocks: Iterator[list[ServedRequest]]
     ) -> list[Any]:
-        room = asyncio.Semaphore(self.max_inflight)
+        room, found = asyncio.Semaphore(self.max_inflight), list[Any]()
         await self._find_model()
 
         async def one(request: ServedRequest) -> Any:
             async with room:
                 return await answer(request)
 
-        tasks = [asyncio.ensure_future(one(request)) for request in requests]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+        while block := await asyncio.to_thread(next, blocks, None):
+            tasks = [asyncio.ensure_future(one(request)) for request in block]
+            try:
+                found += await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+        return found
 
     async def _find_model(self) -> None:
         if self.model is None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lopa_lightning.backbones.pretrained import load_config
 from lopa_lightning.command_line.parser import Options
-from lopa_lightning.errors import LoPAError, one_line, shown
+from lopa_lightning.errors import LoPAError, at_least, one_line, shown
 from lopa_lightning.serving.bundle import Bundle
 from lopa_lightning.serving.client import LoPAClient, chosen_model
 from lopa_lightning.serving.labels import word_logprobs, word_options
@@ -50,6 +50,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", required=True, help="folder of a bundle, or its hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a bundle on the hub")
     parser.add_argument("--api_key", help="of the server")
+    parser.add_argument("--model", help="what the server calls the backbone (default: it is asked)")
+    parser.add_argument("--max_prompt_bytes", type=int, default=MOST_BYTES, help="of a soft prompt (default: 1 MiB)")
     return parser
 
 
@@ -64,9 +66,12 @@ def main(args: Sequence[str]) -> None:
         SystemExit: With status 1 if a check fails.
     """
     given, has_failed = options().parse_args(args), False
+    at_least(1, max_prompt_bytes=given.max_prompt_bytes)
     with stoppable():
-        served = ServedPrompter(Bundle.from_pretrained(given.bundle, given.revision))
-        for finding in findings(LoPAClient(given.upstream, served, given.api_key, max_retries=0, timeout=_TIMEOUT)):
+        bundle = Bundle.from_pretrained(given.bundle, given.revision)
+        served = ServedPrompter(bundle, max_prompt_bytes=given.max_prompt_bytes)
+        asking: dict[str, Any] = {"model": given.model, "max_retries": 0, "timeout": _TIMEOUT}
+        for finding in findings(LoPAClient(given.upstream, served, given.api_key, **asking)):
             print(finding, flush=True)
             has_failed |= finding.status == "FAIL"
     if has_failed:
@@ -130,6 +135,8 @@ def _taken(client: LoPAClient) -> Finding:
     shape = client.served.facts
     try:
         client._send(_requests(client)[0], {"max_tokens": 1})
+    except LoPAError as error:  # before anything was sent
+        return Finding("FAIL", "request", str(error))
     except Exception as error:
         said = shown(str(error), str)
         if "enable-prompt-embeds" in str(error):

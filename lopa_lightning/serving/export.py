@@ -14,22 +14,23 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lopa_lightning import __version__
+from lopa_lightning import __version__, bundle_file
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.bundle_file import FORMAT_VERSION, BundleConfig, PromptFacts
 from lopa_lightning.command_line.parser import Options, UsageError
-from lopa_lightning.errors import LoPAError
+from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.files import check_new
 from lopa_lightning.instances.vectors import commit_of
 from lopa_lightning.modules import CausalLMModule, ClassificationModule, ImageClassificationModule, LoPALightningModule
+from lopa_lightning.modules.checkpoint_loading import checked, rebuilt
 from lopa_lightning.modules.predict import batches, check_rows, row_encoder
 from lopa_lightning.plain import without_defaults
 from lopa_lightning.serving.bundle import Bundle, check_repo_id, tokenizer_facts
 from lopa_lightning.serving.card import license_of, metrics_in, model_card, run_facts
-from lopa_lightning.serving.peft_export import write_peft
+from lopa_lightning.serving.peft_export import check_peft, write_peft
 from lopa_lightning.signals import stoppable
 
 _TEXTS = ("The film was a pleasure to watch.", "Where is the nearest station?", "def add(a, b):")
@@ -81,7 +82,10 @@ def main(args: Sequence[str]) -> None:
         if given.to == "peft":
             if unread := [name for name in ("text", "instance_encoder", "license", "push") if getattr(given, name)]:
                 raise UsageError(f"--{', --'.join(unread)} goes with --to bundle, got --to peft")
-            write_peft(LoPALightningModule.load_from_checkpoint(given.checkpoint), out, given.backbone)
+            kind: Any = LoPALightningModule
+            saved, name = ckpt.read(given.checkpoint), shown(given.checkpoint)
+            check_peft(checked(kind, saved, name))
+            write_peft(rebuilt(kind, saved, name), out, given.backbone)
             print(f"{out} is an adapter for peft.PeftModel.from_pretrained")
             return
         names = {key: name for key in ("backbone", "instance_encoder") if (name := getattr(given, key))}
@@ -121,7 +125,9 @@ def export_bundle(
         raise LoPAError("--instance_encoder: the instance encoder is the backbone, or there is none")
     state = {name: value for name, value in module.state_dict().items() if not name.startswith(ckpt.OF_TRAINING)}
     tensors = {name: value.detach().cpu() for name, value in state.items()}
-    bundle = Bundle(_config(module, names or {}, metrics_in(saved)), tensors, "", [])
+    again = Path(checkpoint) if bundle_file.is_bundle(Path(checkpoint)) else None
+    metrics = metrics_in(saved) if again is None else bundle_file.read(again)[0].metrics
+    bundle = Bundle(_config(module, names or {}, metrics), tensors, "", [])
     rows, prompts, unserved = _rows(module, texts), None, None
     try:
         bundle.check_prompts()
@@ -131,6 +137,8 @@ def export_bundle(
         unserved = str(error)
         acts = "module.predict" if reads_images else "module.predict and generate"
         rank_zero_warn(f"the bundle is for {acts}, not for a server: {error}")
+    if module.backbone_spec.quantization is not None and unserved is None:
+        rank_zero_warn("the backbone was quantised in training: a server must quantise it alike, or answers otherwise")
     models = {}
     for key, spec in _sources(module).items():
         name = (names or {}).get(key, spec.name)

@@ -34,6 +34,7 @@ from lopa_lightning.serving.gateway_calls import (
     chat_of,
     checked,
     event,
+    instance_of,
     kept_headers,
     of_the_api,
     parsed,
@@ -211,7 +212,8 @@ class Gateway:
                 raise GatewayError(400, f"{name!r} answers with a label, and takes no {', '.join(sorted(others))}")
             made = await self.batcher.make(served, row_of(given))
             return await self._label(call, served, made, {"model": upstream}, body)
-        made = await self.batcher.make(served, chat_of(given) if is_chat else text_of(given), body.get("instance_text"))
+        read = instance_of(body.get("instance_text"), call.model, served.instance_column)
+        made = await self.batcher.make(served, chat_of(given) if is_chat else text_of(given), read)
         options["model"] = upstream
         if body.get("stream"):
             return await self._streamed(call, made, options, body)

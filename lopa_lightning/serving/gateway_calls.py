@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 from multidict import CIMultiDict
@@ -97,8 +98,9 @@ class Call:
     def __init__(self, request: Request, metrics: Metrics) -> None:
         given = request.headers.get("x-request-id", "")
         self.id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
-        self.path, self.model, self.error = request.url.path, PLAIN, ""
-        self.target = f"{self.path}?{request.url.query}".rstrip("?")
+        self.path, self.model, self.error = str(request.scope["path"]), PLAIN, ""
+        # Not of request.url, which some versions of Starlette make of the Host header as it came.
+        self.target = f"{self.path}?{request.scope['query_string'].decode('latin-1')}".rstrip("?")
         self.headers = kept_headers(request.headers)
         self.headers.update({"x-request-id": self.id, "accept-encoding": "identity"})
         self._metrics, self._start, self._has_begun, self._has_ended = metrics, time.perf_counter(), False, False
@@ -122,9 +124,8 @@ class Call:
         self._metrics.requests.labels(self.model, status).inc()
         self._metrics.seconds.labels(self.model).observe(seconds)
         said = f" error={shown(self.error)}" if self.error else ""
-        LOG.info(
-            "id=%s path=%s model=%s status=%d ms=%.0f%s", self.id, self.path, self.model, status, seconds * 1e3, said
-        )
+        path = quote(self.path)  # no control characters
+        LOG.info("id=%s path=%s model=%s status=%d ms=%.0f%s", self.id, path, self.model, status, seconds * 1e3, said)
 
     def told(self, error: Exception, upstream: str) -> GatewayError:
         """Returns what the client is told of an error."""
@@ -252,8 +253,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise GatewayError(400, f"an object of the request has a key twice: {shown([key for key, _ in pairs])}")
-    if "prompt_embeds" in found or found.get("type") == "prompt_embeds":
-        raise GatewayError(400, "prompt_embeds are refused: the gateway makes the soft prompts, and sends no client's")
+    if embeds := next((name for name in (*found, found.get("type")) if str(name).endswith("_embeds")), None):
+        what = f"{shown(embeds, str)} are refused"
+        raise GatewayError(400, f"{what}: the gateway makes the soft prompts, and sends no client's embeddings")
     return found
 
 
@@ -288,6 +290,23 @@ def text_of(prompt: Any) -> str:
     if len(texts) != 1 or not isinstance(texts[0], str):
         raise GatewayError(400, f"prompt must be one text, got {shown(prompt)}")
     return _texts({"role": "user", "content": texts[0]})[0]
+
+
+def instance_of(given: Any, name: str, column: str | None) -> str | None:
+    """Returns what the instance encoder reads in place of a request's last message or text; None where nothing is said.
+
+    Args:
+        given: ``instance_text`` of the request.
+        name: Of the model.
+        column: Where the instance encoder read texts of their own in training, their column.
+
+    Raises:
+        GatewayError: If such a text is not there, or is not Unicode.
+    """
+    if given is None and column is not None:
+        what = f"in training the instance encoder of {name!r} read texts of their own, {column!r}"
+        raise GatewayError(400, f"{what}: give such a text as instance_text")
+    return None if given is None else _texts({"role": "user", "content": given})[0]
 
 
 def row_of(messages: Any) -> tuple[str, ...]:

@@ -16,11 +16,12 @@ from lopa_lightning import checkpoint
 from lopa_lightning.backbones.image_spec import ImageKind, ImageProcessing
 from lopa_lightning.backbones.text_spec import TextKind, instance_batch, instance_reading
 from lopa_lightning.backbones.tokens import end_of
-from lopa_lightning.data.task_rows import instance_encoding, rows_of, task_template
+from lopa_lightning.data.task_rows import instance_encoding, rows_of
+from lopa_lightning.data.word_rows import words_of
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.instances.encoder import InstanceEncoder, controlled
 from lopa_lightning.modules import ClassificationModule
-from lopa_lightning.modules.predict import check_rows, image_batches, image_sources
+from lopa_lightning.modules.predict import check_rows, given_rows, image_batches, image_sources
 from lopa_lightning.plain import built, plain
 from lopa_lightning.serving.bundle import Bundle, tokenizer_facts
 
@@ -120,8 +121,7 @@ class LoPAPrompter(nn.Module):
             images = image_sources(inputs)
             count = len(images)
         else:
-            rows = rows_of(inputs, task_template(self.task).columns if self.task is not None else ["text"])
-            check_rows(rows)
+            rows = self._rows(inputs)
             count = len(next(iter(rows.values())))
         if self.encoder is None:
             shared: Tensor = self.prompt_encoder(None)
@@ -142,6 +142,16 @@ class LoPAPrompter(nn.Module):
             chosen = {key: [values[row] for row in part] for key, values in encoded.items()}
             found[part] = self._prompts(self.vectors(chosen))
         return found
+
+    def _rows(self, inputs: Any) -> dict[str, list[str]]:
+        """The texts by column; words of a row as one text, as in training."""
+        if self.task is None:
+            check_rows(rows := rows_of(inputs, ["text"]))
+            return rows
+        rows = given_rows(self.task, inputs)
+        if self.task.per_word:
+            return {column: [" ".join(words_of(value)) for value in values] for column, values in rows.items()}
+        return rows
 
     def _encoded(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Token ids for the instance encoder, as in training; how many texts were cut is said."""

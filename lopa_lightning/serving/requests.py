@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lopa_lightning import checkpoint
 from lopa_lightning.backbones.chat import Chat, with_instances
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
-from lopa_lightning.backbones.pretrained import meta_model
+from lopa_lightning.backbones.pretrained import load_config, meta_model
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.backbones.tokens import label_word_ids
 from lopa_lightning.data.rows import EncodeRows
@@ -128,8 +129,8 @@ class ServedPrompter:
         scale: All values are multiplied by it, for a server that wants them so; ``lopa doctor`` says if one does.
 
     Raises:
-        LoPAError: If no server can answer with the bundle, or the backbone's tokenizer or chat template is not there,
-            or not the bundle's; or if its embedding table is needed, and cannot be read by rows.
+        LoPAError: If no server can answer with the bundle, or the backbone's tokenizer, chat template or config is not
+            there, or not the bundle's; or if its embedding table is needed, and cannot be read by rows.
     """
 
     def __init__(
@@ -148,6 +149,10 @@ class ServedPrompter:
         self.backbone = module.backbone_spec.name
         model, self.spec = _backbone(module, self.facts.num_virtual_tokens)
         _check_tokenizer(bundle, self.spec, self.backbone)
+        now = {"name": self.backbone, "config": checkpoint.config_facts(load_config(module.backbone_spec))}
+        checkpoint.check_identity(
+            {"backbone": bundle.config.identity.get("backbone")}, {"backbone": now}, weights=False
+        )
         self.task = module.required_task() if isinstance(module, ClassificationModule) else None
         self.words: dict[str, int] = {}  # token of each label's word
         self.instance_column = module.instance_column if isinstance(module, CausalLMModule) else None
@@ -176,19 +181,34 @@ class ServedPrompter:
         Raises:
             LoPAError: If an input is none, the template does not take it, or a soft prompt is not finite or too large.
         """
+        return [request for block in self.blocks(inputs, instance_texts) for request in block]
+
+    def blocks(
+        self, inputs: Any, instance_texts: str | Sequence[str] | None = None, size: int | None = None
+    ) -> Iterator[list[ServedRequest]]:
+        """Makes requests, in their order, some at a time: all inputs are checked at once, and soft prompts made late.
+
+        Args:
+            inputs: See :meth:`requests`.
+            instance_texts: See :meth:`requests`.
+            size: Requests at a time; by default all.
+
+        Raises:
+            LoPAError: See :meth:`requests`.
+        """
         if self.task is not None:
             if instance_texts is not None:
                 raise LoPAError("the instance encoder of a classifier reads the rows; instance_texts is for chats")
-            return self._of_rows(inputs)
+            return self._of_rows(inputs, size)
         prompts, instances = with_instances(inputs, instance_texts, self.instance_column)
-        return self._requests(prompts, {"text": instances})
+        return self._blocks(prompts, {"text": instances}, None, size)
 
-    def _of_rows(self, texts: Any) -> list[ServedRequest]:
+    def _of_rows(self, texts: Any, size: int | None) -> Iterator[list[ServedRequest]]:
         assert self.task is not None
         rows = rows_of(texts, task_template(self.task).columns)
         check_rows(rows)
         if not next(iter(rows.values())):
-            return []
+            return iter([])
         encoded = None
         if self._table is None:
             asked, cut = self._tokenize.texts(rows)
@@ -198,23 +218,31 @@ class ServedPrompter:
             asked = [""] * len(cut)  # its tokens are what is sent
         if sum(cut):
             rank_zero_warn(f"{sum(cut)} of {len(cut)} texts were cut to {self._tokenize.max_tokens} tokens")
-        return self._requests(asked, rows, encoded)
+        return self._blocks(asked, rows, encoded, size)
 
-    def _requests(
+    def _blocks(
         self,
         asked: Sequence[str | Chat],
         rows: Mapping[str, Sequence[str]],
-        encoded: list[list[int]] | None = None,
-    ) -> list[ServedRequest]:
+        encoded: list[list[int]] | None,
+        size: int | None,
+    ) -> Iterator[list[ServedRequest]]:
         if not asked:
-            return []
+            return iter([])
         with self._one_at_a_time:  # tokenizers and encoder are not made for threads
             ids, positions = self.spec.prompt_ids(asked) if encoded is None else (encoded, [0] * len(encoded))
-            longest, room = max(map(len, ids)), self.spec.max_tokens
-            if room is not None and longest > room:
-                raise LoPAError(f"a text has {longest} tokens, and beside the virtual ones is room for {room}")
-            prompts = self.prompter({name: list(texts) for name, texts in rows.items()})
-        return [self._request(*each) for each in zip(asked, prompts, ids, positions)]
+        longest, room = max(map(len, ids)), self.spec.max_tokens
+        if room is not None and longest > room:
+            raise LoPAError(f"a text has {longest} tokens, and beside the virtual ones is room for {room}")
+
+        def block(first: int, end: int) -> list[ServedRequest]:
+            with self._one_at_a_time:
+                prompts = self.prompter({name: list(texts[first:end]) for name, texts in rows.items()})
+            parts = (asked[first:end], prompts, ids[first:end], positions[first:end])
+            return [self._request(*each) for each in zip(*parts)]
+
+        step = size or len(asked)
+        return (block(first, first + step) for first in range(0, len(asked), step))
 
     def _request(self, asked: str | Chat, prompt: Tensor, ids: list[int], position: int) -> ServedRequest:
         sent = prompt
@@ -292,8 +320,8 @@ def encoded_tensor(values: Tensor, dtype: torch.dtype, most: int = MOST_BYTES) -
         count, width = sent.shape
         raise LoPAError(
             f"the soft prompt of {count} × {width} takes {len(data)} bytes, max_prompt_bytes is {most}: raise it by "
-            "ServedPrompter(..., max_prompt_bytes=...), and what proxies take of a request, such as nginx's "
-            "client_max_body_size (1 MiB by default)"
+            "ServedPrompter(..., max_prompt_bytes=...) or --max_prompt_bytes, and what proxies take of a request, such "
+            "as nginx's client_max_body_size (1 MiB by default)"
         )
     return data
 
@@ -309,6 +337,8 @@ def check_options(options: Mapping[str, Any], ours: Sequence[str] = ()) -> None:
         LoPAError: If there is one; the message says why.
     """
     extra = options.get("extra_body") or {}
+    if not isinstance(extra, Mapping):
+        raise LoPAError(f"extra_body must be a mapping, got {shown(extra)}")
     for name, value in [*options.items(), *extra.items()]:
         if name in _REFUSED and value is not None and not (name in _NEUTRAL and value == _NEUTRAL[name]):
             raise LoPAError(f"{name}={shown(value)} is refused with a soft prompt: {_REFUSED[name]}")

@@ -19,6 +19,7 @@ from lopa_lightning import Bundle, LoPALightningModule, LoPAPrompter
 from lopa_lightning.checkpoint import read
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
+from lopa_lightning.serving.card import metrics_in, model_card, run_facts
 from lopa_lightning.serving.export import export_bundle
 from tests.checkpoints.write import HERE
 from tests.modules.helpers import reviews, trainer
@@ -157,6 +158,29 @@ def test_the_card_says_what_it_is(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     assert tiny("llama") not in json.dumps(dataclasses.asdict(bundle.config))
     assert bundle.config.metrics == {"val/score": 0.75}
     backbone.unlink()
+    export_bundle(path).save_pretrained(tmp_path / "bundle")
+    assert export_bundle(tmp_path / "bundle").config.metrics == {"val/score": 0.75}
+
+
+def test_a_card_says_how_the_backbone_was_quantised(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = export_bundle(checkpoint("words", tmp_path, tiny)[1])
+    said = "The backbone was quantised in training: the server must quantise it alike"
+    for quantization in (None, {"quant_method": "bitsandbytes", "load_in_4bit": True}):
+        config = dataclasses.replace(bundle.config, identity={**bundle.config.identity, "quantization": quantization})
+        card = model_card(config, {"backbone": ("me/tiny", "mit")}, None, True, False, {})
+        assert (said in card) == (quantization is not None)
+
+
+@pytest.mark.parametrize("best", [[1], {"a": "x"}, {"a": None}, {"a": float("nan")}])
+def test_metrics_that_are_no_numbers_are_refused(best: Any) -> None:
+    with pytest.raises(LoPAError, match="best"):
+        metrics_in({"callbacks": {"FitSummary": {"best": best}}})
+
+
+@pytest.mark.parametrize("text", ["seed: 1", "data: {init_args: {}}", "data: 3", "[1]"])
+def test_a_configuration_of_something_else_says_nothing_of_the_data(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert run_facts(tmp_path / "best.ckpt") == {}
 
 
 @pytest.mark.parametrize("kind", ["a file", "not empty"])
@@ -484,10 +508,16 @@ def test_plain_peft_loads_what_is_exported_and_computes_the_same(
     ],
 )
 def test_what_peft_does_not_have_is_refused(
-    kind: str, message: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    message: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("peft")
     _, path = checkpoint(kind, tmp_path / "run", tiny)
+    monkeypatch.setattr(LoPALightningModule, "configure_model", lambda module: pytest.fail("weights were read"))
     with pytest.raises(SystemExit):
         main(["export", str(path), str(tmp_path / "out"), "--to", "peft"])
     assert message in capsys.readouterr().err

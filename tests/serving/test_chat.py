@@ -85,6 +85,9 @@ def test_a_classifier_does_not_talk(tiny: Tiny, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         main(["chat", "--ckpt_path", str(tmp_path / "a.ckpt")])
     assert "error: ClassificationModule generates no text; lopa predict answers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["chat", "--ckpt_path", "none.ckpt", "--max_new_tokens", "0"])
+    assert "max_new_tokens must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_chats_of_a_file_are_answered(

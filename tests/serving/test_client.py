@@ -285,6 +285,8 @@ def _named(word: int, value: float) -> _Fake:
         ({"tools": []}, "tools"),
         ({"model": "lora"}, "model='lora'"),
         ({"extra_body": {"stream": True}}, "extra_body must not have stream"),
+        ({"extra_body": [1]}, "extra_body must be a mapping"),
+        ({"instance_text": "caf\udce9"}, "without half a character; instance text 0 is 'caf"),
     ],
 )
 def test_what_does_not_go_with_a_soft_prompt_is_refused(
@@ -296,9 +298,30 @@ def test_what_does_not_go_with_a_soft_prompt_is_refused(
     client.chat("the film", presence_penalty=0, extra_body={"repetition_penalty": 1.0, "echo": False})
     with pytest.raises(LoPAError, match="use chat"):
         client.classify("the film")
+    with pytest.raises(LoPAError, match="without half a character; text 0 is"):
+        client.chat("caf\udce9")
     with pytest.raises(LoPAError, match="chat takes one text or one chat, got 2; use map"):
         client.chat(["the", "film"])
     assert len(upstream.asked) == 1
+
+
+def test_soft_prompts_are_made_some_at_a_time_and_not_without_a_server(
+    made: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, sizes = ServedPrompter(made("chat system")[1]), []
+    make = served.prompter.forward
+    monkeypatch.setattr(served.prompter, "forward", lambda rows: sizes.append(len(rows["text"])) or make(rows))
+    texts = [f"the film {number}" for number in range(40)]
+    with pytest.raises(openai.APIConnectionError):
+        LoPAClient("http://127.0.0.1:9", served, max_retries=0).map(texts)
+    with pytest.raises(LoPAError, match="a text to complete must not be empty; text 39"):
+        LoPAClient(upstream.url, served).map([*texts[:-1], ""])
+    assert (sizes, upstream.asked) == ([], [])
+    answers = LoPAClient(upstream.url, served, max_inflight=1).map(texts)
+    assert sizes == [16, 16, 8]
+    wanted = [served.requests(text)[0].messages for text in texts]
+    assert [body["messages"] for body in upstream.asked] == wanted
+    assert len(answers) == 40
 
 
 def test_a_soft_prompt_is_a_tensor_of_its_own_finite_and_bounded() -> None:
@@ -333,6 +356,11 @@ def test_the_backbones_tokenizer_must_be_there_and_the_bundles_but_not_its_weigh
     template = (backbone / "chat_template.jinja").read_text()
     (backbone / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<|model|>"))
     with pytest.raises(LoPAError, match=r"the chat template of the backbone .* is not the one that the bundle"):
+        ServedPrompter(bundle)
+    (backbone / "chat_template.jinja").write_text(template)
+    config = json.loads((backbone / "config.json").read_text())
+    (backbone / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4000}))
+    with pytest.raises(LoPAError, match=r"max_position_embeddings.*4000"):
         ServedPrompter(bundle)
     shutil.rmtree(backbone)
     with pytest.raises(LoPAError, match="tokenizer and the config of the backbone"):

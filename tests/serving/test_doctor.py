@@ -135,6 +135,11 @@ def test_the_command_prints_a_line_a_check_and_fails_where_one_does(
     main(command)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in CHECKS]
+    main([*command, "--model", "another"])
+    assert "the server calls it 'another'" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, "--max_prompt_bytes", "9"])
+    assert "max_prompt_bytes is 9: raise it by" in capsys.readouterr().out.splitlines()[-1]
     upstream.takes_prompts = False
     with pytest.raises(SystemExit) as stop:
         main(command)

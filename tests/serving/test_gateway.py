@@ -18,6 +18,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from starlette.requests import Request
 from transformers import AutoTokenizer
 
 from lopa_lightning import ServedPrompter
@@ -25,6 +26,7 @@ from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.serving.batching import Batcher, KeptVectors
 from lopa_lightning.serving.gateway import Gateway
+from lopa_lightning.serving.gateway_calls import Call, Metrics
 from lopa_lightning.serving.serve import load
 from tests.serving.test_client import made as made_here
 from tests.serving.upstream import Upstream, _Handler, decoded, prompts_in
@@ -182,6 +184,24 @@ def test_what_the_instance_encoder_reads_can_be_given(client: Any, upstream: Any
     torch.testing.assert_close(given, as_given, rtol=0, atol=1e-6)
     assert not torch.allclose(given, own, atol=1e-6)
     assert all("instance_text" not in body for body in upstream.asked)
+
+
+def test_texts_of_their_own_must_be_given_where_training_had_them(client: Any, served: Any, upstream: Any) -> None:
+    served[0]["notes"].instance_column = "topic"
+    try:
+        with pytest.raises(openai.BadRequestError, match="read texts of their own, 'topic': give such"):
+            client.chat.completions.create(model="notes", messages=asked("a text"))
+        assert upstream.asked == []
+        client.chat.completions.create(model="notes", messages=asked("a text"), extra_body={"instance_text": "b"})
+    finally:
+        served[0]["notes"].instance_column = None
+
+
+def test_a_host_header_changes_no_path(gateway: Any, upstream: Any) -> None:
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"a=1", "server": None}
+    for host in (b"x/v1/load_lora_adapter?", b"x/sleep?level=2&y=", b"["):
+        call = Call(Request({**scope, "headers": [(b"host", host)]}), Metrics(KeptVectors(1), Batcher()))
+        assert (call.path, call.target) == ("/v1/completions", "/v1/completions?a=1")
 
 
 def test_a_stream_comes_as_it_is_made(client: Any, upstream: Any) -> None:
@@ -399,6 +419,8 @@ def test_a_server_that_was_gone_is_used_again(
         ({"extra_body": {"prompt_embeds": "gASV"}}, "prompt_embeds are refused"),
         ({"messages": [{"role": "user", "content": [{"type": "prompt_embeds", "data": "gASV"}]}]}, "are refused"),
         ({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "prompt_embeds"}]}]}, "are refused"),
+        ({"model": "tiny", "messages": [{"role": "user", "content": [{"image_embeds": "x"}]}]}, "image_embeds are ref"),
+        ({"extra_body": {"instance_text": 1}}, "instance_text must be of type str"),
         ({"messages": [{"role": "user"}]}, "must have a role, and a text"),
         ({"messages": "the film"}, "messages must be a list"),
         ({"messages": asked("a <prompt_embeds> b")}, "must not contain <prompt_embeds>"),
@@ -427,6 +449,10 @@ def test_what_cannot_be_right_is_refused_and_not_sent(options: Any, said: str, c
         (b"[" * 10_000, "not JSON"),
         (b"[]", "must be a JSON object"),
         (b'{"model": "support", "messages": [{"role": "user", "content": "\\ud800"}]}', "not Unicode"),
+        (
+            b'{"model": "notes", "messages": [{"role": "user", "content": "a"}], "instance_text": "\\ud800"}',
+            "not Unicode",
+        ),
     ],
 )
 def test_a_body_that_servers_may_read_otherwise_is_refused(raw: bytes, said: str, gateway: Any, upstream: Any) -> None:
@@ -546,6 +572,7 @@ def test_vectors_are_kept_and_waiting_texts_made_together(made: Any) -> None:
         ),
         (["--upstream", "http://h", "--bundle", "a=OUT", "--device", "none"], "device 'none' cannot be used: "),
         (["--upstream", "http://h", "--bundle", "a=OUT", "--timeout", "-1"], "timeout must be at least 1, got -1.0"),
+        (["--upstream", "http://h", "--bundle", "a=OUT", "--timeout", "nan"], "timeout must be at least 1, got nan"),
         (["--upstream", "http://h", "--bundle", "a=OUT", "--host", "192.0.2.1"], "cannot listen at 192.0.2.1:8080"),
     ],
 )
