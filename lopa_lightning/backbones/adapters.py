@@ -78,4 +78,6 @@ def trained_weights(model: PreTrainedModel, body: PreTrainedModel, which: Traine
         raise LoPAError(f"train_backbone must be {allowed}, got {which!r}")
     after = parts[parts.index(layers[-1]) + len(list(layers[-1].modules())) :]
     norms = [part for part in after if "Norm" in type(part).__name__]
+    # OPT's stands before its layers.
+    norms = norms or [part for name, part in body.named_modules() if name.rpartition(".")[2].startswith("final_")]
     return [parameter for part in (*layers[-which:], *norms[:1]) for parameter in part.parameters()]

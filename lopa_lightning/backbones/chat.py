@@ -282,6 +282,8 @@ def with_instances(
     if len(instances) != len(prompts):
         raise LoPAError(f"there must be one instance text for each text, got {len(instances)} for {len(prompts)}")
     for place, text in enumerate(instances):
+        if not text:
+            raise LoPAError(f"an instance text must not be empty; instance text {place} is")
         _check_unicode("instance text", place, [text])
     return prompts, instances
 

@@ -25,7 +25,7 @@ from transformers.generation import logits_process
 from lopa_lightning.backbones.base import Batch
 from lopa_lightning.backbones.injection import position_ids
 from lopa_lightning.backbones.prefix import cache_input
-from lopa_lightning.backbones.pretrained import accepted_inputs
+from lopa_lightning.backbones.pretrained import accepted_inputs, first_position
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError, listed, one_line, shown
 
@@ -48,6 +48,8 @@ _CHECKS: dict[str, tuple[Any, float | None]] = {
     "repetition_penalty": (logits_process.RepetitionPenaltyLogitsProcessor, 1.0),
     "no_repeat_ngram_size": (logits_process.NoRepeatNGramLogitsProcessor, 0),
 }
+# What is made of a prompt's token ids, or of parts of it, and crashes or does nothing without them.
+_IDLE = {"guidance_scale": 1, "prefill_chunk_size": None, "encoder_repetition_penalty": 1}
 _OURS = {"num_return_sequences", "stop_strings", "max_length", "use_cache", "return_dict_in_generate"}
 _OURS |= {"watermarking_config"}  # marks what transformers draws, and tokens are drawn here
 
@@ -88,11 +90,23 @@ def generation_config(
     for name in ("max_new_tokens", "num_beams"):
         if type(value := getattr(config, name)) is not int or value < 1:
             raise LoPAError(f"generation {given}: {name} must be a whole number, at least 1; got {value!r}")
+    _check_fields(given, config)
     if config.do_sample and config.num_beams != 1:
         raise LoPAError(
             f"generation {given}: do_sample: true needs num_beams: 1: a sample is drawn token by token, by its own seed"
         )
     return cast(GenerationConfig, config)
+
+
+def _check_fields(given: Mapping[str, Any], config: Any) -> None:
+    """Refuses what transformers takes, and stumbles over once it generates after embeddings."""
+    for name, unused in _IDLE.items():
+        if getattr(config, name, None) not in (None, unused):
+            raise LoPAError(f"generation {given}: {name} reads the prompt's token ids, which virtual tokens have not")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id or 0]
+    for name, values in {"pad_token_id": [config.pad_token_id], "eos_token_id": ends}.items():
+        if any(type(value) is not int for value in values):
+            raise LoPAError(f"generation {given}: {name} must be a token's number, got {getattr(config, name)!r}")
 
 
 def _greedy(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,15 +142,16 @@ def check_generates(model: Any, is_needed: bool = True) -> None:
         is_needed: Whether something is about to be generated. If not, there is a warning alone.
 
     Raises:
-        LoPAError: If its ``generate`` takes no embeddings.
+        LoPAError: If its ``generate`` takes no embeddings, or counts their positions otherwise than in training.
     """
     prepare = getattr(model, "prepare_inputs_for_generation", None)
-    if prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters:
+    if prepare is None or "inputs_embeds" not in inspect.signature(prepare).parameters:
+        why = "takes token ids alone, no embeddings (inputs_embeds)"
+    elif (first := first_position(model.base_model)) > 0:
+        why = f"counts positions from 0, and the model was trained with positions from {first}"
+    else:
         return
-    fault = (
-        f"{type(model).__name__} cannot generate after virtual tokens: its generate takes token ids alone, no "
-        "embeddings (inputs_embeds); use another backbone"
-    )
+    fault = f"{type(model).__name__} cannot generate after virtual tokens: its generate {why}; use another backbone"
     if is_needed:
         raise LoPAError(fault)
     rank_zero_warn(f"{fault}, or learn completions that predict, test and generate will refuse to generate")
@@ -146,9 +161,14 @@ def check_samples(config: GenerationConfig, num_samples: int) -> None:
     """Checks that a text can have that many continuations.
 
     Raises:
-        LoPAError: If there is only the likeliest one, or there are fewer beams.
+        LoPAError: If there is only the likeliest one, there are fewer beams, or the cache cannot be copied.
     """
     beams = config.num_beams or 1
+    if num_samples > 1 and beams == 1 and config.cache_implementation is not None:
+        raise LoPAError(
+            f"cache_implementation {config.cache_implementation!r} has no copies of a text that is read once for its "
+            f"{num_samples} samples; leave it out, or use num_samples: 1"
+        )
     if num_samples > 1 and not config.do_sample and beams < num_samples:
         raise LoPAError(f"{num_samples} samples need do_sample: true, or num_beams of at least as many; got {beams}")
 

@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from lopa_lightning.backbones.pretrained import hidden_size
+from lopa_lightning.errors import LoPAError, one_line
+
 _CHUNK_BYTES = 2**26
 
 
@@ -25,11 +28,15 @@ class VocabularyHead:
 
     Args:
         model: With a language model head.
+
+    Raises:
+        LoPAError: If its head reads more than hidden states.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.projection = cast(Any, model).get_output_embeddings()
         self.model = _with_replaced(model, {id(model.base_model): _GivenStates()})
+        self._selects = self._is_selective(hidden_size(model.config))
 
     def __call__(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Computes logits.
@@ -42,14 +49,38 @@ class VocabularyHead:
         Returns:
             ``[N, V]`` or ``[N, n]``.
         """
-        inputs, rows = {"inputs_embeds": hidden.unsqueeze(0)}, {}
-        if token_ids is not None:
-            # Read at every call, not copied once: the weights may be moved or sharded meanwhile.
-            size = len(self.projection.weight)
-            whole = {id(parameter) for parameter in self.projection.parameters() if len(parameter) == size}
-            rows = {name: p[token_ids] for name, p in self.model.named_parameters() if id(p) in whole}
-        logits: Tensor = functional_call(self.model, rows, kwargs=inputs).logits
+        if token_ids is None or not self._selects:
+            logits = self._run(hidden, {})
+            return logits if token_ids is None else logits[:, token_ids]
+        # Read at every call, not copied once: the weights may be moved or sharded meanwhile.
+        weights = dict(self.model.named_parameters())
+        return self._run(hidden, {name: weights[name][token_ids] for name in self._rows()})
+
+    def _run(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = functional_call(self.model, weights, kwargs={"inputs_embeds": hidden.unsqueeze(0)}).logits
         return logits.squeeze(0)
+
+    def _rows(self) -> list[str]:
+        """Names of what has a row for each token in the projection to the vocabulary."""
+        size = len(self.projection.weight)
+        whole = {id(parameter) for parameter in self.projection.parameters() if len(parameter) == size}
+        return [name for name, parameter in self.model.named_parameters() if id(parameter) in whole]
+
+    def _is_selective(self, width: int) -> bool:
+        """Whether some rows of the projection give the logits of their tokens; tried on the ``meta`` device."""
+        every = [*self.model.named_parameters(), *self.model.named_buffers()]
+        weights = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in every}
+        hidden = torch.empty(2, width, dtype=self.projection.weight.dtype, device="meta")
+        with torch.no_grad():
+            try:
+                self._run(hidden, weights)
+            except Exception as error:  # whatever a head makes of what it does not find
+                what = f"the language model head of {type(self.model).__name__} reads more than hidden states"
+                raise LoPAError(f"{what}: {one_line(error)}; use another backbone, or objective: head") from error
+            try:
+                return self._run(hidden, weights | {name: weights[name][:3] for name in self._rows()}).shape == (2, 3)
+            except Exception:  # as of a bias that is no part of the projection
+                return False
 
     @property
     def is_trained(self) -> bool:
@@ -114,10 +145,16 @@ class _GivenStates(nn.Module):
         """OPT's language model calls its layers by this name."""
         return self
 
-    def forward(
-        self, input_ids: None = None, *, inputs_embeds: Tensor, **_: object
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=inputs_embeds)
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> _States:
+        return _States(last_hidden_state=inputs_embeds)
+
+
+class _States(BaseModelOutputWithPoolingAndCrossAttentions):
+    """Hidden states, and None for what else a head passes on, such as a router's logits."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def _with_replaced(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:

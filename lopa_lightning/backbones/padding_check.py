@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lopa_lightning.backbones.pretrained import in_eval_mode
+from lopa_lightning.backbones.injection import position_ids
+from lopa_lightning.backbones.pretrained import accepted_inputs, first_position, in_eval_mode, is_causal
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.task import Side
 
@@ -56,7 +57,7 @@ def check_padding(backbone: TextBackbone, num_virtual_tokens: int, side: Side, p
 
 @torch.no_grad()
 def check_embeddings(backbone: TextBackbone) -> None:
-    """Refuses a model that changes the embeddings of token ids, and leaves those that it is given as they are.
+    """Refuses a model that changes the embeddings of token ids, or counts their positions otherwise than is known here.
 
     Two short forward passes, to be called on all processes, and with weights.
 
@@ -69,14 +70,55 @@ def check_embeddings(backbone: TextBackbone) -> None:
     body, weight = backbone.body, backbone.embedding_weight
     pad_id = getattr(body.config, "pad_token_id", None)  # where there is one, RoBERTa counts no position
     ids = torch.tensor([[index for index in range(len(weight)) if index != pad_id][-_SHORT:]], device=weight.device)
+    embedded = backbone.model.get_input_embeddings()(ids)
+    places = {"position_ids": position_ids(torch.ones_like(ids), first_position(body))}
+    counted = places if "position_ids" in accepted_inputs(body) else {}
+
+    def difference(own: Tensor, **given: Tensor) -> float:
+        return float((body(**given).last_hidden_state.float() - own).norm() / own.norm())
+
     with in_eval_mode(backbone):
         own = body(input_ids=ids).last_hidden_state.float()
-        given = body(inputs_embeds=backbone.model.get_input_embeddings()(ids)).last_hidden_state.float()
-    change = float((given - own).norm() / own.norm())
+        change = difference(own, inputs_embeds=embedded, **counted)
+        if not change <= tolerance(body):
+            if difference(own, inputs_embeds=embedded) <= tolerance(body):
+                raise LoPAError(
+                    f"{type(body).__name__} counts the positions of tokens otherwise than from {first_position(body)}: "
+                    f"states differ by {change:.0%}; use another backbone"
+                )
+            change = difference(own, inputs_embeds=embedded)
     if not change <= tolerance(body):
         raise LoPAError(
             f"{type(body).__name__} changes the embeddings of token ids and not those that it is given: a soft prompt "
             f"stands beside embeddings that no text has in it: states differ by {change:.0%}; use another backbone"
+        )
+
+
+@torch.no_grad()
+def check_causal(backbone: TextBackbone) -> None:
+    """Refuses a model in which a token sees a later one, where next tokens are learned: it would see what it is to say.
+
+    Two short forward passes, to be called on all processes, and with weights; none where all of the model's attention
+    says that it is causal.
+
+    Args:
+        backbone: The model.
+
+    Raises:
+        LoPAError: If a text's states change with its last token.
+    """
+    body, weight = backbone.body, backbone.embedding_weight
+    if is_causal(body):
+        return
+    ids = torch.arange(len(weight), device=weight.device)[-_SHORT:]
+    texts = torch.stack([ids, torch.cat([ids[:-1], ids[:1]])])
+    with in_eval_mode(backbone):
+        one, other = body(inputs_embeds=backbone.model.get_input_embeddings()(texts)).last_hidden_state[:, :-1].float()
+    change = float((one - other).norm() / one.norm())
+    if not change <= tolerance(body):
+        raise LoPAError(
+            f"{type(body).__name__} is not causal: a token's states change by {change:.0%} with a later token, which "
+            "it is to predict; use a causal language model, or another objective"
         )
 
 

@@ -242,10 +242,10 @@ def has_token_types(model: PreTrainedModel) -> bool:
 def is_causal(model: PreTrainedModel) -> bool:
     """Returns whether no token sees a later one, as all of a model's attention says of itself.
 
-    False where it says nothing, as in some old architectures.
+    False where it says nothing, as in some old architectures, or where its config says so.
     """
     own = [bool(part.is_causal) for part in model.modules() if hasattr(part, "is_causal")]
-    return bool(own) and all(own)
+    return bool(own) and all(own) and getattr(model.config, "is_causal", True) is not False
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -255,14 +255,19 @@ def hidden_size(config: PretrainedConfig) -> int:
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Returns the position of the first token: RoBERTa and its family count from ``padding_idx + 1``.
+    """Returns the position of the first token, which a model that is given positions does not add by itself.
+
+    RoBERTa and its family count from ``padding_idx + 1``; YOSO and others from 2, by which their table is longer.
 
     Args:
         model: Without a head.
     """
-    positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    padding_idx = getattr(positions, "padding_idx", None)
-    return 0 if padding_idx is None else int(padding_idx) + 1
+    table = _position_table(model)
+    if table is None:
+        return 0
+    if table.padding_idx is not None:
+        return int(table.padding_idx) + 1
+    return max(0, table.num_embeddings - int(model.config.max_position_embeddings or table.num_embeddings))
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -271,9 +276,18 @@ def max_positions(model: PreTrainedModel) -> int | None:
     Args:
         model: Without a head.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    table = _position_table(model)
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "max_seq_len", None)
     # DeBERTa and others say -1 for relative positions without a limit.
-    return None if limit is None or limit <= 0 else int(limit) - first_position(model)
+    if limit is None or limit <= 0:
+        return None
+    return int(limit if table is None else table.num_embeddings) - first_position(model)
+
+
+def _position_table(model: PreTrainedModel) -> nn.Embedding | None:
+    """Returns the table of learned positions, where a model has it beside its other embeddings."""
+    found = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    return found if isinstance(found, nn.Embedding) else None
 
 
 @contextlib.contextmanager
@@ -315,6 +329,9 @@ def _class_options(spec: PretrainedSpec, family: Family, config: PretrainedConfi
     auto_class, kind = _AUTO_CLASSES[family], config.model_type
     if family == "causal_lm" and class_of(AutoModelForMaskedLM, config) is not None and not config.is_decoder:
         raise LoPAError(f"{kind!r} reads in both directions; use objective: masked_lm or head")
+    if not hasattr(config, "hidden_size"):
+        parts = ", ".join(name for name in config.sub_configs or {}) or "none of text"
+        raise LoPAError(f"{kind!r} is several models in one ({parts}); use its model of text alone")
     if config.is_encoder_decoder:
         raise LoPAError(f"{kind!r} is an encoder-decoder model; a soft prompt here needs one stack of layers")
     model_class = class_of(auto_class, config)

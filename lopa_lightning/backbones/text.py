@@ -23,7 +23,7 @@ from lopa_lightning.backbones.injection import (
     with_offset,
 )
 from lopa_lightning.backbones.lm_head import VocabularyHead, chunked_cross_entropy
-from lopa_lightning.backbones.padding_check import check_embeddings, check_padding
+from lopa_lightning.backbones.padding_check import check_causal, check_embeddings, check_padding
 from lopa_lightning.backbones.prefix import cache_input, layer_prompts
 from lopa_lightning.backbones.pretrained import (
     accepted_inputs,
@@ -150,6 +150,10 @@ class TextBackbone(Backbone, LanguageModel):
         for side in sorted({*sides} - self._checked_sides):
             self._checked_sides.add(side)
             check_padding(self, num_virtual_tokens, side, pad_id)
+
+    def check_causal(self) -> None:
+        """Checks that no token sees a later one, see :func:`~.padding_check.check_causal`."""
+        check_causal(self)
 
     def forward(self, prompt: Tensor, batch: Batch, offset: Tensor | None = None) -> States:
         """Runs the backbone on ``[Z; embed(x)]``.

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.pretrained import in_eval_mode
 from lopa_lightning.backbones.sharding import gathered
+from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.callbacks import PredictionWriter, RunLogger
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.files import check_writable
@@ -152,6 +153,13 @@ def check_groups(module: LoPALightningModule) -> None:
             f"{ckpt.joined(lost)} would not be trained and saved: parameter_groups of a prompt encoder "
             "must name each of its parameters, and those of a task belong in its read-out (configure_readout)"
         )
+    own = {"prompt_encoder", "readout", "instance_readout"}
+    kept = [f"net.{name}" for name in module.shapes.state_dict() if name.partition(".")[0] in own]
+    if lost := [name for name in kept if name not in built]:
+        raise LoPAError(
+            f"{ckpt.joined(lost)} would not be saved: a checkpoint has what is trained by a gradient alone. Make what "
+            "else a prompt encoder or a read-out has from its arguments, as buffers with persistent=False"
+        )
 
 
 def check_folders(trainer: Any, stage: str) -> None:
@@ -269,3 +277,5 @@ def check_states(module: LoPALightningModule, sides: set[Side]) -> None:
     net = module._net()
     with gathered(net):  # and sharded again: a checkpoint may be loaded next
         net.run(lambda: net.backbone.check_padding(net.prompt_encoder.num_virtual_tokens, sides))
+        if module.objective == "causal_lm" and isinstance(net.backbone, TextBackbone):
+            net.run(net.backbone.check_causal)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lopa_lightning.backbones.generation import _StopAt, generate, generation_config
+from lopa_lightning.backbones.generation import _StopAt, check_samples, generate, generation_config
 from lopa_lightning.backbones.injection import Placement
 from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.errors import LoPAError
@@ -179,6 +179,11 @@ def test_a_stop_string_is_looked_for_in_the_text_as_it_is_returned(tokenizer: Pr
         ({"num_return_sequences": 3}, "cannot set num_return_sequences"),
         ({"max_new_tokens": 0}, "generation .*max_new_tokens"),
         ({"do_sample": True, "num_beams": 2}, "do_sample: true needs num_beams: 1: a sample is drawn"),
+        ({"guidance_scale": 1.5}, "guidance_scale reads the prompt's token ids"),
+        ({"prefill_chunk_size": 2}, "prefill_chunk_size reads the prompt's token ids"),
+        ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty reads the prompt's token ids"),
+        ({"pad_token_id": None}, "pad_token_id must be a token's number, got None"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token's number, got 'x'"),
     ],
 )
 def test_settings_that_are_wrong_are_named(
@@ -186,6 +191,13 @@ def test_settings_that_are_wrong_are_named(
 ) -> None:
     with pytest.raises(LoPAError, match=message):
         generation_config(options, tokenizer, load("llama"))
+
+
+def test_a_cache_without_copies_has_one_sample(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = generation_config({"cache_implementation": "static", "do_sample": True}, tokenizer, load("llama"))
+    check_samples(config, 1)
+    with pytest.raises(LoPAError, match="cache_implementation 'static' has no copies of a text"):
+        check_samples(config, 2)
 
 
 def test_do_sample_false_alone_makes_settings_of_sampling_greedy(

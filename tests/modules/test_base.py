@@ -167,6 +167,33 @@ def test_a_parameter_that_no_optimizer_would_be_given_is_refused(
     assert model.net is None
 
 
+class WithStatistics(PromptTuning):
+    def __init__(self, embedding_dim: int, instance_dim: int) -> None:
+        super().__init__(embedding_dim, instance_dim)
+        self.register_buffer("scale", torch.randn(embedding_dim))
+        self.register_buffer("made_anew", torch.ones(embedding_dim), persistent=False)
+
+
+class WithFrozen(ClassificationModule):
+    def configure_readout(self, backbone: Any) -> Any:
+        readout = super().configure_readout(backbone)
+        readout.fixed = torch.nn.Parameter(torch.randn(3), requires_grad=False)
+        return readout
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "named"),
+    [(ClassificationModule, WithStatistics, "net.prompt_encoder.scale"), (WithFrozen, LoPATiny, "net.readout.fixed")],
+)
+def test_what_a_checkpoint_would_not_bring_back_is_refused(
+    tiny: Tiny, tmp_path: Path, kind: type[ClassificationModule], method: Any, named: str
+) -> None:
+    model = kind(backbone=PretrainedSpec(tiny("bert")), prompt_encoder=method)
+    with pytest.raises(LoPAError, match=f"^{named} would not be saved: .* buffers with persistent=False"):
+        trainer(tmp_path).fit(model, reviews(tmp_path))
+    assert model.net is None
+
+
 def test_a_rate_of_zero_keeps_a_group_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
     model, start = module(tiny("bert"), learning_rates={"shared_prompt": 0.0}), StartValues()
     trainer(tmp_path, callbacks=[start], enable_checkpointing=False).fit(model, reviews(tmp_path))

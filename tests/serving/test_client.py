@@ -287,6 +287,7 @@ def _named(word: int, value: float) -> _Fake:
         ({"extra_body": {"stream": True}}, "extra_body must not have stream"),
         ({"extra_body": [1]}, "extra_body must be a mapping"),
         ({"instance_text": "caf\udce9"}, "without half a character; instance text 0 is 'caf"),
+        ({"instance_text": ""}, "an instance text must not be empty; instance text 0 is"),
     ],
 )
 def test_what_does_not_go_with_a_soft_prompt_is_refused(
