@@ -15,24 +15,17 @@ from torchmetrics import MetricCollection
 from lopa_lightning import checkpoint as ckpt
 from lopa_lightning.backbones.base import Backbone, Batch
 from lopa_lightning.backbones.chat import Chat, with_instances
-from lopa_lightning.backbones.generation import (
-    check_generates,
-    check_samples,
-    generate,
-    generation_config,
-    stop_strings,
-)
+from lopa_lightning.backbones.generation import check_generates, check_samples, generation_config, stop_strings
 from lopa_lightning.backbones.pretrained import in_eval_mode
 from lopa_lightning.backbones.sharding import check_equal, is_sharded
-from lopa_lightning.backbones.text import TextBackbone
 from lopa_lightning.backbones.text_spec import TextSpec
-from lopa_lightning.backbones.tokens import cut_left, padded
 from lopa_lightning.data.code.base import CodeDataModule
 from lopa_lightning.data.completion import CompletionDataModule
 from lopa_lightning.errors import LoPAError, at_least
 from lopa_lightning.metrics.pass_at_k import PassAtK
 from lopa_lightning.metrics.tokens import Perplexity, TokenAccuracy
 from lopa_lightning.modules.base import LoPALightningModule
+from lopa_lightning.modules.completing import completed, room_for_prompts
 from lopa_lightning.modules.readouts import CompletionReadout, Readout
 from lopa_lightning.modules.scores import Share
 from lopa_lightning.modules.start import answering
@@ -211,48 +204,18 @@ class CausalLMModule(LoPALightningModule):
         seed: int | None = None,
         stop: Sequence[str] | None = None,
     ) -> list[list[str]]:
-        net, spec = self._net(), self.input_spec
-        backbone, tokenizer = net.backbone, spec.tokenizer
-        assert isinstance(backbone, TextBackbone)
-        config = generation_config({**self.generation, **(generation or {})}, tokenizer, backbone.model)
-        ids, positions = prompts
-        room = self._room(int(config.max_new_tokens))
-        spec.chat.check_fits(max(map(len, ids)), room)
-        ids = cut_left(ids, room, len(spec.start_ids))
-        if backbone.placement == "after":
-            positions = list(map(len, ids))
-        read, mask = padded(ids, int(config.pad_token_id), "left", self.device)
-        texts = {"input_ids": read, "attention_mask": mask, "prompt_position": torch.tensor(positions).to(read.device)}
-
-        def generated() -> list[list[str]]:
-            with torch.no_grad():
-                prompt, _ = net.soft_prompt(encoder)
-            return generate(
-                backbone,
-                prompt,
-                texts,
-                config,
-                tokenizer,
+        with in_eval_mode(self):
+            return completed(
+                self._net(),
+                self.input_spec,
+                prompts,
+                encoder,
+                {**self.generation, **(generation or {})},
                 self.num_samples if num_samples is None else num_samples,
                 [(self.generation_seed if seed is None else seed, row) for row in rows],
                 self.stop if stop is None else stop,
-                net.prompt_encoder.token_offset(),
-                is_sharded(net),
+                self.device,
             )
-
-        with in_eval_mode(self):
-            return net.run(generated)
-
-    def _room(self, max_new_tokens: int) -> int:
-        """Returns how many tokens a prompt may have beside virtual ones and those that are generated."""
-        positions = self.input_spec.max_tokens
-        room = sys.maxsize if positions is None else positions - max_new_tokens
-        if room <= len(self.input_spec.start_ids):
-            raise LoPAError(
-                f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the {positions} positions that the "
-                "backbone has beside the virtual tokens; give a smaller one in generation"
-            )
-        return room
 
     def setup(self, stage: str) -> None:
         """Checks the settings of generation, and that completions may be scored, before weights are loaded.
@@ -277,7 +240,7 @@ class CausalLMModule(LoPALightningModule):
         if scorer is not None:
             scorer.check_scoring()
         if generates:
-            self._room(config.max_new_tokens)
+            room_for_prompts(self.input_spec, int(config.max_new_tokens))
 
     def restore(self, hparams: Mapping[str, Any]) -> None:
         """Takes the column of what the instance encoder read in training, where that was not the prompt."""

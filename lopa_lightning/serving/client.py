@@ -15,7 +15,8 @@ from lopa_lightning.errors import LoPAError, at_least, imported
 from lopa_lightning.serving.bundle import Bundle
 from lopa_lightning.serving.labels import Labelling
 from lopa_lightning.serving.prompter import LoPAPrompter
-from lopa_lightning.serving.requests import ServedPrompter, ServedRequest, check_options
+from lopa_lightning.serving.request_options import check_options
+from lopa_lightning.serving.requests import ServedPrompter, ServedRequest
 from lopa_lightning.serving.retries import wait_before_retry
 from lopa_lightning.serving.streams import AsyncCheckedStream, CheckedStream, stream_options
 

@@ -23,6 +23,7 @@ from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.errors import LoPAError, one_line, shown
 from lopa_lightning.serving.batching import Batcher, KeptVectors
 from lopa_lightning.serving.client import chosen_model
+from lopa_lightning.serving.gateway_bodies import chat_of, instance_of, parsed, row_of, text_of
 from lopa_lightning.serving.gateway_calls import (
     Call,
     Fields,
@@ -31,22 +32,18 @@ from lopa_lightning.serving.gateway_calls import (
     PassedError,
     Stream,
     answer_of,
-    chat_of,
     checked,
     event,
-    instance_of,
     kept_headers,
     of_the_api,
-    parsed,
     passed,
     read_json,
     refusal,
-    row_of,
-    text_of,
     while_connected,
 )
 from lopa_lightning.serving.labels import Labelling
-from lopa_lightning.serving.requests import PromptDroppedError, ServedPrompter, ServedRequest, check_options
+from lopa_lightning.serving.request_options import check_options
+from lopa_lightning.serving.requests import PromptDroppedError, ServedPrompter, ServedRequest
 from lopa_lightning.serving.retries import BUSY, busy_wait
 from lopa_lightning.serving.streams import Usage, stream_options
 
