@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.loggers import Logger
 
 from lopa_lightning.callbacks import LastCheckpoint, PredictionWriter, RunLogger
 from lopa_lightning.callbacks.streamed_predictions import PredictionStream
@@ -239,6 +240,22 @@ def test_without_a_logger_a_users_config_stays_as_it_is(command: Command) -> Non
     with pytest.warns(UserWarning, match=r"config\.yaml is there already and stays as it is"):
         main(command("--trainer.logger=false", "--trainer.max_epochs=1"))
     assert Path("config.yaml").read_text() == "mine: true"
+
+
+class Silent(Logger):
+    """Somebody's logger, which has no folder."""
+
+    name, version = "silent", 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_a_logger_without_a_folder_logs_and_the_config_is_saved(command: Command) -> None:
+    main(command(f"--trainer.logger={__name__}.Silent", "--trainer.max_epochs=1"))
+    assert yaml.safe_load(Path("config.yaml").read_text())["trainer"]["logger"]["class_path"].endswith("Silent")
+    assert Path("checkpoints/best.ckpt").is_file() or list(Path().rglob("best.ckpt"))
 
 
 def test_whether_a_folder_can_be_written_to_is_seen_without_making_it(tmp_path: Path) -> None:

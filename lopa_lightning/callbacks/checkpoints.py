@@ -59,6 +59,17 @@ class BestCheckpoint(ModelCheckpoint):
         return current is not None and bool(current.isfinite()) and super().check_monitor_top_k(trainer, current)
 
 
+def best_checkpoint(trainer: Any) -> ModelCheckpoint | None:
+    """Returns what keeps a run's best checkpoint: ours, or else the first that is not for going on; None without any.
+
+    Args:
+        trainer: Of the run.
+    """
+    kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    kept = [each for each in kept if not isinstance(each, LastCheckpoint)]
+    return next((each for each in kept if isinstance(each, BestCheckpoint)), kept[0] if kept else None)
+
+
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the last state of a run, and saves it when SIGTERM or Ctrl-C ends the run.
 
@@ -84,12 +95,19 @@ class LastCheckpoint(ModelCheckpoint):
         self._claims: list[Claim] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Makes sure that no other run writes to the same folder.
+        """Makes sure that no other run writes to the same folder, and no other callback to the same file.
 
         Raises:
             LoPAError: If not.
         """
         super().setup(trainer, pl_module, stage)
+        others = [
+            each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each is not self
+        ]
+        if any((each.dirpath, each.filename) == (self.dirpath, self.filename) for each in others):
+            raise LoPAError(
+                f"last_checkpoint.filename {self.filename!r} is another checkpoint's as well; name one otherwise"
+            )
         self._end = self._requeue = self._saved_step = 0
         if stage != "fit" or trainer.fast_dev_run or not trainer.is_global_zero:
             return

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lopa_lightning.backbones.sharding import gathered, whole
 from lopa_lightning.callbacks.advice import Advice, of_gate, of_norms
+from lopa_lightning.callbacks.checkpoints import best_checkpoint
 from lopa_lightning.callbacks.image_monitor import ImageMonitor
 from lopa_lightning.prompts.base import Vocabulary
 
@@ -167,9 +168,9 @@ class PromptMonitor(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Logs the hyperparameters with the best score that a checkpoint was kept for."""
-        logger, checkpoint = self._logger(trainer), trainer.checkpoint_callback
+        logger, checkpoint = self._logger(trainer), best_checkpoint(trainer)
         score = getattr(checkpoint, "best_model_score", None)
-        if logger is not None and score is not None:
+        if logger is not None and checkpoint is not None and score is not None:
             logger.log_hyperparams(pl_module.hparams_initial, {f"best/{checkpoint.monitor}": float(score)})
 
     def _logger(self, trainer: Any) -> TensorBoardLogger | None:

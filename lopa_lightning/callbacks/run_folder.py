@@ -106,12 +106,18 @@ class RunConfig(SaveConfigCallback):
     def _start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking and not self.already_saved:
             start_run(trainer)
-            path = os.path.join(trainer.log_dir, self.config_filename)
+            log_dir = trainer.log_dir
+            path = os.path.join(log_dir or trainer.default_root_dir, self.config_filename)
             # Other loggers, or none, have one folder for all runs, in which a file may be the user's own.
             self.overwrite = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
             self.already_saved = trainer.strategy.broadcast(not self.overwrite and os.path.exists(path))
             if self.already_saved:
                 rank_zero_warn(f"{path} is there already and stays as it is: the run's configuration is not saved")
+            if log_dir is None and not self.already_saved:  # of a logger without a folder, as Lightning has them
+                self.save_to_log_dir = False
+                if trainer.is_global_zero:
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    self.parser.save(self.config, path, skip_none=False, multifile=False)
             super().setup(trainer, pl_module, str(trainer.state.fn))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lopa_lightning.callbacks.checkpoints import best_checkpoint
 from lopa_lightning.plain import built
 
 ADVICE = (
@@ -85,16 +86,23 @@ class FitSummary(Callback):
         if trainer.is_global_zero:
             print(parts_table(pl_module.net))
 
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Forgets the best of the run that goes on here where its checkpoint stays there."""
+        checkpoint = best_checkpoint(trainer)
+        if checkpoint is not None and checkpoint.monitor is not None and checkpoint.best_model_score is None:
+            self._best = {}
+
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Keeps the metrics of the best validation, which is that of the best checkpoint where one is kept."""
         if trainer.sanity_checking:
             return
         metrics = validation_metrics(trainer)
         key, sign = ("val/score", 1) if "val/score" in metrics else ("val/loss", -1)
-        checkpoint = trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor in metrics:
+        checkpoint = best_checkpoint(trainer)
+        if checkpoint is not None and checkpoint.monitor in metrics:
             key, sign = checkpoint.monitor, 1 if checkpoint.mode == "max" else -1
-        if isfinite(metrics.get(key, nan)) and (not self._best or sign * metrics[key] > sign * self._best[key]):
+        is_better = not self._best or sign * metrics.get(key, nan) > sign * self._best.get(key, nan)
+        if _keeps_last(checkpoint) or (is_better and isfinite(metrics.get(key, nan))):
             self._best = metrics
 
     def state_dict(self) -> dict[str, dict[str, float]]:
@@ -124,18 +132,23 @@ class FitSummary(Callback):
             )
             return
         trained, frozen = count_parameters(pl_module)
-        lines = ["", "Best validation", *(f"  {name:<26}{value:.4f}" for name, value in self._best.items())]
+        checkpoint = best_checkpoint(trainer)
+        title = "Last validation" if _keeps_last(checkpoint) else "Best validation"
+        lines = ["", title, *(f"  {name:<26}{value:.4f}" for name, value in self._best.items())]
         lines += ["Trained", f"  {trained:,} parameters beside {frozen:,} frozen ones"]
-        checkpoint = trainer.checkpoint_callback
-        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        best, folder = (checkpoint.best_model_path, str(checkpoint.dirpath)) if checkpoint is not None else ("", "")
         # Of this run: a checkpoint that it was resumed from may name any.
-        if best and Path(best).is_file() and Path(checkpoint.dirpath) in Path(best).parents:
+        if best and Path(best).is_file() and Path(folder) in Path(best).parents:
             lines.append(
                 f"  {Path(best).stat().st_size / 1e6:.1f} MB checkpoint, {4 * trained / 1e6:.1f} MB of it weights"
             )
-            lines += _next_commands(trainer.loggers, log_dir, _relative(best))
+            lines += _next_commands(trainer.loggers, log_dir or trainer.default_root_dir, _relative(best))
         print("\n".join(lines))
         warn_if_blind(self._best)
+
+
+def _keeps_last(checkpoint: ModelCheckpoint | None) -> bool:
+    return checkpoint is not None and checkpoint.monitor is None
 
 
 def _next_commands(loggers: Sequence[Logger], log_dir: str, checkpoint: str) -> list[str]:

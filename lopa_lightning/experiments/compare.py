@@ -65,8 +65,12 @@ def check(comparison: Comparison) -> None:
     for name in ("methods", "tasks", "seeds", "rate_multipliers"):
         values = [Path(value).stem if isinstance(value, str) else value for value in getattr(comparison, name)]
         limits[name] = (0 < len(values) == len(set(values)), "at least one, each of a name or value of its own")
-    if min(comparison.rate_multipliers, default=1) <= 0:
-        limits["rate_multipliers"] = (False, "positive")
+    if not all(0 < rate < math.inf for rate in comparison.rate_multipliers):
+        limits["rate_multipliers"] = (False, "positive numbers")
+    elif len({f"{rate:g}" for rate in comparison.rate_multipliers}) < len(comparison.rate_multipliers):
+        limits["rate_multipliers"] = (False, "at least one, different in six digits")
+    if not all(0 <= seed < 2**32 for seed in comparison.seeds):
+        limits["seeds"] = (False, f"from 0 to {2**32 - 1}")
     check_limits(comparison, **limits)
 
 
@@ -91,6 +95,7 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
         rank_zero_warn(f"virtual_tokens has no effect for {', '.join(others)}; compared are {', '.join(methods)}")
     configs, wrong = {}, []
     chooses_on = comparison.selection_splits if len(comparison.rate_multipliers) > 1 else None
+    held_out = [f"--data.{name}" for name in _held_out(comparison)]
     for task in comparison.tasks:
         for method in comparison.methods:
             names = Path(task).stem, Path(method).stem
@@ -99,8 +104,8 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
             files, given = [task, *comparison.overlays, method], [*own, *budget(comparison), *options]
             try:
                 config = resolve(files, given)
-                if chooses_on is not None and method == comparison.methods[0]:  # a task's data may refuse them
-                    resolve(files, [*given, *(f"--data.splits.{role}={split}" for role, split in chooses_on.items())])
+                if held_out and method == comparison.methods[0]:  # a task's data may refuse them
+                    resolve(files, [*given, *held_out])
                 for multiplier in comparison.rate_multipliers:
                     with_rates_times(config, multiplier)
                 share = config["data"].get("init_args", {}).get("validation_from_train")
@@ -115,6 +120,15 @@ def configs_of(comparison: Comparison, options: Sequence[str] = ()) -> dict[tupl
     if wrong:
         raise LoPAError("nothing was run, since\n  " + "\n  ".join(line.replace("\n", "\n    ") for line in wrong))
     return configs
+
+
+def _held_out(comparison: Comparison) -> list[str]:
+    """Returns the options of the data by which runs that choose validate on a part of the training split."""
+    if len(comparison.rate_multipliers) == 1:
+        return []
+    if (splits := comparison.selection_splits) is None:
+        return [f"validation_from_train={comparison.selection_share}"]
+    return [f"splits.{role}={split}" for role, split in splits.items()]
 
 
 class Comparing:
@@ -162,11 +176,11 @@ class Comparing:
         config = with_rates_times(self.configs[tags["task"], tags["method"]], tags["multiplier"])
         config["seed_everything"] = tags["seed"]
         if tags["phase"] == "select":
-            data, splits = config["data"]["init_args"], self.comparison.selection_splits
+            data, splits = config["data"].setdefault("init_args", {}), self.comparison.selection_splits
             if splits is None:
                 data["validation_from_train"] = self.comparison.selection_share
             else:
-                data |= {"splits": {**(data["splits"] or {}), **splits}, "validation_from_train": 0.0}
+                data |= {"splits": {**(data.get("splits") or {}), **splits}, "validation_from_train": 0.0}
         return Run(folder, config, tags)
 
     def write_report(self) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 from lopa_lightning.backbones.text_spec import TextSpec
 from lopa_lightning.command_line.parser import Options
+from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import built
 from lopa_lightning.experiments.sizes import Sizes, Step, sizes
+from lopa_lightning.modules import CausalLMModule
 
 _TOKENS = 128  # of a text, where the configuration sets no limit
 _OPTIONS = {
@@ -90,10 +92,24 @@ def main(args: Sequence[str]) -> None:
     """
     options, rest = own_options(args)
     module, data = built(rest)
+    _check_read(options, module)
     step = _step(options, module, data)
     found = sizes(module, step)
     figures = {**dataclasses.asdict(step), **dataclasses.asdict(found), "places": places(found, options.devices)}
     print(json.dumps(figures, indent=2) if options.json else report(found, step, options.devices))
+
+
+def _check_read(options: argparse.Namespace, module: Any) -> None:
+    """Raises a LoPAError that names an option of a step that this module does not read."""
+    reads_texts, method = isinstance(module.input_spec, TextSpec), module.builder.skeleton.prompt_encoder
+    read = {
+        "tokens": reads_texts,
+        "instance_tokens": reads_texts and method.uses_instance,
+        "completion_tokens": isinstance(module, CausalLMModule),
+    }
+    if unread := [name for name in _OPTIONS if getattr(options, name) is not None and not read[name]]:
+        what = f"{type(module).__name__} with {type(method).__name__} reads none of these tokens"
+        raise LoPAError(f"--{', --'.join(unread)}: {what}; leave it out")
 
 
 def _step(options: argparse.Namespace, module: Any, data: Any) -> Step:

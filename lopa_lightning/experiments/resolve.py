@@ -16,6 +16,7 @@ Config = dict[str, Any]
 """What ``lopa fit`` takes, every option filled in."""
 
 
+_GOES_ON = "each run begins anew, or goes on from its own last checkpoint"
 _SCHEDULED = {"max_lr", "base_lr", "min_lr", "eta_min"}
 """Learning rates of torch's schedulers: OneCycleLR, CyclicLR, ReduceLROnPlateau, CosineAnnealingLR."""
 
@@ -44,8 +45,11 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
         The whole configuration.
 
     Raises:
-        LoPAError: If ``lopa fit`` would refuse it, or it validates on nothing, so that it would have no result.
+        LoPAError: If ``lopa fit`` would refuse it, it validates on nothing, so that it would have no result, or says
+            what a run among many has of its own: its folder, its logger, its device, a checkpoint to go on from.
     """
+    if given := [option for option in options if option.partition("=")[0] == "--ckpt_path"]:
+        raise LoPAError(f"{given[0]}: {_GOES_ON}; leave it out")
     try:
         resolver = _resolver([*(part for config in configs for part in ("--config", config)), *options])
     except UsageError as error:
@@ -57,7 +61,24 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
     if resolver.trainer.limit_val_batches == 0:
         raise LoPAError("trainer.limit_val_batches must be above 0: a run's result is that of its last validation")
     config: Config = resolver.config_dump
+    _check_own(config)
     return config
+
+
+def _check_own(config: Config) -> None:
+    """Raises a LoPAError that names what each run has of its own."""
+    trainer, wrong = config["trainer"], None
+    logger, devices = trainer.get("logger"), str(trainer.get("devices"))
+    if config.get("ckpt_path") is not None:
+        wrong = f"ckpt_path {config['ckpt_path']}: {_GOES_ON}"
+    elif isinstance(logger, list) or (isinstance(logger, dict) and not logger["class_path"].endswith(".RunLogger")):
+        wrong = "trainer.logger: each run logs into its folder by TensorBoard, or not at all with logger: false"
+    elif folder := next((name for name in ("checkpoint", "last_checkpoint") if config[name].get("dirpath")), None):
+        wrong = f"{folder}.dirpath {config[folder]['dirpath']}: each run has a folder of its own"
+    elif "," in devices or (devices.isdecimal() and int(devices) > 1) or int(trainer.get("num_nodes") or 1) > 1:
+        wrong = f"trainer.devices {devices} on {trainer.get('num_nodes')} nodes: each run has one device"
+    if wrong is not None:
+        raise LoPAError(f"{wrong}; leave it out")
 
 
 def built(options: Sequence[str]) -> tuple[Any, Any]:

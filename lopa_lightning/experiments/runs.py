@@ -6,6 +6,7 @@ Reads what the commands of many runs have in common.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -97,7 +98,8 @@ def parsed(options_class: Callable[..., T], program: str, args: Sequence[str]) -
     own = ["--config" if arg == "-c" else arg for arg in args[:at]]
     description = f"{str(options_class.__doc__).splitlines()[0]} What follows -- is given to every run, as to lopa fit."
     kwargs: Any = {"prog": program, "description": description, "parser_class": Parser}
-    return auto_cli(options_class, args=own, as_positional=False, **kwargs), list(args[at + 1 :])
+    options: Any = auto_cli(options_class, args=own, as_positional=False, **kwargs)
+    return dataclasses.replace(options, output=os.path.expanduser(options.output)), list(args[at + 1 :])
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -28,6 +27,7 @@ Values = dict[str, Any]
 """Option to value, of a trial."""
 
 _SEED = "seed_everything"
+_OF_THE_BEST = ("sweep.md", "best.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,7 @@ class Sweeping:
             count = len(queue) if asked < len(queue) else min(self.runs.workers, self.runs.total - asked)
             trials = [study.ask(self.distributions) for _ in range(count)]
             runs = {self.runs.folder / _name(trial.params): trial.params for trial in trials}  # two may be alike
-            self.tried |= {folder: Run(folder, self.config(values), values) for folder, values in runs.items()}
-            self.runs.make([self.tried[folder] for folder in runs])
+            self.runs.make([run for run in itertools.starmap(self._run, runs.items()) if run is not None])
             for trial in trials:
                 result = self.runs.results[self.runs.folder / _name(trial.params)]
                 failure = None if result.done else optuna.trial.TrialState.FAIL
@@ -152,18 +151,45 @@ class Sweeping:
             asked += count
         self.write_report()
 
+    def _run(self, folder: Path, values: Values) -> Run | None:
+        """Returns the run of a trial; None, with a result that says why, where its values do not go together."""
+        try:
+            self.tried[folder] = Run(folder, self.config(values), values)
+        except LoPAError as error:
+            self.tried[folder] = Run(folder, {}, values)
+            self.runs.results[folder] = Result("failed", reason=str(error), tags=values)
+            print(f"{folder.name}: failed: {error}", flush=True)
+            return None
+        return self.tried[folder]
+
     def _queue(self) -> list[Values]:
-        """Returns a grid, or what the folders hold of this space, but for what has failed: that is not drawn again."""
+        """Returns a grid, or what the folders hold of this space, but for what has failed.
+
+        That is not drawn again, and counts in the report, if its configuration is still the same.
+        """
         if self.sweep.sampler == "grid":
             return [dict(zip(self.sweep.space, values)) for values in itertools.product(*self.sweep.space.values())]
         queue = []
         for folder in sorted(self.runs.folder.glob("*")):
             result = Result.read(folder)
-            if result is not None and result.status != "failed" and folder.name == _name(result.tags):
-                with contextlib.suppress(ValueError):  # of another space
-                    _optuna().trial.create_trial(value=0.0, params=result.tags, distributions=self.distributions)
-                    queue.append(result.tags)
+            if result is None or folder.name != _name(result.tags) or not self._has(result.tags):
+                continue
+            if result.status != "failed":
+                queue.append(result.tags)
+            elif (run := self._run(folder, result.tags)) is not None:
+                if run.config_hash == result.config_hash:
+                    self.runs.results[folder] = result
+                else:
+                    del self.tried[folder]
         return queue
+
+    def _has(self, values: Values) -> bool:
+        """Whether values are of this space."""
+        try:
+            _optuna().trial.create_trial(value=0.0, params=values, distributions=self.distributions)
+        except ValueError:
+            return False
+        return True
 
     def write_report(self) -> None:
         """Writes ``sweep.csv``, ``sweep.md`` and, as an overlay for lopa fit, ``best.yaml``."""
@@ -173,10 +199,13 @@ class Sweeping:
         write_whole(folder / "sweep.csv", csv_text(lines))
         ended = [(self.tried[path].tags, r.score if r.done else None) for path, r in results.items()]
         ranked = ranking(ended)
-        if ranked:
-            write_whole(folder / "sweep.md", settings_markdown(ranked))
-            best = next(run for run in self.tried.values() if _setting(run.tags) == _setting(ranked[0][0]))
-            write_whole(folder / "best.yaml", yaml_files.dump(overlay(best.config, ranked[0][0])))
+        if not ranked:  # nor is what an earlier sweep found
+            for name in _OF_THE_BEST:
+                (folder / name).unlink(missing_ok=True)
+            return
+        write_whole(folder / "sweep.md", settings_markdown(ranked))
+        best = next(run for run in self.tried.values() if run.config and _setting(run.tags) == _setting(ranked[0][0]))
+        write_whole(folder / "best.yaml", yaml_files.dump(overlay(best.config, ranked[0][0])))
 
 
 def ranking(ended: Iterable[tuple[Values, float | None]]) -> list[tuple[Values, list[float], int]]:
@@ -289,6 +318,10 @@ def main(args: Sequence[str]) -> None:
     with folder_of_runs(sweep.output):
         sweeping = Sweeping(sweep, options)
         sweeping.run()
-    print(f"Report in {Path(sweep.output, 'sweep.md')} and .csv; the best settings in best.yaml")
+    folder = Path(sweep.output)
+    if (folder / "best.yaml").exists():
+        print(f"Report in {folder / 'sweep.md'} and .csv; the best settings in best.yaml")
+    else:
+        print(f"Report in {folder / 'sweep.csv'}; no trial ended well")
     print(f"  tensorboard --logdir {sweeping.runs.folder}")
     sweeping.runs.end_command()

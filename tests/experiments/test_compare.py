@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import LightningDataModule
 
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.compare import Comparing, Comparison, check, configs_of
 from lopa_lightning.experiments.resolve import resolve
 from lopa_lightning.experiments.runs import budget, parsed
+from lopa_lightning.experiments.sweep import Sweep
 from tests.experiments.conftest import TRAINING_ROWS, write_yaml
 
 Configs = dict[str, str]
@@ -241,6 +243,11 @@ def test_every_wrong_config_is_refused_before_anything_runs(
         ({"tasks": []}, "tasks must be at least one, .* got \\[\\]"),
         ({"seeds": [1, 1]}, "seeds must be .*, got \\[1, 1\\]"),
         ({"rate_multipliers": [1.0, -1.0]}, "rate_multipliers must be positive"),
+        ({"rate_multipliers": [1.0, math.nan]}, "rate_multipliers must be positive numbers, got"),
+        ({"rate_multipliers": [1.0, math.inf]}, "rate_multipliers must be positive numbers, got"),
+        ({"rate_multipliers": [0.12345678, 0.12345679]}, "rate_multipliers must be .* different in six digits, got"),
+        ({"seeds": [-1, 1]}, "seeds must be from 0 to 4294967295, got"),
+        ({"seeds": [2**32]}, "seeds must be from 0 to 4294967295, got"),
         ({"selection_share": 1.0}, "selection_share must be above 0 and below 1, got 1.0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"selection_splits": {"val": "dev"}}, "selection_splits must be a split for train and one for val, got "),
@@ -271,6 +278,42 @@ def test_what_follows_is_put_over_the_budget(configs: Configs) -> None:
     for given in (["--seed_everything=7"], ["--seed_everything", "7"]):
         with pytest.raises(LoPAError, match="--seed_everything: each run has its own of seeds"):
             configs_of(comparison, given)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ckpt_path=last.ckpt"], "--ckpt_path=last.ckpt: each run begins anew, or goes on from its own"),
+        (["--trainer.logger=lightning.pytorch.loggers.CSVLogger"], "trainer.logger: each run logs into its folder"),
+        (["--checkpoint.dirpath=kept"], "checkpoint.dirpath kept: each run has a folder of its own"),
+        (["--last_checkpoint.dirpath=kept"], "last_checkpoint.dirpath kept: each run has a folder of its own"),
+        (["--trainer.devices=2", "--trainer.strategy=ddp"], "trainer.devices 2 on 1 nodes: each run has one device"),
+    ],
+)
+def test_what_each_run_has_of_its_own_is_refused(options: list[str], said: str, configs: Configs) -> None:
+    comparison = Comparison(methods=[configs["soft"]], tasks=[configs["reviews"]])
+    assert len(configs_of(comparison, ["--trainer.logger=false", "--trainer.devices=1"])) == 1
+    with pytest.raises(LoPAError, match=said):
+        configs_of(comparison, options)
+
+
+class Plain(LightningDataModule):
+    """Somebody's data, without a part of the training split to choose on."""
+
+
+def test_data_that_rates_cannot_be_chosen_on_are_refused_before_anything_runs(configs: Configs, tmp_path: Path) -> None:
+    task = {**yaml.safe_load(Path(configs["reviews"]).read_text()), "data": {"class_path": f"{__name__}.Plain"}}
+    comparison = Comparison(methods=[configs["soft"]], tasks=[write_yaml(tmp_path / "plain.yaml", task)])
+    assert len(configs_of(comparison)) == 1  # nothing is chosen
+    with pytest.raises(LoPAError, match=r"plain soft: .*validation_from_train"):
+        configs_of(replace(comparison, rate_multipliers=[0.5, 1.0]))
+
+
+def test_home_is_known_in_the_output() -> None:
+    compares, sweeps = ["--methods=[a]", "--tasks=[b]"], ["--configs=[a]", "--space={a: [1]}"]
+    for command, options in ((Comparison, compares), (Sweep, sweeps)):
+        found: Any = parsed(command, "lopa", [*options, "--output=~/out"])[0]  # type: ignore[type-var]
+        assert found.output == os.path.expanduser("~/out")
 
 
 def test_rates_are_not_chosen_on_the_part_of_training_that_is_reported(configs: Configs) -> None:

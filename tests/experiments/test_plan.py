@@ -232,6 +232,7 @@ def test_the_command_line(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> Non
     [
         (["--devices=0"], "--devices: must be a whole number of at least 1, got 0"),
         (["--modle.x=1"], "Did you mean model?"),
+        (["--completion_tokens=3"], "--completion_tokens: ClassificationModule with LoPA"),
     ],
 )
 def test_wrong_input_ends_in_a_line(

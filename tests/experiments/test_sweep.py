@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from lopa_lightning.callbacks.run_record import Result
 from lopa_lightning.cli import main
 from lopa_lightning.errors import LoPAError
 from lopa_lightning.experiments.resolve import resolve
-from lopa_lightning.experiments.runs import Run
+from lopa_lightning.experiments.runs import Run, Runs
 from lopa_lightning.experiments.sweep import (
     Sweep,
     Sweeping,
+    Values,
     _name,
     check,
     distribution,
@@ -217,6 +219,66 @@ def test_the_best_overlay_gives_the_trial_that_was_run(tmp_path: Path, configs: 
     sweeping.write_report()
     again = resolve([*sweeping.sweep.configs, str(tmp_path / "out" / "best.yaml")], sweeping.fixed)
     assert again == run.config
+
+
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, fails: Callable[[Values], bool], score: Callable[[Values], float]
+) -> None:
+    """Makes runs without training: what fails and what comes out is said."""
+
+    def make(runs: Runs, wanted: Sequence[Run]) -> None:
+        for run in wanted:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            found = Result("failed", run.config_hash, "so", run.tags) if fails(run.tags) else done(score(run.tags))
+            found = replace(found, config_hash=run.config_hash, tags=run.tags)
+            found.write(run.folder)
+            runs.results[run.folder] = found
+
+    monkeypatch.setattr(Runs, "make", make)
+
+
+def test_a_sweep_that_goes_on_still_counts_what_has_failed(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, lambda values: values == {RANK: 4, SEED: 3}, lambda values: values[RANK] / 10)
+    given = replace(options(tmp_path, configs, {RANK: [1, 4], SEED: [1, 2, 3]}), sampler="random", trials=12, seed=4)
+    reports = []
+    for _ in range(2):
+        Sweeping(given).run()
+        reports.append((tmp_path / "out" / "sweep.md").read_text())
+        assert {(row[RANK], row[SEED], row["status"]) for row in rows(tmp_path / "out")} >= {("4", "3", "failed")}
+    for report in reports:
+        first, last = ([cell.strip() for cell in line.split("|")] for line in report.splitlines()[2:])
+        assert (first[1], last[1], last[4]) == ("1", "4", "2 of 3")
+    changed = Sweeping(given, ["--data.batch_size=2"])  # its failure was that of another configuration
+    changed.run()
+    assert sum(row["status"] == "failed" for row in rows(tmp_path / "out")) == 1
+
+
+def test_values_that_do_not_go_together_are_a_failed_trial(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(monkeypatch, lambda values: False, lambda values: 0.5)
+    space = {"trainer.max_steps": [10, 100], "model.init_args.warmup": [5, 50]}
+    Sweeping(replace(options(tmp_path, configs, space), sampler="grid", max_epochs=None)).run()
+    (failed,) = (row for row in rows(tmp_path / "out") if row["status"] == "failed")
+    assert (failed["trainer.max_steps"], failed["model.init_args.warmup"]) == ("10", "50")
+    assert "warmup must be less than trainer.max_steps, 10, got 50" in failed["reason"]
+    assert "warmup must be less" in capsys.readouterr().out
+    assert len(rows(tmp_path / "out")) == 4
+
+
+def test_without_a_trial_that_ended_well_there_are_no_best_settings(
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(monkeypatch, lambda values: False, lambda values: 0.5)
+    sweep(tmp_path / "out", configs, {RANK: [1, 2]}, "--sampler=grid")
+    assert "the best settings in best.yaml" in capsys.readouterr().out
+    scripted(monkeypatch, lambda values: True, lambda values: 0.5)
+    with pytest.raises(SystemExit):
+        sweep(tmp_path / "out", configs, {RANK: [1, 2]}, "--sampler=grid", "--", "--data.batch_size=2")
+    assert "sweep.csv; no trial ended well" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == ["sweep.csv"]
 
 
 def done(score: float) -> Result:

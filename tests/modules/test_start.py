@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
@@ -25,7 +26,8 @@ from lopa_lightning import (
     TextClassificationDataModule,
 )
 from lopa_lightning.backbones.pretrained import PreTrainedModel
-from lopa_lightning.callbacks import BestCheckpoint, FitSummary
+from lopa_lightning.callbacks import BestCheckpoint, FitSummary, LastCheckpoint
+from lopa_lightning.callbacks.checkpoints import best_checkpoint
 from lopa_lightning.errors import LoPAError
 from tests.modules.helpers import LoPATiny, causal, completions, module, reviews, trainer
 from tests.tiny import causal_tokenizer
@@ -192,6 +194,37 @@ def test_the_summarys_best_is_the_best_checkpoints() -> None:
         run._logger_connector._callback_metrics = metrics
         summary.on_validation_end(run, LightningModule())
     assert summary.state_dict()["best"]["val/score"] == pytest.approx(0.8)
+
+
+def test_the_summary_is_of_the_checkpoint_that_it_names(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = ModelCheckpoint(tmp_path / "every", save_top_k=-1)
+    best = BestCheckpoint(tmp_path / "kept", filename="best", monitor="val/score", mode="max")
+    model, data = module(tiny("bert_base"), objective="head"), reviews(tmp_path)
+    summary = FitSummary()
+    run = trainer(tmp_path, epochs=2, callbacks=[every, best, LastCheckpoint(tmp_path / "kept"), summary])
+    run.fit(model, data)
+    assert best_checkpoint(run) is best
+    # A run that goes on elsewhere has a best checkpoint of its own there.
+    summary._best = {"val/score": 9.0}
+    summary.on_train_start(run, model)
+    assert summary._best == {"val/score": 9.0}
+    best.best_model_score = None
+    summary.on_train_start(run, model)
+    assert summary._best == {}
+    # And without a monitor the last one is kept.
+    best = BestCheckpoint(tmp_path / "last", filename="best", monitor=None)
+    run = trainer(tmp_path, epochs=2, callbacks=[best, FitSummary()])
+    capsys.readouterr()
+    run.fit(model, data)
+    assert "Last validation" in capsys.readouterr().out
+
+
+def test_two_checkpoints_are_not_one_file(tiny: Tiny, tmp_path: Path) -> None:
+    both = [BestCheckpoint(tmp_path / "kept", filename="last", monitor="val/loss"), LastCheckpoint(tmp_path / "kept")]
+    with pytest.raises(LoPAError, match=r"two checkpoints would be one file, last\.ckpt: give one another filename"):
+        trainer(tmp_path, callbacks=both).fit(module(tiny("bert")), reviews(tmp_path))
 
 
 def test_several_best_checkpoints_need_names_of_their_own() -> None:
