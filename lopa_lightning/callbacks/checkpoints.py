@@ -101,13 +101,9 @@ class LastCheckpoint(ModelCheckpoint):
             LoPAError: If not.
         """
         super().setup(trainer, pl_module, stage)
-        others = [
-            each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each is not self
-        ]
-        if any((each.dirpath, each.filename) == (self.dirpath, self.filename) for each in others):
-            raise LoPAError(
-                f"last_checkpoint.filename {self.filename!r} is another checkpoint's as well; name one otherwise"
-            )
+        files = [(str(each.dirpath), each.filename) for each in trainer.checkpoint_callbacks if each is not self]
+        if (str(self.dirpath), self.filename) in files:
+            raise LoPAError(f"two checkpoints would be one file, {self.filename}.ckpt: give one another filename")
         self._end = self._requeue = self._saved_step = 0
         if stage != "fit" or trainer.fast_dev_run or not trainer.is_global_zero:
             return
