@@ -78,6 +78,8 @@ def trained_weights(model: PreTrainedModel, body: PreTrainedModel, which: Traine
         raise LoPAError(f"train_backbone must be {allowed}, got {which!r}")
     after = parts[parts.index(layers[-1]) + len(list(layers[-1].modules())) :]
     norms = [part for part in after if "Norm" in type(part).__name__]
-    # OPT's stands before its layers.
-    norms = norms or [part for name, part in body.named_modules() if name.rpartition(".")[2].startswith("final_")]
+    if not norms:  # OPT's stands before its layers
+        inside = {id(part) for layer in layers for part in layer.modules()}
+        final = [part for name, part in body.named_modules() if name.rpartition(".")[2].startswith("final_")]
+        norms = [part for part in final if id(part) not in inside]
     return [parameter for part in (*layers[-which:], *norms[:1]) for parameter in part.parameters()]

@@ -78,7 +78,7 @@ def generation_config(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     ends = sorted({end for end in ends if end is not None and end < len(tokenizer)})
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
     try:
         config = make(**{**_GREEDY, **sampled, "eos_token_id": ends, "pad_token_id": pad, **given})
         config.validate(strict=True)
@@ -105,7 +105,7 @@ def _check_fields(given: Mapping[str, Any], config: Any) -> None:
             raise LoPAError(f"generation {given}: {name} reads the prompt's token ids, which virtual tokens have not")
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id or 0]
     for name, values in {"pad_token_id": [config.pad_token_id], "eos_token_id": ends}.items():
-        if any(type(value) is not int for value in values):
+        if name in given and any(type(value) is not int for value in values):
             raise LoPAError(f"generation {given}: {name} must be a token's number, got {getattr(config, name)!r}")
 
 
@@ -166,8 +166,8 @@ def check_samples(config: GenerationConfig, num_samples: int) -> None:
     beams = config.num_beams or 1
     if num_samples > 1 and beams == 1 and config.cache_implementation is not None:
         raise LoPAError(
-            f"cache_implementation {config.cache_implementation!r} has no copies of a text that is read once for its "
-            f"{num_samples} samples; leave it out, or use num_samples: 1"
+            f"cache_implementation {config.cache_implementation!r} is for a cache that generate begins, and a text is "
+            f"read once for its {num_samples} samples; leave it out, or use num_samples: 1"
         )
     if num_samples > 1 and not config.do_sample and beams < num_samples:
         raise LoPAError(f"{num_samples} samples need do_sample: true, or num_beams of at least as many; got {beams}")
@@ -215,6 +215,11 @@ def generate(
     elif num_samples > 1:
         embeddings, mask, cache = _read_once(backbone, embeddings, mask, cache, num_samples)
     if cache is not None:
+        if config.cache_implementation is not None:
+            what = f"cache_implementation {config.cache_implementation!r}"
+            raise LoPAError(
+                f"{what} is for a cache that generate begins, and placement every_layer fills one; leave it out"
+            )
         options[str(cache_input(backbone.body))] = cache
     if config.do_sample:
         options |= _drawn(config, seeds, num_samples, embeddings.device)

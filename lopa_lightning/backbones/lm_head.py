@@ -36,7 +36,9 @@ class VocabularyHead:
     def __init__(self, model: PreTrainedModel) -> None:
         self.projection = cast(Any, model).get_output_embeddings()
         self.model = _with_replaced(model, {id(model.base_model): _GivenStates()})
-        self._selects = self._is_selective(hidden_size(model.config))
+        # A quantised layer takes no other weights in its place; its model was tried before it was quantised.
+        is_quantised = getattr(model.config, "quantization_config", None) is not None
+        self._selects = is_quantised or self._is_selective(hidden_size(model.config))
 
     def __call__(self, hidden: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Computes logits.

@@ -267,7 +267,8 @@ def first_position(model: PreTrainedModel) -> int:
         return 0
     if table.padding_idx is not None:
         return int(table.padding_idx) + 1
-    return max(0, table.num_embeddings - int(model.config.max_position_embeddings or table.num_embeddings))
+    said = getattr(model.config, "max_position_embeddings", None) or table.num_embeddings
+    return max(0, table.num_embeddings - int(said))
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -330,8 +331,9 @@ def _class_options(spec: PretrainedSpec, family: Family, config: PretrainedConfi
     if family == "causal_lm" and class_of(AutoModelForMaskedLM, config) is not None and not config.is_decoder:
         raise LoPAError(f"{kind!r} reads in both directions; use objective: masked_lm or head")
     if not hasattr(config, "hidden_size"):
-        parts = ", ".join(name for name in config.sub_configs or {}) or "none of text"
-        raise LoPAError(f"{kind!r} is several models in one ({parts}); use its model of text alone")
+        parts = ", ".join(config.sub_configs or {})
+        why = f"is several models in one ({parts}); use its model of text alone" if parts else "has no hidden_size"
+        raise LoPAError(f"{kind!r} {why}")
     if config.is_encoder_decoder:
         raise LoPAError(f"{kind!r} is an encoder-decoder model; a soft prompt here needs one stack of layers")
     model_class = class_of(auto_class, config)

@@ -100,10 +100,13 @@ class LastCheckpoint(ModelCheckpoint):
         Raises:
             LoPAError: If not.
         """
+        asked = self.dirpath
         super().setup(trainer, pl_module, stage)
-        files = [(str(each.dirpath), each.filename) for each in trainer.checkpoint_callbacks if each is not self]
-        if (str(self.dirpath), self.filename) in files:
-            raise LoPAError(f"two checkpoints would be one file, {self.filename}.ckpt: give one another filename")
+        for other in (each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)):
+            is_here = asked is None if other.dirpath is None else str(other.dirpath) == str(self.dirpath)
+            names = {other.filename, other.CHECKPOINT_NAME_LAST if other.save_last else None}
+            if other is not self and is_here and self.filename in names:
+                raise LoPAError(f"two checkpoints would be one file, {self.filename}.ckpt: give one another filename")
         self._end = self._requeue = self._saved_step = 0
         if stage != "fit" or trainer.fast_dev_run or not trainer.is_global_zero:
             return

@@ -68,17 +68,24 @@ def resolve(configs: Sequence[str], options: Sequence[str] = ()) -> Config:
 def _check_own(config: Config) -> None:
     """Raises a LoPAError that names what each run has of its own."""
     trainer, wrong = config["trainer"], None
-    logger, devices = trainer.get("logger"), str(trainer.get("devices"))
+    logger, devices = trainer.get("logger"), str(trainer.get("devices")).strip("[] ,")
     if config.get("ckpt_path") is not None:
         wrong = f"ckpt_path {config['ckpt_path']}: {_GOES_ON}"
     elif isinstance(logger, list) or (isinstance(logger, dict) and not logger["class_path"].endswith(".RunLogger")):
         wrong = "trainer.logger: each run logs into its folder by TensorBoard, or not at all with logger: false"
-    elif folder := next((name for name in ("checkpoint", "last_checkpoint") if config[name].get("dirpath")), None):
-        wrong = f"{folder}.dirpath {config[folder]['dirpath']}: each run has a folder of its own"
+    elif folder := next((each for each in _folders(config) if each is not None), None):
+        wrong = f"dirpath {folder}: each run has a folder of its own"
     elif "," in devices or (devices.isdecimal() and int(devices) > 1) or int(trainer.get("num_nodes") or 1) > 1:
         wrong = f"trainer.devices {devices} on {trainer.get('num_nodes')} nodes: each run has one device"
     if wrong is not None:
         raise LoPAError(f"{wrong}; leave it out")
+
+
+def _folders(config: Config) -> list[str | None]:
+    """Returns the folder of each checkpoint that is kept; None where none is given."""
+    given = config["trainer"].get("callbacks") or []
+    options = [each.get("init_args") or {} for each in (given if isinstance(given, list) else [given])]
+    return [each.get("dirpath") for each in (config["checkpoint"], config["last_checkpoint"], *options)]
 
 
 def built(options: Sequence[str]) -> tuple[Any, Any]:

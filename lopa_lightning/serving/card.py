@@ -17,7 +17,6 @@ from huggingface_hub import ModelCardData
 from lopa_lightning.backbones.injection import CHAT_PLACEMENTS
 from lopa_lightning.backbones.pretrained import PretrainedSpec
 from lopa_lightning.bundle_file import BundleConfig
-from lopa_lightning.errors import LoPAError, shown
 from lopa_lightning.plain import built
 
 LIBRARY = "lopa-lightning"
@@ -178,13 +177,11 @@ def metrics_in(saved: Mapping[str, Any]) -> dict[str, float]:
     """Returns the metrics of the run's best validation, as far as a checkpoint knows them.
 
     Raises:
-        LoPAError: If they are no finite numbers.
+        LoPAError: If they are no numbers.
     """
     summary = saved.get("callbacks", {}).get("FitSummary")
     best = built(summary.get("best") if isinstance(summary, Mapping) else None, dict[str, float] | None, "best") or {}
-    if wrong := [name for name, value in best.items() if not math.isfinite(value)]:
-        raise LoPAError(f"the checkpoint's best validation has {shown(wrong[0], str)} {best[wrong[0]]}")
-    return best
+    return {name: value for name, value in best.items() if math.isfinite(value)}  # as a correlation need not be
 
 
 def _is_hub_id(name: str) -> bool:

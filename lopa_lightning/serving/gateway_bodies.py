@@ -29,6 +29,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise GatewayError(400, f"an object of the request has a key twice: {shown([key for key, _ in pairs])}")
+    # Anywhere: servers also tell a part of a message by its keys alone.
     if embeds := next((name for name in (*found, found.get("type")) if str(name).endswith("_embeds")), None):
         what = f"{shown(embeds, str)} are refused"
         raise GatewayError(400, f"{what}: the gateway makes the soft prompts, and sends no client's embeddings")

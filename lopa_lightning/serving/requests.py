@@ -172,6 +172,8 @@ class ServedPrompter:
     ) -> Iterator[list[ServedRequest]]:
         """Makes requests, in their order, some at a time: all inputs are checked at once, and soft prompts made late.
 
+        One that is not finite is only seen then.
+
         Args:
             inputs: See :meth:`requests`.
             instance_texts: See :meth:`requests`.
@@ -219,6 +221,8 @@ class ServedPrompter:
         if room is not None and longest > room:
             raise LoPAError(f"a text has {longest} tokens, and beside the virtual ones is room for {room}")
 
+        self._check_size(longest)
+
         def block(first: int, end: int) -> list[ServedRequest]:
             with self._one_at_a_time:
                 prompts = self.prompter({name: list(texts[first:end]) for name, texts in rows.items()})
@@ -227,6 +231,11 @@ class ServedPrompter:
 
         step = size or len(asked)
         return (block(first, first + step) for first in range(0, len(asked), step))
+
+    def _check_size(self, tokens: int) -> None:
+        """Refuses what would be too large to send, before anything is made."""
+        rows = self.facts.num_virtual_tokens + (0 if self._table is None else tokens)
+        encoded_tensor(torch.zeros(rows, self.facts.embedding_dim), self.dtype, self.max_prompt_bytes)
 
     def _request(self, asked: str | Chat, prompt: Tensor, ids: list[int], position: int) -> ServedRequest:
         sent = prompt

@@ -196,8 +196,11 @@ def test_settings_that_are_wrong_are_named(
 def test_a_cache_without_copies_has_one_sample(load: Load, tokenizer: PreTrainedTokenizerBase) -> None:
     config = generation_config({"cache_implementation": "static", "do_sample": True}, tokenizer, load("llama"))
     check_samples(config, 1)
-    with pytest.raises(LoPAError, match="cache_implementation 'static' has no copies of a text"):
+    with pytest.raises(LoPAError, match="cache_implementation 'static' is for a cache that generate begins"):
         check_samples(config, 2)
+    layered = TextBackbone(load("llama"), placement="every_layer")
+    with pytest.raises(LoPAError, match=r"cache_implementation 'static' is .*, and placement every_layer"):
+        generated(layered, tokenizer, soft_prompts(layered), TEXTS, options={"cache_implementation": "static"})
 
 
 def test_do_sample_false_alone_makes_settings_of_sampling_greedy(

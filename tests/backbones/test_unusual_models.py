@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from lopa_lightning.backbones.adapters import trained_weights
 from lopa_lightning.backbones.generation import check_generates
+from lopa_lightning.backbones.lm_head import VocabularyHead
 from lopa_lightning.backbones.padding_check import check_causal, check_embeddings
 from lopa_lightning.backbones.pretrained import first_position, freeze, is_causal, max_positions
 from lopa_lightning.backbones.text import TextBackbone
@@ -134,3 +135,15 @@ def test_the_norm_after_the_last_layer_is_trained_where_it_is_registered_before(
         "model.decoder.final_layer_norm.weight",
         "model.decoder.final_layer_norm.bias",
     }
+    model = built("OPT", AutoModelForCausalLM, **options, word_embed_proj_dim=32, do_layer_norm_before=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(".layers.2." in names[id(each)] for each in trained_weights(model, model.base_model, 1))
+
+
+def test_a_quantised_head_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VocabularyHead, "_is_selective", lambda head, width: pytest.fail("other weights were tried"))
+    model = built("Bert", AutoModelForMaskedLM, **SIZES)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    words = torch.tensor([7, 50, 98])
+    states = torch.randn(2, 32)
+    torch.testing.assert_close(VocabularyHead(model)(states, words), VocabularyHead(model)(states)[:, words])

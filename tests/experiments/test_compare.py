@@ -285,8 +285,12 @@ def test_what_follows_is_put_over_the_budget(configs: Configs) -> None:
     [
         (["--ckpt_path=last.ckpt"], "--ckpt_path=last.ckpt: each run begins anew, or goes on from its own"),
         (["--trainer.logger=lightning.pytorch.loggers.CSVLogger"], "trainer.logger: each run logs into its folder"),
-        (["--checkpoint.dirpath=kept"], "checkpoint.dirpath kept: each run has a folder of its own"),
-        (["--last_checkpoint.dirpath=kept"], "last_checkpoint.dirpath kept: each run has a folder of its own"),
+        (["--checkpoint.dirpath=kept"], "dirpath kept: each run has a folder of its own"),
+        (["--last_checkpoint.dirpath=kept"], "dirpath kept: each run has a folder of its own"),
+        (
+            ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.dirpath=kept"],
+            "dirpath kept: each run has a folder of its own",
+        ),
         (["--trainer.devices=2", "--trainer.strategy=ddp"], "trainer.devices 2 on 1 nodes: each run has one device"),
     ],
 )

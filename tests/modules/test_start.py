@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
@@ -221,10 +221,18 @@ def test_the_summary_is_of_the_checkpoint_that_it_names(
     assert "Last validation" in capsys.readouterr().out
 
 
+class Mine(Checkpoint):
+    """Somebody's, which keeps no files."""
+
+
 def test_two_checkpoints_are_not_one_file(tiny: Tiny, tmp_path: Path) -> None:
     both = [BestCheckpoint(tmp_path / "kept", filename="last", monitor="val/loss"), LastCheckpoint(tmp_path / "kept")]
-    with pytest.raises(LoPAError, match=r"two checkpoints would be one file, last\.ckpt: give one another filename"):
-        trainer(tmp_path, callbacks=both).fit(module(tiny("bert")), reviews(tmp_path))
+    saves_last = [ModelCheckpoint(save_last=True), LastCheckpoint()]
+    for callbacks in (both, [LastCheckpoint(), ModelCheckpoint(filename="last")], saves_last):
+        with pytest.raises(
+            LoPAError, match=r"two checkpoints would be one file, last\.ckpt: give one another filename"
+        ):
+            trainer(tmp_path, callbacks=[*callbacks, Mine()]).fit(module(tiny("bert")), reviews(tmp_path))
 
 
 def test_several_best_checkpoints_need_names_of_their_own() -> None:

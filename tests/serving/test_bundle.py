@@ -171,7 +171,13 @@ def test_a_card_says_how_the_backbone_was_quantised(tiny: Tiny, tmp_path: Path) 
         assert (said in card) == (quantization is not None)
 
 
-@pytest.mark.parametrize("best", [[1], {"a": "x"}, {"a": None}, {"a": float("nan")}])
+def test_metrics_that_have_no_value_are_left_out() -> None:
+    best = {"val/loss": 0.5, "val/score": float("nan"), "val/perplexity": float("inf")}
+    assert metrics_in({"callbacks": {"FitSummary": {"best": best}}}) == {"val/loss": 0.5}
+    assert metrics_in({}) == {}
+
+
+@pytest.mark.parametrize("best", [[1], {"a": "x"}, {"a": None}])
 def test_metrics_that_are_no_numbers_are_refused(best: Any) -> None:
     with pytest.raises(LoPAError, match="best"):
         metrics_in({"callbacks": {"FitSummary": {"best": best}}})

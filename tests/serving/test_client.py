@@ -317,12 +317,16 @@ def test_soft_prompts_are_made_some_at_a_time_and_not_without_a_server(
         LoPAClient("http://127.0.0.1:9", served, max_retries=0).map(texts)
     with pytest.raises(LoPAError, match="a text to complete must not be empty; text 39"):
         LoPAClient(upstream.url, served).map([*texts[:-1], ""])
+    with pytest.raises(LoPAError, match=r"takes \d+ bytes, max_prompt_bytes is 9"):
+        LoPAClient(upstream.url, ServedPrompter(served.prompter, max_prompt_bytes=9)).map(texts)
     assert (sizes, upstream.asked) == ([], [])
     answers = LoPAClient(upstream.url, served, max_inflight=1).map(texts)
     assert sizes == [16, 16, 8]
-    wanted = [served.requests(text)[0].messages for text in texts]
-    assert [body["messages"] for body in upstream.asked] == wanted
-    assert len(answers) == 40
+    assert len(answers) == len(upstream.asked) == 40
+    for text, body in zip(texts, upstream.asked):
+        (found,), (wanted,) = prompts_in(body["messages"]), prompts_in(served.requests(text)[0].messages)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        assert body["messages"][-1]["content"] == text
 
 
 def test_a_soft_prompt_is_a_tensor_of_its_own_finite_and_bounded() -> None:
