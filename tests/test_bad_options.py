@@ -19,7 +19,7 @@ from lopa_lightning.cli import LoPACLI, main
 from lopa_lightning.command_line.parser import UsageError
 from lopa_lightning.command_line.ranges import check_options
 from lopa_lightning.errors import LoPAError
-from lopa_lightning.experiments.resolve import resolve
+from lopa_lightning.experiments.resolve import Resolver, resolve
 from lopa_lightning.modules.dry_run import dry_run
 from lopa_lightning.modules.schedule import warn_of_warmup
 from tests.mini_glue import write_mini_glue
@@ -587,7 +587,9 @@ def test_a_home_folder_is_written_out(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"no checkpoint at '{tmp_path}/mine.ckpt'" in refused("fit", *arguments, "--ckpt_path=~/mine.ckpt")
     paths = ["trainer.default_root_dir", "trainer.logger.save_dir", "checkpoint.dirpath", "predictions.folder"]
-    settings = resolve([], [*arguments, *(f"--{path}=~/{path}" for path in paths), "--data.path=~/glue"])
+    settings = Resolver(
+        args=["fit", *arguments, *(f"--{path}=~/{path}" for path in paths), "--data.path=~/glue"]
+    ).config_dump
     found = [settings["trainer"]["default_root_dir"], settings["trainer"]["logger"]["init_args"]["save_dir"]]
     found += [settings["checkpoint"]["dirpath"], settings["predictions"]["folder"]]
     assert found == [f"{tmp_path}/{path}" for path in paths]
