@@ -16,7 +16,7 @@ Config = dict[str, Any]
 """What ``lopa fit`` takes, every option filled in."""
 
 
-_GOES_ON = "each run begins anew, or goes on from its own last checkpoint"
+_GOES_ON = "each run starts from the beginning, or resumes from its own last checkpoint"
 _SCHEDULED = {"max_lr", "base_lr", "min_lr", "eta_min"}
 """Learning rates of torch's schedulers: OneCycleLR, CyclicLR, ReduceLROnPlateau, CosineAnnealingLR."""
 

@@ -220,8 +220,8 @@ class ServedPrompter:
         longest, room = max(map(len, ids)), self.spec.max_tokens
         if room is not None and longest > room:
             raise LoPAError(f"a text has {longest} tokens, and beside the virtual ones is room for {room}")
-
-        self._check_size(longest)
+        if size is not None:  # some are sent before others are made
+            self._check_size(longest)
 
         def block(first: int, end: int) -> list[ServedRequest]:
             with self._one_at_a_time:

@@ -283,7 +283,7 @@ def test_what_follows_is_put_over_the_budget(configs: Configs) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ckpt_path=last.ckpt"], "--ckpt_path=last.ckpt: each run begins anew, or goes on from its own"),
+        (["--ckpt_path=last.ckpt"], "--ckpt_path=last.ckpt: each run starts from the beginning, or resumes"),
         (["--trainer.logger=lightning.pytorch.loggers.CSVLogger"], "trainer.logger: each run logs into its folder"),
         (["--checkpoint.dirpath=kept"], "dirpath kept: each run has a folder of its own"),
         (["--last_checkpoint.dirpath=kept"], "dirpath kept: each run has a folder of its own"),
